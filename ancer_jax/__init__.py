@@ -1,0 +1,42 @@
+"""Certify image classifiers by randomized smoothing with sample-wise, anisotropic noise (ANCER), in JAX."""
+
+from ancer_jax.certificates import GaussianL2, UniformL1
+from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, predict
+from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
+from ancer_jax.data import load_dataset
+from ancer_jax.models import load_bundled
+from ancer_jax.optimize import (
+    AnisotropicConfig,
+    IsotropicConfig,
+    guarded_choice,
+    optimize_anisotropic,
+    optimize_isotropic,
+)
+from ancer_jax.pipeline import Execution, RunConfig, certify_dataset
+from ancer_jax.regions import Region
+
+__all__ = [
+    "ABSTAIN",
+    "AnisotropicConfig",
+    "Certification",
+    "CertifyConfig",
+    "Classifier",
+    "Execution",
+    "GaussianL2",
+    "IsotropicConfig",
+    "Region",
+    "RunConfig",
+    "UniformL1",
+    "certify",
+    "certify_dataset",
+    "check_classifier",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "guarded_choice",
+    "load_bundled",
+    "load_dataset",
+    "optimize_anisotropic",
+    "optimize_isotropic",
+    "predict",
+]

@@ -1,0 +1,227 @@
+"""Confidence bounds on a Bernoulli mean: exact on the host in float64, and a traced, conservative twin.
+
+Whatever is reported comes from the host functions. The traced twin is for decisions on the device and for
+differentiable experiments; it is never above the exact bound.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jaxtyping import Array, Float
+
+# Relative margin towards the safe side: many times the error of SciPy's inverse incomplete beta function (measured
+# against 50-digit arithmetic in tests/test_bounds.py).
+_MARGIN = 2.0**-40
+# Traced twin: terms of the tail that are summed one by one, bisection steps, and the margin on log(alpha), which
+# covers the float32 error of the log tail (about 1e-3 at n = 1e7).
+_TERMS = 128
+_BISECTIONS = 40
+_LOG_MARGIN = 2e-3
+_LARGEST_TRIALS = 2**24
+
+
+def clopper_pearson_lower(successes, trials, alpha):
+    """One-sided Clopper-Pearson lower bound: the p with `P(Bin(trials, p) >= successes) = alpha`.
+
+    Args:
+      successes: integers [...], in [0, trials].
+      trials: integers [...], at least 1.
+      alpha: probability of error, in (0, 1).
+
+    Returns:
+      float64 [...]; 0 where there are no successes.
+
+    Guarantee: if the count is `Bin(trials, p)`, the bound exceeds p with probability at most alpha.
+
+    Raises:
+      ValueError: if an argument is outside its range.
+
+    References: Clopper & Pearson 1934.
+
+    >>> round(float(clopper_pearson_lower(100_000, 100_000, 0.001)), 8)
+    0.99993092
+    """
+    successes, trials, alpha = _checked(successes, trials, alpha)
+    exact = scipy.special.betaincinv(np.maximum(successes, 1), trials - successes + 1, alpha)
+    return np.where(successes == 0, 0.0, exact * (1 - _MARGIN))
+
+
+def clopper_pearson_upper(successes, trials, alpha):
+    """One-sided Clopper-Pearson upper bound: the p with `P(Bin(trials, p) <= successes) = alpha`.
+
+    Arguments, guarantee (p is above the bound with probability at most alpha) and errors as in
+    `clopper_pearson_lower`; 1 where every trial is a success.
+
+    >>> round(float(clopper_pearson_upper(0, 1000, 0.001)), 6)
+    0.006884
+    """
+    successes, trials, alpha = _checked(successes, trials, alpha)
+    failures = np.maximum(trials - successes, 1)
+    exact = scipy.special.betainccinv(successes + 1, failures, alpha)
+    return np.where(successes == trials, 1.0, np.minimum(exact * (1 + _MARGIN), 1.0))
+
+
+def separate_bounds(counts, top: int, alpha: float) -> tuple[float, float]:
+    """Lower bound of the top class's probability and upper bound of every other class's, holding together.
+
+    alpha is split in two: half for the lower bound, half for the K - 1 upper bounds (Bonferroni), of which the
+    largest counts. For `Certificate.gap(p_lower, p_b_upper)`; better than the two-class bound when the votes of the
+    other classes are spread.
+
+    Args:
+      counts: integers [K], votes per class of draws that did not select `top`. They may add up to less than the
+        number of draws only if the missing draws are appended as one more class.
+      top: the class that other draws selected.
+      alpha: probability that any of the bounds fails, in (0, 1).
+
+    Returns:
+      `(p_lower, p_b_upper)`.
+
+    Raises:
+      ValueError: if an argument is outside its range.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 1 or len(counts) < 2:
+        raise ValueError(f"counts must be one vector of at least 2 classes, got shape {list(counts.shape)}")
+    if not 0 <= top < len(counts):
+        raise ValueError(f"top must be in 0..{len(counts) - 1}, got {top}")
+    trials = counts.sum()
+    p_lower = clopper_pearson_lower(counts[top], trials, alpha / 2)
+    others = np.delete(counts, top)
+    p_b_upper = clopper_pearson_upper(others.max(), trials, alpha / 2 / len(others))
+    return float(p_lower), float(np.minimum(p_b_upper, 1 - p_lower))
+
+
+def binomial_test(count_a, count_b):
+    """Two-sided p-value of the exact binomial test that classes a and b are equally likely.
+
+    Args:
+      count_a, count_b: non-negative integers [...], votes of the two classes.
+
+    Returns:
+      float64 [...] in (0, 1]; 1 where both are 0.
+
+    References: Hung & Fithian 2019; Cohen et al. 2019, algorithm 1 (Predict).
+
+    >>> float(binomial_test(10, 0))
+    0.001953125
+    """
+    count_a, count_b = np.asarray(count_a, np.int64), np.asarray(count_b, np.int64)
+    if (count_a < 0).any() or (count_b < 0).any():
+        raise ValueError("counts must not be negative")
+    high, total = np.maximum(count_a, count_b), count_a + count_b
+    tail = scipy.special.betainc(np.maximum(high, 1), total - high + 1, 0.5)
+    return np.where(high == 0, 1.0, np.minimum(2 * tail * (1 + _MARGIN), 1.0))
+
+
+def clopper_pearson_lower_traced(successes, trials, alpha) -> Float[Array, "..."]:
+    """Traced float32 twin of `clopper_pearson_lower`, for use under jit, vmap and grad.
+
+    Arguments broadcast. Gradients are the implicit derivatives of the defining equation; counts may then be real
+    numbers (expected counts).
+
+    Returns:
+      float32 [...]; 0 where `trials` is above 2^24 (float32 counts no further) or an argument is out of range.
+
+    Guarantee: never above the exact bound; `1 - p` at most 1 % too large, plus float32's resolution below 1 (6e-8;
+    `clopper_pearson_upper_traced(trials - successes, ...)` gives `1 - p` itself with all its digits), for alpha
+    from 1e-9 to 1/2.
+    """
+    successes, trials = jnp.asarray(successes), jnp.asarray(trials)
+    q = clopper_pearson_upper_traced(trials - successes, trials, alpha)
+    p = 1 - q
+    # Round down: 1 - q is exact for q >= 1/2, and otherwise to nearest, half a spacing of float32 off at most.
+    return jnp.where(q < 0.5, p - 2.0**-24, p)
+
+
+def clopper_pearson_upper_traced(successes, trials, alpha) -> Float[Array, "..."]:
+    """Traced float32 twin of `clopper_pearson_upper`: never below the exact bound, at most 1 % above it.
+
+    Solves `log P(Bin(n, q) <= k) = log(alpha)` for q by bisection, with an upper bound of the tail: its first 128
+    terms, then a geometric series. Everything is in logarithms and deviations from the mean, so that float32
+    suffices up to n = 2^24.
+
+    Returns:
+      float32 [...]; 1 where `trials` is above 2^24 or an argument is out of range.
+    """
+    k, n, alpha = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (successes, trials, alpha)))
+    valid = (k >= 0) & (k < n) & (n <= _LARGEST_TRIALS) & (alpha > 0) & (alpha < 1)
+    k, n, alpha = jnp.where(valid, k, 0.0), jnp.where(valid, n, 1.0), jnp.where(valid, alpha, 0.5)
+    excess = lambda q, k, n, alpha: _log_tail(k, n, q) - (jnp.log(alpha) - _LOG_MARGIN)
+
+    fixed = jax.tree.map(jax.lax.stop_gradient, (k, n, alpha))
+
+    def halve(_, interval):
+        low, high = interval
+        middle = (low + high) / 2
+        above = excess(middle, *fixed) > 0
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    # The bound lies between k / n and 1, and on the safe side of the bisection is `high`.
+    _, q = jax.lax.fori_loop(0, _BISECTIONS, halve, (fixed[0] / fixed[1], jnp.ones_like(k)))
+    valid &= q < 1
+    q = jnp.where(valid, q, 0.75)
+    # A Newton step of size zero carries the implicit derivative.
+    slope = jax.grad(lambda q: excess(q, *fixed).sum())(q)
+    residual = excess(q, k, n, alpha)
+    q = q - (residual - jax.lax.stop_gradient(residual)) / slope
+    return jnp.where(valid, q, 1.0)
+
+
+def _log_tail(k, n, q):
+    """Upper bound of `log P(Bin(n, q) <= k)`, close for q above k / n; elementwise, float32."""
+    # Saddle-point form of the log mass function at k (Loader 2000): deviances are computed from k - n q.
+    deviation = k - n * q
+    deviance = _deviance(deviation, n * q) + _deviance(-deviation, n * (1 - q))
+    log_mass = _log_stirling(n) - _log_stirling(k) - _log_stirling(n - k) - deviance
+    # Ratios of one mass to the next: P(k - i - 1) / P(k - i).
+    i = jnp.arange(_TERMS, dtype=jnp.float32)
+    odds = ((1 - q) / q)[..., None]
+    ratios = jnp.maximum(k[..., None] - i, 0.0) / (n[..., None] - k[..., None] + i + 1) * odds
+    masses = jnp.cumprod(ratios, axis=-1)
+    # Ratios fall with i, so that the rest is below a geometric series of the last one.
+    last = jnp.minimum(ratios[..., -1], 1 - 1e-6)
+    return log_mass + jnp.log1p(masses[..., :-1].sum(-1) + masses[..., -1] / (1 - last))
+
+
+def _deviance(deviation, mean):
+    """`x log(x / mean) + mean - x` for `x = mean + deviation >= 0`."""
+    mean = jnp.maximum(mean, 1e-30)
+    u = jnp.maximum(deviation / mean, -1 + 1e-7)  # x = 0, where the logarithm's derivative has no limit
+    return mean * ((1 + u) * jnp.log1p(u) - u)
+
+
+def _log_stirling(x):
+    """`log(x!) - x log(x) + x`, for real x >= 0: `log(2 pi x) / 2` and its series for large x."""
+    small, large = jnp.clip(x, 1e-6, 16.0), jnp.maximum(x, 16.0)
+    exact = jax.lax.lgamma(small + 1) - small * jnp.log(small) + small
+    series = 0.5 * jnp.log(2 * math.pi * large) + 1 / (12 * large) - 1 / (360 * large**3)
+    return jnp.where(x < 16, exact, series)
+
+
+def _checked(successes, trials, alpha):
+    """int64 successes and trials and float64 alpha, all within range."""
+    successes, trials = np.asarray(successes), np.asarray(trials)
+    for name, value in (("successes", successes), ("trials", trials)):
+        if not np.issubdtype(value.dtype, np.integer):
+            raise ValueError(f"{name} must be integers, got {value.dtype}")
+    if (trials < 1).any():
+        raise ValueError(f"trials must be at least 1, got {trials.min()}")
+    if ((successes < 0) | (successes > trials)).any():
+        raise ValueError(f"successes must be in 0..{trials.min()}, got {successes.min()} to {successes.max()}")
+    return successes.astype(np.int64), trials.astype(np.int64), check_alpha(alpha)
+
+
+def check_alpha(alpha):
+    """`alpha` as float64, if it lies in (0, 1).
+
+    Raises:
+      ValueError: otherwise.
+    """
+    value = np.asarray(alpha, np.float64)
+    if not ((value > 0) & (value < 1)).all():
+        raise ValueError(f"alpha must be in (0, 1), got {alpha}")
+    return value

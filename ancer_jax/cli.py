@@ -1,0 +1,239 @@
+"""The command line: flags to frozen configs, progress bars, printed tables; nothing else."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import tqdm
+import tyro
+from etils import epath
+
+from ancer_jax import report
+from ancer_jax.certification import CertifyConfig
+from ancer_jax.classifiers import Classifier
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.models import load_bundled
+from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective
+from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
+from ancer_jax.runs import read_run
+
+_SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
+_RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Certify:
+    """Find theta, certify every image, and store the results in a run directory; started again, it continues."""
+
+    data: str = BUNDLED_SUBSET
+    """Data set: fashion-mnist-subset (bundled), an npz file (images, labels[, ids]), or a folder of idx files."""
+    split: Literal["test", "train"] = "test"
+    """Which part of the data set."""
+    classifier: str = "bundled"
+    """Base classifier: bundled, or module:function of a function without arguments that returns a Classifier."""
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020)."""
+    method: Method = "ancer"
+    """fixed: one theta for all; isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel (Eiras et al.
+    2022)."""
+    sigma: float | None = None
+    """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
+    l2, half-width of the uniform noise for l1. Default: what the bundled classifier was trained with (0.25, 0.5)."""
+    sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
+    """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
+    ancer as its scripts do (theta = sigma / sqrt(3))."""
+    n0: int = CertifyConfig.n0
+    """Draws that select the class (Cohen et al. 2019: 100)."""
+    n: int = CertifyConfig.n
+    """Draws that estimate its probability (Cohen et al. 2019: 100,000)."""
+    alpha: float = CertifyConfig.alpha
+    """Probability that a certificate is wrong, per image (Cohen et al. 2019: 0.001)."""
+    skip: int = 1
+    """Take every skip-th image."""
+    max: int | None = None
+    """Take this many images at most."""
+    seed: int = 0
+    """Seed of all draws."""
+    iso_steps: int = IsotropicConfig.steps
+    """Steps of the isotropic search (Alfarra et al. 2022: 900)."""
+    iso_lr: float = IsotropicConfig.learning_rate
+    """Its step size, plain gradient ascent (reference: 0.04)."""
+    iso_samples: int = IsotropicConfig.num_samples
+    """Its draws per step (reference: 100)."""
+    ancer_steps: int = AnisotropicConfig.steps
+    """Steps of the anisotropic search (Eiras et al. 2022: 100)."""
+    ancer_lr: float = AnisotropicConfig.learning_rate
+    """Its step size, Adam (reference: 0.04)."""
+    ancer_samples: int = AnisotropicConfig.num_samples
+    """Its draws per step (reference: 100)."""
+    kappa: float = AnisotropicConfig.kappa
+    """Weight of min(theta) in its objective (reference: 2)."""
+    objective: Objective = AnisotropicConfig.objective
+    """Objective of both searches: ancer (the paper's) or log_volume."""
+    theta_max: float | None = None
+    """Upper bound of theta in both searches; default 4 * sigma; inf for no bound, which lets the noise run away."""
+    guard: Guard = "volume"
+    """Keep the isotropic theta unless the anisotropic one has the larger volume / contains its region; off: never."""
+    guard_samples: int = RunConfig.guard_samples
+    """Draws for that choice, for each theta; none of them certifies."""
+    batch_size: int = Execution.batch_size
+    """Images at a time; speed only."""
+    chunk: int = Execution.chunk
+    """Noisy copies of each image at a time; speed and memory only."""
+    devices: int | None = None
+    """Local devices to use; default all."""
+    out: str | None = None
+    """Run directory; default runs/<norm>-<method>-<sigma>."""
+
+    def run(self) -> None:
+        """Certify, then print the table of this run."""
+        classifier, sigma = _classifier(self.classifier, self.norm, self.sigma)
+        dataset = select(load_dataset(self.data, split=self.split), skip=self.skip, max_images=self.max)
+        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
+        self.certify(classifier, dataset, sigma, out)
+        _report([out], self.norm, None)
+
+    def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:
+        """One run, with a progress bar."""
+        if self.sigma_convention != "theta" and self.norm != "l1":
+            raise ValueError("--sigma-convention is for --norm l1; for l2, sigma is the standard deviation")
+        config = RunConfig(
+            norm=self.norm,
+            method=self.method,
+            theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
+            certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),
+            isotropic=IsotropicConfig(self.iso_steps, self.iso_samples, self.iso_lr, self.objective, self.theta_max),
+            anisotropic=AnisotropicConfig(
+                self.ancer_steps, self.ancer_samples, self.ancer_lr, self.objective, self.theta_max, self.kappa
+            ),
+            guard=self.guard,
+            guard_samples=self.guard_samples,
+            seed=self.seed,
+        )
+        execution = Execution(self.batch_size, self.chunk, self.devices)
+        with tqdm.tqdm(total=len(dataset), unit="image", desc=f"{self.method} {sigma:g}", smoothing=0) as bar:
+            certify_dataset(classifier, dataset, config, out=out, execution=execution, progress=bar.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Certify real images (Fashion-MNIST, bundled) with fixed, isotropic and anisotropic noise, and compare them."""
+
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise; l1: uniform noise."""
+    max: int = 30
+    """How many of the 500 bundled test images, spread evenly."""
+    n: int = 10_000
+    """Draws per certificate."""
+    out: str | None = None
+    """Folder of the runs and pictures; default demo-<norm>. Started again, it continues there."""
+
+    def run(self) -> None:
+        """Certify with seven settings, print the table, draw the pictures."""
+        bundled = load_bundled(self.norm)
+        whole = load_dataset(BUNDLED_SUBSET)
+        dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)
+        out = self.out or f"demo-{self.norm}"
+        runs: list[str] = []
+        factors = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+        fixed: list[tuple[Method, float]] = [("fixed", f * bundled.theta) for f in factors]
+        for method, sigma in [*fixed, ("isotropic", bundled.theta), ("ancer", bundled.theta)]:
+            # A hundred steps of the isotropic search are enough here; 900 are the reference's.
+            command = Certify(norm=self.norm, method=method, n=self.n, iso_steps=100)
+            name = f"{method}-{sigma:g}" if method == "fixed" else method
+            runs.append(f"{out}/{name}")
+            command.certify(bundled.classifier, dataset, sigma, runs[-1])
+        _report(runs, self.norm, out)
+        proxies = {run: report.load_results(run).mean_proxy_radius() for run in runs}
+        best = max(runs[: len(factors)], key=lambda run: proxies[run])
+        print(f"\nMean proxy radius over the {len(dataset)} images (an l_p ball of the same volume):")
+        for run in (best, *runs[-2:]):
+            ratio = proxies[run] / proxies[best]
+            print(f"  {epath.Path(run).name:12} {proxies[run]:.3f}  {ratio:5.2f}x the best fixed sigma")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare runs: a table of certified accuracy, curves and theta maps as PNG."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
+    radii: tuple[float, ...] | None = None
+    """Radii at which to list certified accuracy."""
+    out: str = "report"
+    """Folder of the pictures."""
+
+    def run(self) -> None:
+        """Print the table, draw the pictures."""
+        if not self.runs:
+            raise ValueError("name at least one run directory or TSV file")
+        _report(list(self.runs), "", self.out, self.radii)
+
+
+def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float]:
+    """The classifier of that name, and sigma, by default the bundled classifier's."""
+    if name == "bundled":
+        bundled = load_bundled(norm)
+        return bundled.classifier, bundled.theta if sigma is None else sigma
+    module, colon, function = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
+        hint = "; did you mean 'bundled'?" if near else ""
+        raise ValueError(f"--classifier {name!r} is neither bundled nor module:function{hint}")
+    if sigma is None:
+        raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")
+    try:
+        sys.path.insert(0, "")
+        classifier = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--classifier {name!r}: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
+    return classifier, sigma
+
+
+def _report(runs: list[str], norm: str, out: str | None, radii: Sequence[float] | None = None) -> None:
+    """Print the table of the runs; with `out`, draw the pictures there."""
+    results = [report.load_results(run) for run in runs]
+    print(report.summary_table(results, list(radii or _RADII[norm or "l2"])))
+    if out is None:
+        return
+    folder = epath.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [folder / "certified_accuracy.png"]
+    report.plot_certified_accuracy(results, drawn[0], norm=norm)
+    for run in runs:
+        path = folder / f"theta_{epath.Path(run).name}.png"
+        if epath.Path(run).is_dir() and report.plot_theta(read_run(run), _images_of(run), path):
+            drawn.append(path)
+    print("\npictures: " + ", ".join(map(str, drawn)))
+
+
+def _images_of(run: str):
+    """id -> image of the run's data set, where it can be found again by its name."""
+    if read_run(run).settings["data"]["name"] != BUNDLED_SUBSET:
+        return {}
+    dataset = load_dataset(BUNDLED_SUBSET)
+    return {int(i): image for i, image in zip(dataset.ids, dataset.images, strict=True)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
+    commands = {"demo": Demo, "certify": Certify, "report": Report}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        print(f"ancer-jax: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("ancer-jax: stopped; start the same command again to continue", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

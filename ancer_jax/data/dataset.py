@@ -1,0 +1,110 @@
+"""A labelled image data set in memory, and its batches."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images with labels and the ids that name them in results.
+
+    Attributes:
+      name: what the data are called in results.
+      ids: int64 [n], increasing, in [0, 2^31); the index of the image in the upstream data set.
+      images: float32 [n, height, width, channels], in [0, 1].
+      labels: int64 [n], in [0, num_classes).
+      num_classes: number of classes of the data set.
+      fingerprint: hash of ids, labels and pixels, made here if empty; `select` keeps that of the whole.
+
+    Raises:
+      ValueError: naming the array and the value, if any of the above does not hold.
+    """
+
+    name: str
+    ids: Int[np.ndarray, " n"]
+    images: Float[np.ndarray, "n height width channels"]
+    labels: Int[np.ndarray, " n"]
+    num_classes: int
+    fingerprint: str = ""
+
+    def __post_init__(self):
+        images, labels, ids = self.images, self.labels, self.ids
+        if images.ndim != 4 or images.dtype != np.float32:
+            raise ValueError(
+                f"{self.name}: images must be float32 [n, height, width, channels], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if len(images) == 0:
+            raise ValueError(f"{self.name}: there are no images")
+        if ids.shape != (len(images),) or labels.shape != (len(images),):
+            raise ValueError(
+                f"{self.name}: {len(images)} images need as many ids and labels, "
+                f"got {list(ids.shape)} and {list(labels.shape)}"
+            )
+        if self.num_classes < 2:
+            raise ValueError(f"{self.name}: num_classes must be at least 2, got {self.num_classes}")
+        if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
+            raise ValueError(f"{self.name}: ids must be increasing and in 0..2^31 - 1")
+        if not np.isfinite(images).all():
+            bad = ids[~np.isfinite(images).all(axis=(1, 2, 3))][0]
+            raise ValueError(f"{self.name}: image {bad} has values that are not finite")
+        low, high = images.min(), images.max()
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{self.name}: pixels must be in [0, 1], found {low:g} to {high:g} (divide 8-bit pixels by 255)"
+            )
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            bad = labels.max() if labels.max() >= self.num_classes else labels.min()
+            raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")
+        if not self.fingerprint:
+            digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
+            for array in (ids.astype("<i8"), labels.astype("<i8"), images.astype("<f4")):
+                digest.update(np.ascontiguousarray(array).tobytes())
+            object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) -> Dataset:
+    """Every `skip`-th image in order, `max_images` of them at most.
+
+    Raises:
+      ValueError: if `skip` or `max_images` is below 1.
+    """
+    if skip < 1:
+        raise ValueError(f"skip must be at least 1, got {skip}")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max must be at least 1, got {max_images}")
+    return take(dataset, np.arange(0, len(dataset), skip)[:max_images])
+
+
+def take(dataset: Dataset, rows) -> Dataset:
+    """The images in the given rows (increasing)."""
+    return dataclasses.replace(dataset, ids=dataset.ids[rows], images=dataset.images[rows], labels=dataset.labels[rows])
+
+
+def batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches `{id, image, label, mask}` of exactly `batch_size` rows, in order.
+
+    The last batch is filled up with copies of its first row; `mask` is False there.
+
+    Raises:
+      ValueError: if `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(dataset), batch_size):
+        rows = np.arange(start, start + batch_size)
+        mask = rows < len(dataset)
+        rows = np.where(mask, rows, start)
+        yield {
+            "id": dataset.ids[rows],
+            "image": dataset.images[rows],
+            "label": dataset.labels[rows],
+            "mask": mask,
+        }

@@ -1,0 +1,107 @@
+"""Reading data sets: by name (bundled), from an npz file, or from a folder of idx files."""
+
+import difflib
+import gzip
+import importlib.resources
+import io
+import zipfile
+
+import numpy as np
+from etils import epath
+
+from ancer_jax.data.dataset import Dataset
+
+BUNDLED_SUBSET = "fashion-mnist-subset"
+_SPLITS = ("test", "train")
+_IDX_PREFIX = {"test": "t10k", "train": "train"}
+
+
+def load_dataset(source: str, *, split: str = "test") -> Dataset:
+    """The data set `source`, as float32 images in [0, 1].
+
+    Args:
+      source: `"fashion-mnist-subset"` (ships with the package: every 20th test image, every 30th training
+        image of Fashion-MNIST); the path of an `.npz` file with `images` (uint8, or float in [0, 1];
+        [n, h, w] or [n, h, w, c]), `labels` [n] and optionally `ids` [n]; or the path of a folder with
+        MNIST-style idx files (`t10k-images-idx3-ubyte[.gz]`, ...).
+      split: `"test"` or `"train"`; an npz file has one split only and ignores it.
+
+    Raises:
+      ValueError: if there is no such source, a file is damaged, or the arrays break `Dataset`'s rules.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if source == BUNDLED_SUBSET:
+        return _load_bundled(split)
+    path = epath.Path(source)
+    if path.is_dir():
+        return _load_idx(path, split)
+    if path.exists():
+        return _load_npz(path)
+    near = difflib.get_close_matches(source, [BUNDLED_SUBSET], n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no data set is named {source!r} and no file or folder is there{hint}")
+
+
+def _load_bundled(split: str) -> Dataset:
+    archive = importlib.resources.files("ancer_jax.data") / "fashion_mnist_subset.npz"
+    with archive.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return _dataset(
+            BUNDLED_SUBSET, arrays[f"{split}_images"], arrays[f"{split}_labels"], arrays[f"{split}_ids"], 10
+        )
+
+
+def _load_npz(path: epath.Path) -> Dataset:
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+    missing = {"images", "labels"} - set(found)
+    if missing:
+        raise ValueError(f"{path}: the npz file has no array {' and no '.join(sorted(missing))}")
+    return _dataset(path.name, found["images"], found["labels"], found.get("ids"), None)
+
+
+def _load_idx(folder: epath.Path, split: str) -> Dataset:
+    arrays = []
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        plain = folder / f"{_IDX_PREFIX[split]}-{kind}"
+        packed = folder / f"{plain.name}.gz"
+        path = plain if plain.exists() else packed
+        if not path.exists():
+            raise ValueError(f"{folder}: there is neither {plain.name} nor {packed.name}")
+        try:
+            data = path.read_bytes()
+            arrays.append(parse_idx(gzip.decompress(data) if path == packed else data))
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path}: not a readable idx file ({error})") from error
+    return _dataset(folder.name, arrays[0], arrays[1], None, 10)
+
+
+def parse_idx(data: bytes) -> np.ndarray:
+    """The uint8 array in the bytes of an idx file (the format of MNIST: magic, sizes, values)."""
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError("no idx header of unsigned bytes")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != shape.prod():
+        raise ValueError(f"header says {shape.tolist()} values, found {values.size}")
+    return values.reshape(shape)
+
+
+def _dataset(name, images, labels, ids, num_classes) -> Dataset:
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / np.float32(255)
+    elif np.issubdtype(images.dtype, np.floating):
+        images = images.astype(np.float32)
+    else:
+        raise ValueError(f"{name}: images must be uint8 or float, got {images.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels must be integers, got {labels.dtype}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if num_classes is None:
+        num_classes = max(2, int(labels.max(initial=0)) + 1)
+    ids = np.arange(len(images)) if ids is None else ids
+    return Dataset(name, ids.astype(np.int64), images, labels.astype(np.int64), num_classes)

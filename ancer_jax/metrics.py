@@ -1,0 +1,64 @@
+"""Figures over a data set: certified accuracy, average certified radius, medians. Host float64."""
+
+import fractions
+import math
+
+import numpy as np
+
+
+def certified_accuracy(radius, correct, at):
+    """Share of all inputs that are answered correctly with a radius of at least `at`.
+
+    Args:
+      radius: [n] certified radii, 0 where the classifier abstained; or proxy radii.
+      correct: [n] whether the answer is the label (False where the classifier abstained).
+      at: [...] radii.
+
+    Returns:
+      float64 [...].
+
+    Raises:
+      ValueError: if the arrays do not match or are empty.
+
+    References: Cohen et al. 2019, section 4.
+
+    >>> certified_accuracy([0.2, 0.6, 0.9], [True, True, False], [0.0, 0.5]).tolist()
+    [0.6666666666666666, 0.3333333333333333]
+    """
+    radius, correct = _columns(radius, correct)
+    reached = correct & (radius >= np.asarray(at, np.float64)[..., None])
+    return reached.mean(axis=-1)
+
+
+def average_certified_radius(radius, correct) -> float:
+    """ACR: mean over all inputs of `radius * correct`; with proxy radii, the ACR-tilde of ANCER.
+
+    Raises:
+      ValueError: if the arrays do not match or are empty.
+
+    References: Zhai et al. 2020 (MACER, arXiv 2001.02378); Eiras et al. 2022, section 6.
+    """
+    radius, correct = _columns(radius, correct)
+    return float((radius * correct).mean())
+
+
+def round_down(value: float | fractions.Fraction, digits: int) -> str:
+    """`value` as decimal text with `digits` decimals, rounded towards minus infinity, exactly.
+
+    >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)
+    ('1.24', '-0.01', '-inf')
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    scaled = math.floor(fractions.Fraction(value) * 10**digits)
+    whole, rest = divmod(abs(scaled), 10**digits)
+    return f"{'-' if scaled < 0 else ''}{whole}.{rest:0{digits}}"
+
+
+def _columns(radius, correct):
+    radius, correct = np.asarray(radius, np.float64), np.asarray(correct, bool)
+    if radius.ndim != 1 or radius.shape != correct.shape or not radius.size:
+        raise ValueError(
+            f"radius and correct must be two columns of one length, got {list(radius.shape)} and {list(correct.shape)}"
+        )
+    return radius, correct

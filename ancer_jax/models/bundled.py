@@ -1,0 +1,43 @@
+"""The two noise-trained Fashion-MNIST classifiers that ship with the package."""
+
+import importlib.resources
+import json
+from typing import NamedTuple
+
+import flax.serialization
+
+from ancer_jax.classifiers import Classifier, from_linen
+from ancer_jax.models.cnn import SmallCNN
+
+_NORMS = ("l2", "l1")
+
+
+class BundledModel(NamedTuple):
+    """A bundled classifier and how it was trained (`benchmarks/train_bundled.py`).
+
+    Attributes:
+      classifier: `SmallCNN` on images [28, 28, 1] in [0, 1].
+      theta: noise parameter it was trained with: standard deviation (l2) or half-width (l1).
+      clean_accuracy, noisy_accuracy: on the 10,000 test images of Fashion-MNIST, without noise and with one draw of
+        the training noise each.
+    """
+
+    classifier: Classifier
+    theta: float
+    clean_accuracy: float
+    noisy_accuracy: float
+
+
+def load_bundled(norm: str) -> BundledModel:
+    """The bundled classifier for `"l2"` (trained with Gaussian noise) or `"l1"` (uniform noise).
+
+    Raises:
+      ValueError: for another norm.
+    """
+    if norm not in _NORMS:
+        raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+    folder = importlib.resources.files("ancer_jax.models")
+    info = json.loads((folder / f"fashion_mnist_{norm}.json").read_text())
+    variables = flax.serialization.msgpack_restore((folder / f"fashion_mnist_{norm}.msgpack").read_bytes())
+    classifier = from_linen(SmallCNN(), variables, num_classes=10)
+    return BundledModel(classifier, info["theta"], info["clean_accuracy"], info["noisy_accuracy"])

@@ -1,0 +1,261 @@
+"""Sample-wise noise parameters: gradient ascent on the size of the certifiable region (method of ANCER).
+
+All functions work on one input and are meant to be vmapped. What they return is a choice of theta, not a certificate:
+theta is then certified with draws of its own.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Key
+
+from ancer_jax import bounds
+from ancer_jax.certificates import Certificate
+from ancer_jax.classifiers import Classifier
+from ancer_jax.regions import Region, geometric_mean, is_superset, proxy_radius
+from ancer_jax.smoothing import Stage, class_counts, smoothed_probs, stage_key
+
+Objective = Literal["ancer", "log_volume"]
+Guard = Literal["off", "volume", "superset"]
+
+# Without a bound the search runs away: noise that erases the image makes the network constant, and the certificate of a
+# constant function is huge, true and worthless.
+THETA_MAX_FACTOR = 4.0
+# A proxy gap of 0 has no logarithm; the gradient of the "log_volume" objective is bounded by 1 / _SMALLEST_GAP.
+_SMALLEST_GAP = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Settings that both searches share; they change the thetas that are found.
+
+    Attributes:
+      steps: ascent steps.
+      num_samples: noise draws per step.
+      learning_rate: step size, in the units of x.
+      objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
+      theta_max: upper bound of every coordinate of theta; None means 4 times `theta_init`; `inf` is no bound.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    steps: int = 100
+    num_samples: int = 100
+    learning_rate: float = 0.04
+    objective: Objective = "ancer"
+    theta_max: float | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "theta_max"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.objective not in ("ancer", "log_volume"):
+            raise ValueError(f"objective must be 'ancer' or 'log_volume', got {self.objective!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class IsotropicConfig(SearchConfig):
+    """Settings of `optimize_isotropic` (defaults: Alfarra et al. 2022, the reference's run)."""
+
+    steps: int = 900
+
+
+@dataclasses.dataclass(frozen=True)
+class AnisotropicConfig(SearchConfig):
+    """Settings of `optimize_anisotropic` and of the guarded choice (defaults: Eiras et al. 2022).
+
+    Attributes:
+      kappa: weight of `min(theta)` in the "ancer" objective.
+    """
+
+    kappa: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.kappa >= 0:
+            raise ValueError(f"kappa must not be negative, got {self.kappa}")
+
+
+class OptimizeTrace(NamedTuple):
+    """Soft estimates at the theta before each step; float [steps] each."""
+
+    gap: Float[Array, " steps"]
+    proxy_radius: Float[Array, " steps"]
+
+
+def optimize_isotropic(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[Array, "*d"],
+    theta_init: Float[Array, ""],
+    *,
+    config: IsotropicConfig,
+) -> tuple[Float[Array, ""], OptimizeTrace]:
+    """One noise level for this input: plain gradient ascent of `theta * proxy_gap(theta)` over a scalar theta.
+
+    With `objective="log_volume"`: `log(proxy_gap) + log(theta)`.
+
+    Args:
+      key: the example's key (the stage is folded in here).
+      classifier, certificate, x: as in `smoothing.class_counts`.
+      theta_init: [] start, an array per example: the noise level the classifier was trained with.
+      config: search settings.
+
+    Returns:
+      theta [], in [theta_init / 100, theta_max], and the trace. Where a step is not finite, the last finite theta
+      is kept.
+
+    References: Alfarra et al. 2022 (arXiv 2012.04351), algorithm 1.
+    """
+    theta_init = jnp.asarray(theta_init, x.dtype)
+
+    def objective(theta, gap):
+        if config.objective == "log_volume":
+            return jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta)
+        return theta * gap
+
+    return _ascend(
+        stage_key(key, Stage.ISOTROPIC),
+        classifier,
+        certificate,
+        x,
+        theta_init,
+        objective=objective,
+        optimizer=optax.sgd(config.learning_rate),
+        lower=theta_init / 100,
+        config=config,
+    )
+
+
+def optimize_anisotropic(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[Array, "*d"],
+    theta_init: Float[Array, "..."],
+    *,
+    config: AnisotropicConfig,
+) -> tuple[Float[Array, "*d"], OptimizeTrace]:
+    """One noise parameter per coordinate: ANCER's projected Adam ascent.
+
+    Maximises `proxy_gap * (geometric_mean(theta) + kappa * min(theta))` (or, with `objective="log_volume"`,
+    `log(proxy_gap) + mean(log theta)`) subject to `theta_init <= theta <= theta_max`, projecting after every step.
+
+    Args:
+      key: the example's key (the stage is folded in here).
+      classifier, certificate, x: as in `smoothing.class_counts`.
+      theta_init: [] or [*d] start and lower bound: the isotropic theta. An array per example.
+      config: search settings.
+
+    Returns:
+      theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= theta_init` alone
+      does not make the certified region larger, because the class probability can fall: see `guarded_choice`.
+
+    References: Eiras et al. 2022 (arXiv 2107.04570), section 5, equation 3.
+    """
+    theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)
+
+    def objective(theta, gap):
+        if config.objective == "log_volume":
+            return jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
+        return gap * (geometric_mean(theta) + config.kappa * theta.min())
+
+    return _ascend(
+        stage_key(key, Stage.ANISOTROPIC),
+        classifier,
+        certificate,
+        x,
+        theta_init,
+        objective=objective,
+        optimizer=optax.adam(config.learning_rate),
+        lower=theta_init,
+        config=config,
+    )
+
+
+def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer, lower, config):
+    """Projected gradient ascent of `objective(theta, gap)` over theta; fresh draws at every step."""
+    upper = THETA_MAX_FACTOR * theta_init if config.theta_max is None else config.theta_max
+    upper = jnp.maximum(upper, theta_init)
+
+    def loss(theta, key):
+        probs = smoothed_probs(key, classifier, certificate, x, theta, num_samples=config.num_samples)
+        gap = certificate.proxy_gap(probs)
+        return -objective(theta, gap), OptimizeTrace(gap, gap * geometric_mean(theta))
+
+    def step(carry, i):
+        theta, state = carry
+        gradient, trace = jax.grad(loss, has_aux=True)(theta, jax.random.fold_in(key, i))
+        updates, new_state = optimizer.update(gradient, state)
+        new_theta = jnp.clip(theta + updates, lower, upper)
+        finite = jnp.isfinite(new_theta).all()
+        keep = lambda new, old: jnp.where(finite, new, old)
+        return jax.tree.map(keep, (new_theta, new_state), (theta, state)), trace
+
+    (theta, _), trace = jax.lax.scan(step, (theta_init, optimizer.init(theta_init)), jnp.arange(config.steps))
+    return theta, trace
+
+
+def guarded_choice(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[Array, "*d"],
+    theta_isotropic: Float[Array, "..."],
+    theta_anisotropic: Float[Array, "*d"],
+    *,
+    guard: Guard,
+    num_samples: int,
+    alpha: float = 0.001,
+    chunk: int,
+) -> tuple[Float[Array, "*d"], Bool[Array, ""]]:
+    """Choose between the isotropic and the anisotropic theta of one input, on draws that certify nothing.
+
+    Both thetas get a Clopper-Pearson gap from the same `num_samples` draws. The anisotropic one is taken if it has the
+    same class and, with `guard="volume"`, the larger proxy radius, or with `guard="superset"`, a region that contains
+    the isotropic one; with `guard="off"`, always.
+
+    Args:
+      key: the example's key (the stage is folded in here).
+      classifier, certificate, x: as in `smoothing.class_counts`.
+      theta_isotropic: [] or [*d]; theta_anisotropic: [*d].
+      guard: the criterion (static).
+      num_samples, chunk: draws for each theta, and how many at a time (static).
+      alpha: error probability of the bounds that are compared; no guarantee hangs on it.
+
+    Returns:
+      theta [*d], and whether it is the anisotropic one.
+
+    Raises:
+      ValueError: at trace time, if there is no such guard.
+    """
+    theta_isotropic = jnp.broadcast_to(theta_isotropic, x.shape)
+    if guard not in ("off", "volume", "superset"):
+        raise ValueError(f"guard must be 'off', 'volume' or 'superset', got {guard!r}")
+    if guard == "off":
+        return theta_anisotropic, jnp.asarray(True)
+
+    def estimate(theta):
+        counts = class_counts(
+            stage_key(key, Stage.GUARD), classifier, certificate, x, theta, num_samples=num_samples, chunk=chunk
+        )
+        gap = certificate.gap(bounds.clopper_pearson_lower_traced(counts.max(), num_samples, alpha))
+        return counts.argmax(), Region(x, theta, gap, certificate.norm)
+
+    class_isotropic, isotropic = estimate(theta_isotropic)
+    class_anisotropic, anisotropic = estimate(theta_anisotropic)
+    if guard == "volume":
+        better = proxy_radius(anisotropic) > proxy_radius(isotropic)
+    else:
+        better = is_superset(anisotropic, isotropic)
+    better &= class_anisotropic == class_isotropic
+    return jnp.where(better, theta_anisotropic, theta_isotropic), better

@@ -1,0 +1,91 @@
+"""Pictures: certified accuracy curves and theta maps."""
+
+import numpy as np
+from etils import epath
+
+from ancer_jax.metrics import certified_accuracy
+from ancer_jax.report.tables import NOT_RECONCILED, Results
+from ancer_jax.runs import Run
+
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+
+def plot_certified_accuracy(results: list[Results], path: epath.PathLike, *, norm: str = "") -> None:
+    """Certified accuracy against radius and against proxy radius, one curve a run, as PNG."""
+    figure, axes = _figure(1, 2, (10, 4.2), sharey=True)
+    for column, axis, label in (
+        ("radius", axes[0, 0], f"{norm} radius (image units, pixels in [0, 1])"),
+        ("radius_proxy", axes[0, 1], f"{norm} proxy radius (same volume)"),
+    ):
+        end = max(r[column].max() for r in results) * 1.05 or 1.0
+        at = np.linspace(0, end, 400)
+        for i, r in enumerate(results):
+            name = f"{r.name} *" if r.data_dependent else r.name
+            accuracy = certified_accuracy(r[column], r.correct, at)
+            width = 2.4 if r.data_dependent else 1.4
+            axis.plot(
+                at, accuracy, linestyle=_STYLES[i % len(_STYLES)], color=f"C{i % 10}", label=name, linewidth=width
+            )
+        axis.set(xlabel=label.strip(), xlim=(0, end), ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(f"certified accuracy ({len(results[0].correct)} images)")
+    axes[0, 1].legend(fontsize=8)
+    if any(r.data_dependent for r in results):
+        figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
+    _save(figure, path)
+
+
+def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *, columns: int = 8) -> bool:
+    """The theta maps of a run's first images beside the images, as PNG.
+
+    Args:
+      run: a run whose theta has one value per coordinate.
+      images: id -> image [height, width, channels] in [0, 1].
+      path: PNG file.
+      columns: how many images.
+
+    Returns:
+      False, with nothing drawn, if theta is one number per image or none of the images is in the run.
+    """
+    found = [
+        (int(i), theta, int(label), int(prediction), float(gap))
+        for shard in run.shards()
+        for i, theta, label, prediction, gap in zip(
+            shard["ids"], shard["theta"], shard["labels"], shard["predictions"], shard["gap"], strict=True
+        )
+        if theta.ndim == 3 and int(i) in images
+    ][:columns]
+    if not found:
+        return False
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure, axes = _figure(2, len(found), (1.6 * len(found) + 1, 3.8))
+    scale = Normalize(0, max(theta.max() for _, theta, *_ in found))
+    for column, (i, theta, label, prediction, gap) in enumerate(found):
+        image = images[i]
+        axes[0, column].imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
+        answer = "abstains" if prediction < 0 else f"predicts {prediction}"
+        axes[0, column].set_title(f"#{i}, label {label}\n{answer}", fontsize=8)
+        axes[1, column].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
+        axes[1, column].set_title(f"theta {theta.min():.2f}..{theta.max():.2f}\ngap {gap:.2f}", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label="theta (image units)")
+    _save(figure, path)
+    return True
+
+
+def _figure(rows, columns, size, **options):
+    """A figure with a canvas of its own: no display, and no state shared with the user's matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _save(figure, path):
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,118 @@
+"""Monte Carlo on the smoothed classifier: the only place where noise meets a classifier.
+
+Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`, so that no draw is used twice and neither chunk size,
+batch size nor device count changes a bit of the noise.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax.certificates import Certificate
+from ancer_jax.classifiers import Classifier
+
+
+class Stage(enum.IntEnum):
+    """What draws are for; each stage's draws are independent of the others'."""
+
+    SELECT = 0
+    ESTIMATE = 1
+    PREDICT = 2
+    ISOTROPIC = 3
+    ANISOTROPIC = 4
+    GUARD = 5
+
+
+def stage_key(key: Key[Array, ""], stage: Stage) -> Key[Array, ""]:
+    """The key of one stage of one example.
+
+    Raises:
+      ValueError: at trace time, if `key` is no typed threefry key: the other generators' draws change under vmap.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError("key must be a typed threefry key: jax.random.key(seed, impl='threefry2x32')")
+    return jax.random.fold_in(key, stage)
+
+
+def _noisy_logits(key, classifier, certificate, x, theta, draws):
+    """Logits [m, K] of `x` under the noise draws with the given indices [m]."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
+    x = jnp.asarray(x)
+    theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
+    noise = jax.vmap(lambda k: certificate.sample(k, theta))(keys)
+    return classifier(x[None] + noise)
+
+
+def class_counts(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[Array, "*d"],
+    theta: Float[Array, "..."],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> Int[Array, " K"]:
+    """How many of `num_samples` noisy copies of `x` the base classifier puts into each class.
+
+    `counts[c] = #{i : f(x + theta * eps_i) = c}`. A draw with a NaN logit votes for no class, so that the counts may
+    add up to less than `num_samples`. Memory is that of `chunk` copies, whatever `num_samples`.
+
+    Args:
+      key: typed key of the draws; draw i uses `fold_in(key, i)`.
+      classifier, certificate: base classifier and noise law.
+      x: [*d] one input.
+      theta: [] or [*d] noise parameter, in the units of x.
+      num_samples: number of draws (static).
+      chunk: how many draws at a time (static); changes speed and memory, never the draws.
+
+    Returns:
+      int32 [K].
+
+    Raises:
+      ValueError: at trace time, if `num_samples` or `chunk` is below 1 or x is not floating point.
+    """
+    for name, value in (("num_samples", num_samples), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    chunk = min(chunk, num_samples)
+
+    def count(start):
+        draws = start + jnp.arange(chunk)
+        logits = _noisy_logits(key, classifier, certificate, x, theta, draws)
+        counted = (draws < num_samples) & ~jnp.isnan(logits).any(axis=-1)
+        votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
+        return (votes * counted[:, None]).sum(axis=0)
+
+    def add(counts, start):
+        return counts + count(start), None
+
+    starts = jnp.arange(0, num_samples, chunk)
+    return jax.lax.scan(add, jnp.zeros(classifier.num_classes, jnp.int32), starts)[0]
+
+
+def smoothed_probs(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[Array, "*d"],
+    theta: Float[Array, "..."],
+    *,
+    num_samples: int,
+) -> Float[Array, " K"]:
+    """Mean softmax output over `num_samples` noisy copies of `x`: a soft estimate of the class probabilities.
+
+    Differentiable in x, theta (reparameterised noise) and the classifier's variables. All copies are held at once.
+
+    Args:
+      As in `class_counts`.
+
+    Returns:
+      float [K], sums to 1.
+    """
+    logits = _noisy_logits(key, classifier, certificate, x, theta, jnp.arange(num_samples))
+    return jax.nn.softmax(logits, axis=-1).mean(axis=0)
