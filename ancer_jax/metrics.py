@@ -48,9 +48,11 @@ def round_down(value: float | fractions.Fraction, digits: int) -> str:
     >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)
     ('1.24', '-0.01', '-inf')
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    scaled = math.floor(fractions.Fraction(value) * 10**digits)
+    if not isinstance(value, fractions.Fraction):
+        if not math.isfinite(value):
+            return str(float(value))
+        value = fractions.Fraction(float(value))
+    scaled = math.floor(value * 10**digits)
     whole, rest = divmod(abs(scaled), 10**digits)
     return f"{'-' if scaled < 0 else ''}{whole}.{rest:0{digits}}"
 

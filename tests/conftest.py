@@ -1,0 +1,11 @@
+"""Types are checked while the tests run: jaxtyping's shapes through beartype."""
+
+import os
+
+# Four virtual devices, so that tests can compare one device with several.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jaxtyping
+
+jaxtyping.install_import_hook("ancer_jax", "beartype.beartype")
