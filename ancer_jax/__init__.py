@@ -13,7 +13,7 @@ from ancer_jax.optimize import (
     optimize_isotropic,
 )
 from ancer_jax.pipeline import Execution, RunConfig, certify_dataset
-from ancer_jax.regions import Region
+from ancer_jax.regions import Region, log_volume, proxy_radius, radius
 
 __all__ = [
     "ABSTAIN",
@@ -36,7 +36,10 @@ __all__ = [
     "guarded_choice",
     "load_bundled",
     "load_dataset",
+    "log_volume",
     "optimize_anisotropic",
     "optimize_isotropic",
     "predict",
+    "proxy_radius",
+    "radius",
 ]

@@ -5,7 +5,7 @@ with probability at least `p_lower`, then it is constant on `{y : ||(y - x) / th
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ancer_jax.regions import array_library
 _CLIP = 1e-3
 
 
+@runtime_checkable
 class Certificate(Protocol):
     """What a certificate provides. Implementations are frozen and hashable and hold no arrays (static arguments)."""
 

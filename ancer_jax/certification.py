@@ -1,12 +1,13 @@
 """Prediction and certification of one input by Monte Carlo (Cohen et al. 2019, algorithm 1)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
 from ancer_jax.certificates import Certificate
@@ -52,19 +53,19 @@ class Certification:
       n: number of draws.
     """
 
-    prediction: np.ndarray
-    p_lower: np.ndarray
-    gap: np.ndarray
-    count: np.ndarray
-    n: np.ndarray
+    prediction: Any
+    p_lower: Any
+    gap: Any
+    count: Any
+    n: Any
 
 
 def count_votes(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
     *,
     config: CertifyConfig,
     chunk: int,
@@ -93,7 +94,8 @@ def certification(selected, count, *, certificate: Certificate, config: CertifyC
     p_lower = bounds.clopper_pearson_lower(count, config.n, config.alpha)
     gap = certificate.gap(p_lower)
     prediction = np.where(gap > 0, selected, ABSTAIN)
-    return Certification(prediction, p_lower, gap, count, np.full(count.shape, config.n))
+    columns = (prediction, p_lower, gap, count, np.full(count.shape, config.n))
+    return Certification(*(np.asarray(column)[()] for column in columns))
 
 
 _count_votes = jax.jit(count_votes, static_argnames=("certificate", "config", "chunk"))
@@ -103,8 +105,8 @@ def certify(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
     *,
     config: CertifyConfig | None = None,
     chunk: int = 1000,
@@ -142,7 +144,7 @@ def certify(
     shift = np.linalg.norm(np.ravel((np.float64(x) - np.float64(x32)) / np.float64(theta32)), ord=certificate.norm)
     stretch = np.maximum(1.0, np.max(np.float64(theta) / np.float64(theta32)))
     gap = np.maximum(result.gap - shift, 0.0) / stretch
-    return dataclasses.replace(result, gap=gap, prediction=np.where(gap > 0, result.prediction, ABSTAIN))
+    return dataclasses.replace(result, gap=gap, prediction=np.where(gap > 0, result.prediction, ABSTAIN)[()])
 
 
 _class_counts = jax.jit(class_counts, static_argnames=("certificate", "num_samples", "chunk"))
@@ -152,8 +154,8 @@ def predict(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
     *,
     n: int = 1000,
     alpha: float = 0.001,

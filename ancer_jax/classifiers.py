@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import ArrayLike
 
 # Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
 _EVALUATION_ARGUMENTS = {"train": False, "training": False, "is_training": False, "deterministic": True}
@@ -35,12 +36,13 @@ class Classifier:
     variables: Any
     num_classes: int = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: ArrayLike) -> jax.Array:
         """Logits [n, K] of inputs [n, *d].
 
         Raises:
           ValueError: at trace time, if the logits have another shape.
         """
+        x = jnp.asarray(x)
         logits = self.apply(self.variables, x)
         if logits.shape != (x.shape[0], self.num_classes):
             raise ValueError(

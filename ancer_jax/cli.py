@@ -115,8 +115,15 @@ class Certify:
             seed=self.seed,
         )
         execution = Execution(self.batch_size, self.chunk, self.devices)
-        with tqdm.tqdm(total=len(dataset), unit="image", desc=f"{self.method} {sigma:g}", smoothing=0) as bar:
-            certify_dataset(classifier, dataset, config, out=out, execution=execution, progress=bar.update)
+        title = f"{self.method} {sigma:g}"
+        # The delay keeps the bar back until the run is open: an error before that is one line alone.
+        with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
+
+            def progress(images: int) -> None:
+                bar.delay = 0
+                bar.update(images)
+
+            certify_dataset(classifier, dataset, config, out=out, execution=execution, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,7 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
     try:
         sys.path.insert(0, "")
         classifier = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--classifier {name!r}: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
@@ -206,8 +213,10 @@ def _report(runs: list[str], norm: str, out: str | None, radii: Sequence[float] 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [folder / "certified_accuracy.png"]
     report.plot_certified_accuracy(results, drawn[0], norm=norm)
-    for run in runs:
+    for i, run in enumerate(runs):
         path = folder / f"theta_{epath.Path(run).name}.png"
+        if path in drawn:
+            path = folder / f"theta_{epath.Path(run).name}_{i}.png"
         if epath.Path(run).is_dir() and report.plot_theta(read_run(run), _images_of(run), path):
             drawn.append(path)
     print("\npictures: " + ", ".join(map(str, drawn)))

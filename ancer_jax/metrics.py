@@ -42,7 +42,7 @@ def average_certified_radius(radius, correct) -> float:
     return float((radius * correct).mean())
 
 
-def round_down(value: float | fractions.Fraction, digits: int) -> str:
+def round_down(value: float | np.floating | fractions.Fraction, digits: int) -> str:
     """`value` as decimal text with `digits` decimals, rounded towards minus infinity, exactly.
 
     >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)

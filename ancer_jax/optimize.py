@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from ancer_jax import bounds
 from ancer_jax.certificates import Certificate
@@ -95,8 +95,8 @@ def optimize_isotropic(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta_init: Float[Array, ""],
+    x: Float[ArrayLike, "*d"],
+    theta_init: Float[ArrayLike, ""],
     *,
     config: IsotropicConfig,
 ) -> tuple[Float[Array, ""], OptimizeTrace]:
@@ -116,6 +116,7 @@ def optimize_isotropic(
 
     References: Alfarra et al. 2022 (arXiv 2012.04351), algorithm 1.
     """
+    x = jnp.asarray(x)
     theta_init = jnp.asarray(theta_init, x.dtype)
 
     def objective(theta, gap):
@@ -140,8 +141,8 @@ def optimize_anisotropic(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta_init: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta_init: Float[ArrayLike, "..."],
     *,
     config: AnisotropicConfig,
 ) -> tuple[Float[Array, "*d"], OptimizeTrace]:
@@ -162,6 +163,7 @@ def optimize_anisotropic(
 
     References: Eiras et al. 2022 (arXiv 2107.04570), section 5, equation 3.
     """
+    x = jnp.asarray(x)
     theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)
 
     def objective(theta, gap):
@@ -209,9 +211,9 @@ def guarded_choice(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta_isotropic: Float[Array, "..."],
-    theta_anisotropic: Float[Array, "*d"],
+    x: Float[ArrayLike, "*d"],
+    theta_isotropic: Float[ArrayLike, "..."],
+    theta_anisotropic: Float[ArrayLike, "*d"],
     *,
     guard: Guard,
     num_samples: int,
@@ -238,7 +240,10 @@ def guarded_choice(
     Raises:
       ValueError: at trace time, if there is no such guard.
     """
-    theta_isotropic = jnp.broadcast_to(theta_isotropic, x.shape)
+    x = jnp.asarray(x)
+    theta_isotropic, theta_anisotropic = (
+        jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape) for theta in (theta_isotropic, theta_anisotropic)
+    )
     if guard not in ("off", "volume", "superset"):
         raise ValueError(f"guard must be 'off', 'volume' or 'superset', got {guard!r}")
     if guard == "off":

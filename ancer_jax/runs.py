@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,12 +54,15 @@ class Run:
         Raises:
           ValueError: if a shard is truncated or belongs to another run.
         """
-        files = (self.path / "shards").glob("*.npz")
+        files = list((self.path / "shards").glob("*.npz"))
+        for file in files:
+            if not file.stem.isdecimal():
+                raise ValueError(f"{file}: not a shard of this run; move it away")
         for file in sorted(files, key=lambda file: int(file.stem)):
             try:
                 with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
                     shard = {name: arrays[name] for name in (*_ARRAYS, "key")}
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
             if str(shard.pop("key")) != self.key:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
@@ -138,10 +142,10 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
     (path / "shards").mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(str(path / "lock"), timeout=0)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout:
         raise ValueError(f"another process is writing to the run {path}") from None
-    with lock:
+    with held:
         settings = json.loads(json.dumps(settings))
         run = Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
         config = path / "config.json"
@@ -163,9 +167,12 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """
     config = epath.Path(path) / "config.json"
     try:
-        return json.loads(config.read_text())["settings"]
+        settings = json.loads(config.read_text())["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError(f"settings are {settings!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
+    return settings
 
 
 def read_run(path: epath.PathLike) -> Run:

@@ -8,7 +8,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax.certificates import Certificate
 from ancer_jax.classifiers import Classifier
@@ -51,8 +51,8 @@ def class_counts(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
     *,
     num_samples: int,
     chunk: int,
@@ -99,8 +99,8 @@ def smoothed_probs(
     key: Key[Array, ""],
     classifier: Classifier,
     certificate: Certificate,
-    x: Float[Array, "*d"],
-    theta: Float[Array, "..."],
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
     *,
     num_samples: int,
 ) -> Float[Array, " K"]:

@@ -5,6 +5,7 @@ import gzip
 import importlib.resources
 import io
 import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -55,7 +56,7 @@ def _load_npz(path: epath.Path) -> Dataset:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable npz file ({error})") from error
     missing = {"images", "labels"} - set(found)
     if missing:
@@ -74,7 +75,7 @@ def _load_idx(folder: epath.Path, split: str) -> Dataset:
         try:
             data = path.read_bytes()
             arrays.append(parse_idx(gzip.decompress(data) if path == packed else data))
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a readable idx file ({error})") from error
     return _dataset(folder.name, arrays[0], arrays[1], None, 10)
 
@@ -94,14 +95,21 @@ def _dataset(name, images, labels, ids, num_classes) -> Dataset:
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / np.float32(255)
     elif np.issubdtype(images.dtype, np.floating):
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):
+            images = images.astype(np.float32)
     else:
         raise ValueError(f"{name}: images must be uint8 or float, got {images.dtype}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name}: labels must be integers, got {labels.dtype}")
+    if images.ndim not in (3, 4):
+        raise ValueError(
+            f"{name}: images must be [n, height, width] or [n, height, width, channels], got {list(images.shape)}"
+        )
     if images.ndim == 3:
         images = images[..., None]
     if num_classes is None:
         num_classes = max(2, int(labels.max(initial=0)) + 1)
     ids = np.arange(len(images)) if ids is None else ids
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name}: ids must be integers, got {ids.dtype}")
     return Dataset(name, ids.astype(np.int64), images, labels.astype(np.int64), num_classes)

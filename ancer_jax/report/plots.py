@@ -64,7 +64,8 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
     scale = Normalize(0, max(theta.max() for _, theta, *_ in found))
     for column, (i, theta, label, prediction, gap) in enumerate(found):
         image = images[i]
-        axes[0, column].imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
+        pixels = image[..., 0] if image.shape[-1] == 1 else image
+        axes[0, column].imshow(pixels, cmap="gray", vmin=0, vmax=1)
         answer = "abstains" if prediction < 0 else f"predicts {prediction}"
         axes[0, column].set_title(f"#{i}, label {label}\n{answer}", fontsize=8)
         axes[1, column].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)

@@ -40,7 +40,7 @@ class Results:
     @property
     def data_dependent(self) -> bool:
         """Whether theta was chosen per input."""
-        return "method" in self.columns and (self["method"] != "fixed").any()
+        return "method" in self.columns and bool((self["method"] != "fixed").any())
 
     def mean_proxy_radius(self) -> float:
         """Mean over all inputs, whatever their answer; 0 where the classifier abstained."""

@@ -1,0 +1,180 @@
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ancer_jax import bounds
+
+
+def exact_tail_at(p, successes, trials):
+    """P(Bin(trials, p) >= successes) in 40 digits, for p below successes / trials: terms fall from the first on."""
+    with mpmath.workdps(40):
+        p = mpmath.mpf(float(p))
+        term = mpmath.binomial(trials, successes) * p**successes * (1 - p) ** (trials - successes)
+        tail = term
+        for k in range(successes, trials):
+            term *= mpmath.mpf(trials - k) / (k + 1) * p / (1 - p)
+            tail += term
+            if term < tail * 1e-30:
+                break
+        return tail
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e-3, 0.05, 0.5])
+@pytest.mark.parametrize(
+    ("successes", "trials"),
+    [
+        (1, 1),
+        (1, 2),
+        (7, 10),
+        (10, 10),
+        (90, 100),
+        (999, 1000),
+        (51_234, 100_000),
+        (99_999, 100_000),
+        (100_000, 100_000),
+    ],
+)
+def test_lower_is_the_exact_bound_rounded_down(successes, trials, alpha):
+    p = bounds.clopper_pearson_lower(successes, trials, alpha)
+    assert exact_tail_at(p, successes, trials) <= alpha
+    assert exact_tail_at(p * (1 + 1e-11), successes, trials) > alpha
+
+
+def test_ends():
+    assert bounds.clopper_pearson_lower(0, 10, 0.05) == 0
+    assert bounds.clopper_pearson_upper(10, 10, 0.05) == 1
+    q = -np.expm1(np.log(0.001) / 1000)
+    assert bounds.clopper_pearson_upper(0, 1000, 0.001) == pytest.approx(q, rel=1e-11)
+    assert bounds.clopper_pearson_upper(0, 1000, 0.001) >= q
+
+
+@given(st.integers(1, 10**7), st.data(), st.floats(1e-8, 0.5))
+def test_upper_mirrors_lower(trials, data, alpha):
+    successes = data.draw(st.integers(0, trials))
+    upper = bounds.clopper_pearson_upper(successes, trials, alpha)
+    lower = bounds.clopper_pearson_lower(trials - successes, trials, alpha)
+    assert upper == pytest.approx(1 - lower, rel=1e-9, abs=1e-11)
+    assert bounds.clopper_pearson_lower(successes, trials, alpha) <= successes / trials <= upper
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.999])
+def test_coverage(p):
+    counts = np.random.default_rng(0).binomial(200, p, 20_000)
+    wrong = int((bounds.clopper_pearson_lower(counts, 200, 0.05) > p).sum())
+    assert scipy.stats.binomtest(wrong, 20_000, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_separate_bounds_hold_together():
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for counts in rng.multinomial(300, p, 4000):
+        p_lower, p_b_upper = bounds.separate_bounds(counts, 0, 0.05)
+        wrong += p_lower > p[0] or p_b_upper < p[1:].max()
+    assert scipy.stats.binomtest(wrong, 4000, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_separate_bounds_are_the_two_class_bound_for_two_classes():
+    p_lower, p_b_upper = bounds.separate_bounds([900, 100], 0, 0.001)
+    assert p_lower == bounds.clopper_pearson_lower(900, 1000, 0.0005)
+    assert p_b_upper == pytest.approx(1 - p_lower, rel=1e-9)
+    spread = bounds.separate_bounds([600, 100, 100, 100, 100], 0, 0.001)
+    assert spread[1] < 1 - spread[0]
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000))
+@settings(max_examples=50)
+def test_binomial_test_is_scipys(a, b):
+    expected = scipy.stats.binomtest(a, a + b).pvalue if a + b else 1.0
+    assert bounds.binomial_test(a, b) == pytest.approx(expected, rel=1e-9)
+    assert bounds.binomial_test(a, b) >= expected * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((1, 0, 0.1), "trials must be at least 1, got 0"),
+        ((3, 2, 0.1), "successes must be in"),
+        ((-1, 2, 0.1), "successes must be in"),
+        ((0.5, 2, 0.1), "successes must be integers"),
+        ((1, 2, 0.0), "alpha must be in"),
+        ((1, 2, 1.0), "alpha must be in"),
+        ((1, 2, float("nan")), "alpha must be in"),
+    ],
+)
+def test_arguments_out_of_range(arguments, text):
+    for function in (bounds.clopper_pearson_lower, bounds.clopper_pearson_upper):
+        with pytest.raises(ValueError, match=text):
+            function(*arguments)
+
+
+def test_separate_bounds_refuse_what_is_not_counts():
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        bounds.separate_bounds([5], 0, 0.1)
+    with pytest.raises(ValueError, match=r"top must be in 0\.\.1"):
+        bounds.separate_bounds([5, 3], 2, 0.1)
+    with pytest.raises(ValueError, match="negative"):
+        bounds.binomial_test(-1, 3)
+
+
+def grid(trials):
+    """2,000 counts (one shape, one compilation): all up to n = 1999, else the ends densely and a grid between."""
+    if trials < 2000:
+        return np.resize(np.arange(trials + 1), 2000)
+    ends = np.concatenate([np.arange(300), np.rint(np.geomspace(300, trials, 400)).astype(int)])
+    between = np.random.default_rng(trials).integers(0, trials + 1, 600)
+    return np.concatenate([ends, trials - ends, between])
+
+
+lower_traced = jax.jit(bounds.clopper_pearson_lower_traced)
+upper_traced = jax.jit(bounds.clopper_pearson_upper_traced)
+TRIALS = [1, 2, 3, 7, 50, 100, 1000, 1999, 10_000, 100_000, 10**6, 10**7, 2**24]
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e-6, 1e-3, 0.05, 0.5])
+@pytest.mark.parametrize("trials", TRIALS)
+def test_traced_twin_is_never_above_and_close(trials, alpha):
+    k = grid(trials)
+    p, exact = np.float64(lower_traced(k, trials, alpha)), bounds.clopper_pearson_lower(k, trials, alpha)
+    assert ((p >= 0) & (p <= exact)).all()
+    assert (1 - p <= (1 - exact) * 1.01 + 2.0**-23).all()
+    q, exact = np.float64(upper_traced(k, trials, alpha)), bounds.clopper_pearson_upper(k, trials, alpha)
+    assert ((q >= exact) | (q == np.float32(1))).all()
+    assert (q <= exact * 1.01).all()
+
+
+@pytest.mark.parametrize(("k", "n"), [(900.0, 1000.0), (600.0, 1000.0), (99_900.0, 1e5), (3.0, 10.0), (5e6, 1e7)])
+def test_gradient_of_the_traced_twin_is_the_implicit_derivative(k, n):
+    alpha = 1e-3
+    exact = lambda k, n, alpha: scipy.special.betaincinv(k, n - k + 1, alpha)
+    step = 1e-4 * k
+    expected = (
+        (exact(k + step, n, alpha) - exact(k - step, n, alpha)) / (2 * step),
+        (exact(k, n + step, alpha) - exact(k, n - step, alpha)) / (2 * step),
+        (exact(k, n, 1.01e-3) - exact(k, n, 0.99e-3)) / 0.02e-3,
+    )
+    gradient = jax.jit(jax.grad(bounds.clopper_pearson_lower_traced, argnums=(0, 1, 2)))(k, n, alpha)
+    np.testing.assert_allclose(gradient, expected, rtol=0.02)
+
+
+def test_gradients_are_finite_at_the_ends():
+    gradient = jax.jit(jax.vmap(jax.grad(bounds.clopper_pearson_lower_traced), in_axes=(0, None, None)))
+    assert jnp.isfinite(gradient(jnp.array([0.0, 1.0, 999.0, 1000.0]), 1000.0, 1e-3)).all()
+
+
+def test_traced_twin_gives_nothing_away_where_it_cannot_count():
+    successes, trials = np.array([2**25, 5, -1, 11, 5, 5]), np.array([2**25, 0, 10, 10, 10, 10])
+    alpha = np.array([0.001, 0.001, 0.001, 0.001, np.nan, 1.5])
+    assert (lower_traced(successes, trials, alpha) == 0).all()
+
+
+def test_traced_twin_under_vmap_is_elementwise():
+    k = jnp.arange(0, 101, 10)
+    one_by_one = [float(lower_traced(int(i), 100, 0.01)) for i in k]
+    batched = jax.vmap(lambda k: lower_traced(k, 100, 0.01))(k)
+    np.testing.assert_allclose(batched, one_by_one, rtol=1e-5)

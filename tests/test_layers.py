@@ -1,0 +1,88 @@
+"""The house rules that a reader relies on: who may import whom, and that public names are documented."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import ancer_jax
+
+PACKAGE = pathlib.Path(ancer_jax.__file__).parent
+README = (PACKAGE.parent / "README.md").read_text()
+LAYERS = {
+    "bounds": 0, "regions": 0,
+    "certificates": 1, "classifiers": 1, "smoothing": 1,
+    "certification": 2, "optimize": 2,
+    "metrics": 3, "parallel": 3,
+    "runs": 4, "data": 4, "models": 4, "report": 4,
+    "pipeline": 5,
+    "cli": 6,
+}  # fmt: skip
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_lower_layers(path):
+    layer = LAYERS[module_of(path)]
+    for name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "ancer_jax":
+            other = parts[1]
+            assert other == module_of(path) or LAYERS[other] < layer or (LAYERS[other] == layer and layer in (0, 1, 4))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_outside_libraries_and_the_outside_world_stay_where_they_belong(path):
+    tree, module = ast.parse(path.read_text()), module_of(path)
+    names = {name.split(".")[0] for name in imports(tree)}
+    assert "flax" not in names or module in ("classifiers", "models")
+    top_level = {
+        name.split(".")[0]
+        for name in imports(ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef)], []))
+    }
+    assert top_level.isdisjoint({"matplotlib", "torch", "tensorflow_datasets"})
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert "print" not in calls or module == "cli"
+    assert "open" not in calls
+
+
+def test_importing_the_package_starts_no_heavy_library():
+    code = "import sys, ancer_jax; print(sorted({'matplotlib', 'torch', 'tensorflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ancer_jax.__all__)
+def test_public_names_are_documented(name):
+    thing = getattr(ancer_jax, name)
+    if callable(thing):
+        assert len(inspect.getdoc(thing)) > 30
+        assert inspect.getdoc(thing) != inspect.getdoc(type(thing))
+
+
+def test_public_names_are_sorted_and_complete():
+    assert sorted(ancer_jax.__all__) == ancer_jax.__all__
+    public = {name for name, thing in vars(ancer_jax).items() if name[0] != "_" and not inspect.ismodule(thing)}
+    assert public == set(ancer_jax.__all__)
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(example.replace("n=100_000", "n=2_000"), "README.md", "exec"), {})
+    assert "certified" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+
+from ancer_jax import (
+    AnisotropicConfig,
+    GaussianL2,
+    IsotropicConfig,
+    UniformL1,
+    from_function,
+    guarded_choice,
+    optimize_anisotropic,
+    optimize_isotropic,
+)
+from tests import reference
+
+KEY = jax.random.key(0)
+ORIGIN = np.zeros(1, np.float32)
+STEEP = 50.0
+
+
+def interval_logits(half_width, x):
+    """Class 1 iff |x| < half_width in every coordinate, with a steep slope, so that soft and hard votes agree."""
+    inside = STEEP * jnp.min(half_width - jnp.abs(x), axis=-1)
+    return jnp.stack([-inside, inside], axis=-1)
+
+
+def interval(*half_widths):
+    return from_function(interval_logits, np.float32(half_widths), num_classes=2)
+
+
+def not_a_number(variables, x):
+    return x[:, :2] * jnp.nan
+
+
+@pytest.mark.parametrize("objective", ["ancer", "log_volume"])
+@pytest.mark.parametrize(("certificate", "start"), [(GaussianL2(), 0.2), (GaussianL2(), 0.9), (UniformL1(), 0.6)])
+def test_isotropic_search_finds_the_level_that_is_best(certificate, start, objective):
+    """Size `theta * gap(P(|theta * eps| < 1))` has a closed form; the search comes close to its maximum."""
+    law = scipy.stats.norm() if certificate.norm == 2 else scipy.stats.uniform(-1, 2)
+    size = lambda theta: theta * float(certificate.gap(min(law.cdf(1 / theta) - law.cdf(-1 / theta), 0.999)))
+    best = size(scipy.optimize.minimize_scalar(lambda t: -size(t), bounds=(0.05, 3), method="bounded").x)
+    rate = 0.02 if objective == "ancer" else 0.01
+    config = IsotropicConfig(steps=300, num_samples=300, learning_rate=rate, theta_max=4.0, objective=objective)
+    theta, trace = jax.jit(optimize_isotropic, static_argnames=("certificate", "config"))(
+        KEY, interval(1.0), certificate, ORIGIN, start, config=config
+    )
+    assert size(float(theta)) > 0.9 * best
+    assert size(start) < 0.75 * best
+    assert trace.gap.shape == trace.proxy_radius.shape == (300,)
+    assert trace.proxy_radius[-20:].mean() > trace.proxy_radius[0]
+
+
+@pytest.mark.parametrize("objective", ["ancer", "log_volume"])
+@pytest.mark.parametrize(("certificate", "highest"), [(GaussianL2(), 0.7), (UniformL1(), 1.1)])
+def test_anisotropic_search_grows_where_the_classifier_does_not_look(certificate, highest, objective):
+    classifier = reference.linear([STEEP, 0.0, 0.0, 0.0], b=STEEP)
+    config = AnisotropicConfig(steps=60, num_samples=100, theta_max=2.0, objective=objective)
+    theta, trace = optimize_anisotropic(KEY, classifier, certificate, np.zeros(4, np.float32), 0.5, config=config)
+    assert theta.shape == (4,)
+    np.testing.assert_allclose(theta[1:], 2.0)
+    # Uniform noise up to the boundary costs nothing.
+    assert 0.5 <= theta[0] < highest
+    assert trace.proxy_radius[-1] > 1.5 * trace.proxy_radius[0]
+
+
+def test_theta_stays_between_the_isotropic_one_and_the_bound():
+    theta_init = np.array([0.3, 0.6, 0.9], np.float32)
+    config = AnisotropicConfig(steps=40, num_samples=20, learning_rate=0.5, theta_max=1.0)
+    theta, _ = optimize_anisotropic(
+        KEY, interval(0.5, 1.0, 2.0), GaussianL2(), np.zeros(3, np.float32), theta_init, config=config
+    )
+    assert (theta >= theta_init).all()
+    assert (theta <= 1.0).all()
+    assert (theta != theta_init).any()
+
+
+def test_the_search_runs_away_without_a_bound_and_not_with_it():
+    """A network that noise makes constant: the certified region of the constant is as large as one likes."""
+    search = lambda **settings: optimize_isotropic(
+        KEY,
+        reference.constant([0, 5]),
+        GaussianL2(),
+        ORIGIN,
+        0.25,
+        config=IsotropicConfig(steps=100, num_samples=10, **settings),
+    )[0]
+    assert search() == 1.0
+    assert search(theta_max=0.7) == np.float32(0.7)
+    assert search(theta_max=float("inf")) > 5
+
+
+@pytest.mark.parametrize("search", [optimize_isotropic, optimize_anisotropic])
+def test_the_last_finite_theta_is_kept(search):
+    settings = IsotropicConfig if search is optimize_isotropic else AnisotropicConfig
+    classifier = from_function(not_a_number, (), num_classes=2)
+    theta, _ = search(
+        KEY, classifier, GaussianL2(), np.zeros(2, np.float32), 0.25, config=settings(steps=3, num_samples=5)
+    )
+    np.testing.assert_array_equal(theta, jnp.full(theta.shape, 0.25))
+
+
+def test_isotropic_theta_stays_positive():
+    config = IsotropicConfig(steps=20, num_samples=20, learning_rate=100.0)
+    theta, _ = optimize_isotropic(KEY, interval(0.1), GaussianL2(), ORIGIN, 1.0, config=config)
+    assert 0.01 <= theta <= 4
+
+
+@pytest.mark.parametrize("search", [optimize_isotropic, optimize_anisotropic])
+def test_vmap_is_a_loop_over_inputs(search):
+    settings = IsotropicConfig if search is optimize_isotropic else AnisotropicConfig
+    config = settings(steps=10, num_samples=20)
+    keys = jax.random.split(KEY, 3)
+    xs, thetas = np.float32([[0.1, 0.2], [0.5, -0.3], [0.0, 0.7]]), np.float32([0.3, 0.4, 0.5])
+    one = lambda key, x, theta: search(key, interval(1.0, 2.0), GaussianL2(), x, theta, config=config)[0]
+    batched = jax.vmap(one)(keys, xs, thetas)
+    alone = jnp.stack([one(*arguments) for arguments in zip(keys, xs, thetas, strict=True)])
+    np.testing.assert_allclose(batched, alone, rtol=1e-6)
+    assert len(np.unique(np.asarray(batched))) >= 3
+
+
+def choose(classifier, narrow, wide, guard):
+    theta, taken = guarded_choice(
+        KEY, classifier, GaussianL2(), np.zeros(2, np.float32), narrow, np.float32(wide), guard=guard,
+        num_samples=2000, chunk=500,
+    )  # fmt: skip
+    assert (theta == (jnp.float32(wide) if taken else jnp.full(2, narrow))).all()
+    return bool(taken)
+
+
+def test_guarded_choice():
+    one_sided = reference.linear([1.0, 0.0], b=1.0)
+    assert choose(one_sided, 0.5, [0.5, 2.0], "volume")
+    assert choose(one_sided, 0.5, [0.5, 2.0], "superset")
+    # A larger first theta costs gap in the second: more volume, no superset.
+    assert choose(one_sided, 0.5, [0.6, 2.0], "volume")
+    assert not choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "volume")
+    assert choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "off")
+
+
+def test_guarded_choice_keeps_the_class():
+    # Far out the class is 0, so that wide noise is classified confidently, as something else.
+    assert not choose(interval(1.0, 1.0), 0.3, [50.0, 50.0], "volume")
+    assert choose(interval(1.0, 1.0), 0.3, [50.0, 50.0], "off")
+    with pytest.raises(ValueError, match="guard must be 'off', 'volume' or 'superset', got 'on'"):
+        unchecked = inspect.unwrap(guarded_choice)
+        unchecked(KEY, interval(1.0), GaussianL2(), ORIGIN, 0.3, 1.0, guard="on", num_samples=10, chunk=10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"num_samples": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"theta_max": -1.0},
+        {"kappa": -1.0},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        AnisotropicConfig(**change)
+    config = AnisotropicConfig()
+    object.__setattr__(config, "objective", "radius")
+    with pytest.raises(ValueError, match="objective must be 'ancer' or 'log_volume', got 'radius'"):
+        config.__post_init__()

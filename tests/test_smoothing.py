@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from ancer_jax import GaussianL2, UniformL1, from_function
+from ancer_jax.smoothing import Stage, class_counts, smoothed_probs, stage_key
+from tests import reference
+
+KEY = jax.random.key(0)
+X = np.array([0.3, -0.2, 0.5, 0.1], np.float32)
+CLASSIFIER = reference.linear([1.0, -2.0, 0.5, 0.3])
+CERTIFICATES = [GaussianL2(), UniformL1()]
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+@pytest.mark.parametrize("theta", [0.5, np.array([0.1, 1.0, 0.3, 2.0], np.float32)])
+def test_counts_are_those_of_draws_taken_one_by_one(certificate, theta):
+    counts = class_counts(KEY, CLASSIFIER, certificate, X, theta, num_samples=53, chunk=10)
+    np.testing.assert_array_equal(counts, reference.counts_one_by_one(KEY, CLASSIFIER, certificate, X, theta, 53))
+    assert counts.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000, 1001, 5000])
+def test_chunk_changes_no_count(chunk):
+    counts = class_counts(KEY, CLASSIFIER, GaussianL2(), X, 0.5, num_samples=1003, chunk=chunk)
+    np.testing.assert_array_equal(
+        counts, class_counts(KEY, CLASSIFIER, GaussianL2(), X, 0.5, num_samples=1003, chunk=64)
+    )
+    assert counts.sum() == 1003
+
+
+def test_batch_and_order_change_no_count():
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(5))
+    xs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    count = lambda key, x: class_counts(key, CLASSIFIER, GaussianL2(), x, 0.5, num_samples=500, chunk=100)
+    alone = jnp.stack([count(key, x) for key, x in zip(keys, xs, strict=True)])
+    np.testing.assert_array_equal(jax.vmap(count)(keys, xs), alone)
+    np.testing.assert_array_equal(jax.vmap(count)(keys[::-1], xs[::-1]), alone[::-1])
+
+
+def test_more_samples_contain_the_first_ones():
+    count = lambda n: class_counts(KEY, CLASSIFIER, GaussianL2(), X, 0.5, num_samples=n, chunk=100)
+    assert (count(300) >= count(200)).all()
+    assert (count(300) - count(200)).sum() == 100
+
+
+def test_counts_follow_the_closed_form():
+    theta = np.array([0.1, 1.0, 0.3, 2.0], np.float32)
+    w = np.array([1.0, -2.0, 0.5, 0.3])
+    p = scipy.stats.norm.cdf(w @ X / np.linalg.norm(w * theta))
+    counts = class_counts(KEY, CLASSIFIER, GaussianL2(), X, theta, num_samples=20_000, chunk=1000)
+    assert scipy.stats.binomtest(int(counts[1]), 20_000, p).pvalue > 1e-3
+
+
+def nan_above(variables, x):
+    return jnp.where(x[:, :1] > variables, jnp.nan, x[:, :2])
+
+
+def test_a_draw_with_nan_votes_for_no_class():
+    classifier = from_function(nan_above, np.float32(0.3), num_classes=2)
+    counts = class_counts(KEY, classifier, GaussianL2(), X, 0.5, num_samples=1000, chunk=100)
+    above = (X[0] + 0.5 * reference_normal() > 0.3).sum()
+    assert counts.sum() == 1000 - above
+
+
+def reference_normal():
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(1000))
+    return np.asarray(jax.vmap(lambda key: GaussianL2().sample(key, jnp.ones(4))[0])(keys))
+
+
+def test_ties_go_to_the_lowest_class():
+    counts = class_counts(KEY, reference.constant([0, 1, 1]), GaussianL2(), X, 0.5, num_samples=10, chunk=10)
+    np.testing.assert_array_equal(counts, [0, 10, 0])
+
+
+def test_stages_draw_independently():
+    draws = [reference.draws(KEY, stage, GaussianL2(), jnp.ones(1), 4000).ravel() for stage in Stage]
+    for i, first in enumerate(draws):
+        for second in draws[:i]:
+            assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
+
+
+def test_smoothed_probs_are_the_mean_softmax():
+    probs = smoothed_probs(KEY, CLASSIFIER, GaussianL2(), X, 0.5, num_samples=200)
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(200))
+    noise = jax.vmap(lambda key: GaussianL2().sample(key, jnp.full(4, 0.5)))(keys)
+    np.testing.assert_allclose(probs, jax.nn.softmax(CLASSIFIER(X + noise)).mean(0), rtol=1e-5)
+    assert probs.sum() == pytest.approx(1)
+
+
+def test_smoothed_probs_have_the_gradient_of_finite_differences():
+    value = lambda theta: smoothed_probs(KEY, CLASSIFIER, GaussianL2(), X, theta, num_samples=500)[1]
+    theta = jnp.array([0.5, 0.7, 0.4, 0.6])
+    step = 1e-2 * jnp.eye(4)
+    differences = [(value(theta + s) - value(theta - s)) / 2e-2 for s in step]
+    np.testing.assert_allclose(jax.grad(value)(theta), differences, atol=2e-4)
+
+
+def test_nothing_is_compiled_again_for_another_example():
+    traces = []
+
+    @jax.jit
+    def run(key, classifier, x, theta):
+        traces.append(1)
+        return class_counts(key, classifier, GaussianL2(), x, theta, num_samples=10, chunk=5)
+
+    for i in range(3):
+        run(jax.random.key(i), reference.linear(np.full(4, 1.0 + i)), X + i, jnp.float32(0.1 + i))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.zeros(2, np.uint32)])
+def test_keys_whose_draws_depend_on_the_batch_are_refused(key):
+    with pytest.raises((ValueError, TypeError), match="key"):
+        stage_key(key, Stage.SELECT)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"num_samples": 0}, "num_samples must be at least 1, got 0"), ({"chunk": 0}, "chunk must be at least 1, got 0")],
+)
+def test_sizes_below_one_are_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        class_counts(KEY, CLASSIFIER, GaussianL2(), X, 0.5, **({"num_samples": 5, "chunk": 5} | change))
