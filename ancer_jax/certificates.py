@@ -53,8 +53,7 @@ class GaussianL2:
 
     `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds.
 
-    References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570),
-    section 3.
+    References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570).
     """
 
     norm: ClassVar[int] = 2
@@ -88,7 +87,7 @@ class UniformL1:
 
     `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` with separate bounds.
 
-    References: Yang et al. 2020 (arXiv 2002.08118); anisotropic: Eiras et al. 2022 (arXiv 2107.04570), section 3.
+    References: Yang et al. 2020 (arXiv 2002.08118); anisotropic: Eiras et al. 2022 (arXiv 2107.04570).
     """
 
     norm: ClassVar[int] = 1

@@ -19,7 +19,7 @@ ABSTAIN = -1
 
 @dataclasses.dataclass(frozen=True)
 class CertifyConfig:
-    """Settings that change a certificate (defaults: Cohen et al. 2019, section 4).
+    """Settings that change a certificate (defaults: Cohen et al. 2019).
 
     Attributes:
       n0: draws that select the class.
@@ -134,7 +134,7 @@ def certify(
     Raises:
       ValueError: if theta or x is not finite, theta is not positive, or shapes do not fit.
 
-    References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570), section 3.
+    References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
     x32, theta32 = check_example(x, theta)
     config = config or CertifyConfig()

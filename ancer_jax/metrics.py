@@ -20,7 +20,7 @@ def certified_accuracy(radius, correct, at):
     Raises:
       ValueError: if the arrays do not match or are empty.
 
-    References: Cohen et al. 2019, section 4.
+    References: Cohen et al. 2019.
 
     >>> certified_accuracy([0.2, 0.6, 0.9], [True, True, False], [0.0, 0.5]).tolist()
     [0.6666666666666666, 0.3333333333333333]
@@ -36,7 +36,7 @@ def average_certified_radius(radius, correct) -> float:
     Raises:
       ValueError: if the arrays do not match or are empty.
 
-    References: Zhai et al. 2020 (MACER, arXiv 2001.02378); Eiras et al. 2022, section 6.
+    References: Zhai et al. 2020 (MACER, arXiv 2001.02378); Eiras et al. 2022.
     """
     radius, correct = _columns(radius, correct)
     return float((radius * correct).mean())

@@ -114,7 +114,7 @@ def optimize_isotropic(
       theta [], in [theta_init / 100, theta_max], and the trace. Where a step is not finite, the last finite theta
       is kept.
 
-    References: Alfarra et al. 2022 (arXiv 2012.04351), algorithm 1.
+    References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
     x = jnp.asarray(x)
     theta_init = jnp.asarray(theta_init, x.dtype)
@@ -161,7 +161,7 @@ def optimize_anisotropic(
       theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= theta_init` alone
       does not make the certified region larger, because the class probability can fall: see `guarded_choice`.
 
-    References: Eiras et al. 2022 (arXiv 2107.04570), section 5, equation 3.
+    References: Eiras et al. 2022 (arXiv 2107.04570).
     """
     x = jnp.asarray(x)
     theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)

@@ -58,7 +58,7 @@ def radius(region: Region):
 
 
 def proxy_radius(region: Region):
-    """`geometric_mean(theta) * gap`: the radius of the l_norm ball with the region's volume (ANCER, section 4)."""
+    """`geometric_mean(theta) * gap`: the radius of the l_norm ball with the region's volume."""
     _, _, theta, gap = _parts(region)
     return geometric_mean(theta) * gap
 
@@ -90,7 +90,7 @@ def contains(region: Region, point):
 def is_superset(a: Region, b: Region):
     """Whether region `a` contains region `b` of the same norm and centre.
 
-    True iff `gap_a * theta_a >= gap_b * theta_b` in every coordinate (ANCER, section 3). Centres that differ give
+    True iff `gap_a * theta_a >= gap_b * theta_b` in every coordinate (ANCER). Centres that differ give
     False: the comparison says nothing about them.
 
     Raises:
