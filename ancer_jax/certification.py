@@ -141,8 +141,9 @@ def certify(
     selected, count = _count_votes(key, classifier, certificate, x32, theta32, config=config, chunk=chunk)
     result = certification(selected, count, certificate=certificate, config=config)
     # The draws were around x and theta as float32: keep the part of that region that has the caller's centre and shape.
-    shift = np.linalg.norm(np.ravel((np.float64(x) - np.float64(x32)) / np.float64(theta32)), ord=certificate.norm)
-    stretch = np.maximum(1.0, np.max(np.float64(theta) / np.float64(theta32)))
+    center, center32, axes, axes32 = (np.asarray(value, np.float64) for value in (x, x32, theta, theta32))
+    shift = np.linalg.norm(np.ravel((center - center32) / axes32), ord=certificate.norm)
+    stretch = np.maximum(1.0, np.max(axes / axes32))
     gap = np.maximum(result.gap - shift, 0.0) / stretch
     return dataclasses.replace(result, gap=gap, prediction=np.where(gap > 0, result.prediction, ABSTAIN)[()])
 

@@ -140,7 +140,11 @@ def check_classifier(classifier: Classifier, x) -> None:
     batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
     others = np.concatenate([noise[3:6], x[None] + 0.5 * noise[6:]])
     run = jax.jit(Classifier.__call__)
-    logits = np.asarray(run(classifier, batch), np.float64)
+    try:
+        logits = np.asarray(run(classifier, batch), np.float64)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {reason}") from error
     if not np.isfinite(logits).all():
         raise ValueError("the classifier's logits are not finite")
     tolerance = 1e-3 * max(1.0, np.abs(logits).max())

@@ -144,7 +144,7 @@ def certify_dataset(
         )
     check_classifier(classifier, dataset.images[0])
     mesh = parallel.device_mesh(execution.devices)
-    batch_size = math.ceil(execution.batch_size / mesh.size) * mesh.size
+    batch_size = math.ceil(min(execution.batch_size, len(dataset)) / mesh.size) * mesh.size
     classifier = parallel.replicate(classifier, mesh)
     with open_run(out, _settings(classifier, dataset, config), _made_with()) as run:
         done = run.done()

@@ -72,6 +72,10 @@ def not_finite(variables, x):
     return x[:, :2] / 0.0
 
 
+def needs_images(variables, x):
+    return x[:, 0, 0, :2]
+
+
 def one_column_too_many(variables, x):
     return x[:, :3]
 
@@ -82,6 +86,7 @@ def one_column_too_many(variables, x):
         (batch_norm_in_training, "rest of the batch"),
         (dropout_by_place, "place in the batch"),
         (not_finite, "not finite"),
+        (needs_images, r"does not work on inputs of shape \[6\]"),
         (one_column_too_many, r"must return logits of shape \[4, 2\].*got \[4, 3\]"),
     ],
 )

@@ -1,0 +1,421 @@
+import dataclasses
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ancer_jax import cli
+from ancer_jax.data import BUNDLED_SUBSET, load_dataset
+from ancer_jax.report import NOT_RECONCILED
+from ancer_jax.runs import read_run
+
+_PLUGIN = """
+import jax.numpy as jnp
+from ancer_jax import from_function
+
+weights = jnp.array([[1.0, -1.0, 0.5], [-1.0, 1.0, 0.0]])
+
+def linear(weights, x):
+    return x.reshape(len(x), -1)[:, :2] @ weights
+
+def three():
+    return from_function(linear, weights, num_classes=3)
+
+def nothing():
+    return None
+
+def needs(argument):
+    return argument
+
+def wrong_logits():
+    return from_function(linear, weights, num_classes=4)
+
+def infinite():
+    return from_function(linear, weights * jnp.inf, num_classes=3)
+
+number = 3
+"""
+_SMALL = ["--devices", "1", "--batch-size", "2", "--n0", "10"]
+# The settings of `_SmallCertify` below: programs that are compiled for one test serve the other.
+_SEARCH = [
+    *("--iso-steps", "100", "--iso-samples", "4", "--ancer-steps", "3", "--ancer-samples", "4"),
+    *("--guard-samples", "50"),
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    (tmp_path / "plugin.py").write_text(_PLUGIN)
+    images = np.random.default_rng(0).integers(0, 256, (4, 2, 1)).astype(np.uint8)
+    np.savez(tmp_path / "toy.npz", images=images, labels=np.array([0, 1, 2, 1]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield tmp_path
+    sys.modules.pop("plugin", None)
+
+
+def _toy(*flags, method="fixed", sigma="0.25", n="100"):
+    own = ["--data", "toy.npz", "--classifier", "plugin:three", "--out", "run"]
+    return ["certify", *own, "--method", method, "--sigma", sigma, "--n", n, *_SMALL, *flags]
+
+
+def _error(capsys, arguments):
+    """The one line that the command prints."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ancer-jax: error: ")
+    return line
+
+
+def _settings(run):
+    return json.loads((run / "config.json").read_text())["settings"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "method", "theta"), [("l2", "ancer", 0.25), ("l2", "isotropic", 0.25), ("l1", "fixed", 0.5)]
+)
+def test_certify_on_the_bundled_images(here, capsys, norm, method, theta):
+    flags = ["certify", "--norm", norm, "--method", method, "--n", "100", "--skip", "100", "--max", "3"]
+    cli.main([*flags, *_SMALL, *_SEARCH])
+    printed = capsys.readouterr()
+    out = here / "runs" / f"{norm}-{method}-{theta:g}"
+    table = pd.read_csv(out / "results.tsv", sep="\t")
+    assert table["idx"].tolist() == [0, 2000, 4000]
+    dataset = load_dataset(BUNDLED_SUBSET)
+    assert table["label"].tolist() == dataset.labels[[0, 100, 200]].tolist()
+    assert set(table["method"]) == {method}
+    assert table["correct"].sum() >= 2
+    shape = (1, 28, 28, 1) if method == "ancer" else (1,)
+    assert [shard["theta"][:1].shape for shard in read_run(out).shards()] == [shape, shape]
+    largest = {"l2": 4 * theta * 2.5, "l1": 4 * theta}[norm]
+    assert (table["radius"] < largest).all() and (table["radius"] <= table["radius_proxy"] + 1e-6).all()
+    settings = _settings(out)
+    assert (settings["norm"], settings["theta"], settings["certify"]) == (norm, theta, _certify(n=100, n0=10))
+    assert ("anisotropic" in settings, "isotropic" in settings) == (method == "ancer", method != "fixed")
+    assert out.name in printed.out and "Certified accuracy at" in printed.out
+    assert (NOT_RECONCILED in printed.out) == (method != "fixed")
+    assert "3/3" in printed.err
+
+
+def _certify(**changes):
+    return {"n0": 100, "n": 100_000, "alpha": 0.001} | changes
+
+
+def test_certify_again_continues_and_changes_nothing(here, capsys):
+    cli.main(_toy("--max", "2"))
+    cli.main(_toy())
+    whole = (here / "run" / "results.tsv").read_bytes()
+    shards = {file.name: file.stat().st_mtime_ns for file in (here / "run" / "shards").iterdir()}
+    assert sorted(shards) == ["0.npz", "2.npz"]
+    cli.main(_toy())
+    assert (here / "run" / "results.tsv").read_bytes() == whole
+    assert {file.name: file.stat().st_mtime_ns for file in (here / "run" / "shards").iterdir()} == shards
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_an_own_classifier_certifies_what_it_says(here):
+    cli.main(_toy(n="500"))
+    table = pd.read_csv(here / "run" / "results.tsv", sep="\t")
+    images = load_dataset("toy.npz").images.reshape(4, 2)
+    weights = np.array([[1.0, -1.0, 0.5], [-1.0, 1.0, 0.0]])
+    for line, image in zip(table.itertuples(), images, strict=True):
+        logits = image @ weights
+        if line.predict >= 0:
+            assert line.predict == logits.argmax()
+            margins = (logits.max() - logits) / np.maximum(
+                np.linalg.norm(weights[:, [line.predict]] - weights, axis=0), 1e-9
+            )
+            # No ball that crosses the boundary of a linear classifier can be certified.
+            assert line.radius <= np.delete(margins, line.predict).min()
+    assert (table["predict"] >= 0).any()
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """What `certify_dataset` would be given."""
+    found = {}
+
+    def stop(classifier, dataset, config, *, out, execution, progress):
+        found.update(config=config.settings(), execution=dataclasses.asdict(execution), out=out)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "certify_dataset", stop)
+    return found
+
+
+def test_flags_reach_the_settings(captured):
+    flags = [
+        *("--norm", "l1", "--method", "ancer", "--alpha", "0.05", "--seed", "7", "--objective", "log_volume"),
+        *("--iso-steps", "11", "--iso-lr", "0.1", "--iso-samples", "12"),
+        *("--ancer-steps", "13", "--ancer-lr", "0.2", "--ancer-samples", "14", "--kappa", "1.5"),
+        *("--theta-max", "3", "--guard", "superset", "--guard-samples", "15", "--batch-size", "3", "--chunk", "16"),
+    ]
+    with pytest.raises(SystemExit):
+        cli.main([*_toy(), *flags])
+    shared = {"objective": "log_volume", "theta_max": 3.0}
+    assert captured["config"] == {
+        **{"norm": "l1", "method": "ancer", "theta": 0.25, "seed": 7, "guard": "superset", "guard_samples": 15},
+        "certify": _certify(n0=10, n=100, alpha=0.05),
+        "isotropic": {"steps": 11, "learning_rate": 0.1, "num_samples": 12, **shared},
+        "anisotropic": {"steps": 13, "learning_rate": 0.2, "num_samples": 14, "kappa": 1.5, **shared},
+    }
+    assert captured["execution"] == {"batch_size": 3, "chunk": 16, "devices": 1}
+    assert captured["out"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("convention", "theta"),
+    # Half-width 0.3, standard deviation 0.3, and the reference's scripts: half-width 0.3 / sqrt(3).
+    [("theta", 0.3), ("rs4a", 0.3 * math.sqrt(3)), ("ancer", 0.3 / math.sqrt(3))],
+)
+def test_sigma_convention(captured, convention, theta):
+    with pytest.raises(SystemExit):
+        cli.main(_toy("--norm", "l1", "--sigma-convention", convention, sigma="0.3"))
+    assert captured["config"]["theta"] == pytest.approx(theta, rel=1e-12)
+
+
+@pytest.mark.parametrize("convention", ["rs4a", "ancer"])
+def test_sigma_convention_is_for_l1_only(here, capsys, convention):
+    assert "--sigma-convention is for --norm l1" in _error(capsys, _toy("--sigma-convention", convention))
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alpha", "0"), "alpha .*0"),
+        (("--alpha", "1"), "alpha .*1"),
+        (("--alpha", "2"), "alpha .*2"),
+        (("--alpha", "nan"), "alpha .*nan"),
+        (("--n", "0"), "n must be at least 1.*, got 0"),
+        (("--n", "-5"), "n must be at least 1.*, got -5"),
+        (("--n", "2147483648"), "n must be .*got 2147483648"),
+        (("--n0", "0"), "n0 must be at least 1.*, got 0"),
+        (("--sigma", "0"), "theta must be positive and finite, got 0"),
+        (("--sigma", "-1"), "theta must be positive and finite, got -1"),
+        (("--sigma", "nan"), "theta must be positive and finite, got nan"),
+        (("--sigma", "inf"), "theta must be positive and finite, got inf"),
+        (("--theta-max", "0.1"), "theta_max must be at least theta = 0.25, got 0.1"),
+        (("--theta-max", "0"), "theta_max must be positive, got 0"),
+        (("--theta-max", "nan"), "theta_max must be positive, got nan"),
+        (("--skip", "0"), "skip must be at least 1, got 0"),
+        (("--max", "0"), "max must be at least 1, got 0"),
+        (("--seed", "-1"), "seed must be in .*got -1"),
+        (("--iso-steps", "0"), "steps must be at least 1, got 0"),
+        (("--ancer-lr", "0"), "learning_rate must be positive, got 0"),
+        (("--ancer-samples", "0"), "num_samples must be at least 1, got 0"),
+        (("--kappa", "-1"), "kappa must not be negative, got -1"),
+        (("--guard-samples", "0"), "guard_samples must be at least 1, got 0"),
+        (("--batch-size", "0"), "batch_size must be at least 1, got 0"),
+        (("--chunk", "0"), "chunk must be at least 1, got 0"),
+        (("--devices", "0"), r"devices must be in 1\.\.\d+ on this machine, got 0"),
+        (("--devices", "99"), r"devices must be in 1\.\.\d+ on this machine, got 99"),
+        (("--data", "fashion-mnist"), "'fashion-mnist'.*did you mean 'fashion-mnist-subset'"),
+        (("--data", "nowhere.npz"), "no data set is named 'nowhere.npz' and no file or folder is there"),
+        (("--data", "."), "there is neither t10k-images-idx3-ubyte"),
+        (("--data", "plugin.py"), "plugin.py: not a readable npz file"),
+        (("--classifier", "bundle"), "'bundle' is neither bundled nor module:function; did you mean 'bundled'"),
+        (("--classifier", "resnet"), "'resnet' is neither bundled nor module:function"),
+        (("--classifier", "nomodule:three"), "'nomodule:three': No module named 'nomodule'"),
+        (("--classifier", "plugin:four"), "'plugin:four': .*four"),
+        (("--classifier", "plugin:"), "'plugin:': "),
+        (("--classifier", ":three"), "':three': "),
+        (("--classifier", ".plugin:three"), "'.plugin:three': "),
+        (("--classifier", "plugin:number"), "'plugin:number': .*not callable"),
+        (("--classifier", "plugin:needs"), "'plugin:needs': .*argument"),
+        (("--classifier", "plugin:nothing"), "'plugin:nothing' returned NoneType, not a Classifier"),
+        (("--classifier", "plugin:wrong_logits"), r"must return logits of shape \[\d+, 4\].* got \[\d+, 3\]"),
+        (("--classifier", "plugin:infinite"), "logits are not finite"),
+        (("--data", BUNDLED_SUBSET), "has 10 classes, the classifier only 3"),
+        (("--out", "toy.npz"), "toy.npz is a file, not a run directory"),
+        (("--out", "toy.npz/run"), "toy.npz/run"),
+        (("--out", "."), r"\. is not a run directory: it holds plugin\.py and no config\.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line(here, capsys, flags, message):
+    assert re.search(message, _error(capsys, _toy(*flags)))
+    assert not (here / "run").exists()
+    assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["plugin.py", "toy.npz"]
+
+
+def test_an_own_classifier_needs_sigma(capsys):
+    arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three"]
+    assert "--sigma is needed for your own classifier" in _error(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.array([[[0.5]], [[np.nan]]])}, "image 1 has values that are not finite"),
+        ({"images": np.array([[[0.5]], [[255.0]]])}, r"pixels must be in \[0, 1\], found 0.5 to 255"),
+        ({"images": np.zeros((0, 1, 1)), "labels": np.zeros(0, int)}, "there are no images"),
+        ({"images": np.zeros((2, 1))}, "images must be "),
+        ({"labels": np.array([0, -1])}, r"label -1 is outside 0\.\.1"),
+        ({"labels": np.array([0.0, 1.0])}, "labels must be integers, got float64"),
+        # Without a list of classes a label that is too large is a class that the classifier lacks.
+        ({"labels": np.array([0, 3])}, "has 4 classes, the classifier only 3"),
+    ],
+    ids=["nan", "255", "empty", "shape", "negative label", "float label", "large label"],
+)
+def test_bad_data_is_one_line(here, capsys, arrays, message):
+    np.savez(here / "bad.npz", **{"images": np.zeros((2, 2, 1)), "labels": np.arange(2)} | arrays)
+    assert re.search(f"error: bad.npz:? .*{message}", _error(capsys, _toy("--data", "bad.npz")))
+    assert not (here / "run").exists()
+
+
+def test_a_run_with_other_settings_is_one_line_and_stays(here, capsys):
+    cli.main(_toy(n="10"))
+    before = (here / "run" / "results.tsv").read_bytes()
+    capsys.readouterr()
+    assert "certify.n is 10 there and 20 here" in _error(capsys, _toy(n="20"))
+    assert "theta is 0.25 there and 0.5 here" in _error(capsys, _toy(n="10", sigma="0.5"))
+    assert (here / "run" / "results.tsv").read_bytes() == before
+
+
+def test_damage_in_a_run_is_one_line(here, capsys):
+    cli.main(_toy(n="10"))
+    capsys.readouterr()
+    shard = here / "run" / "shards" / "2.npz"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    assert "2.npz: truncated or not a shard" in _error(capsys, _toy(n="10"))
+    shard.write_bytes(whole)
+    (here / "run" / "config.json").write_text("{")
+    assert "config.json: not the settings of a run" in _error(capsys, _toy(n="10"))
+
+
+def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, monkeypatch):
+    # A link instead of a full disk: whatever is written to it fails with ENOSPC.
+    real = cli.certify_dataset
+
+    def filling(*arguments, progress, **options):
+        def fill(images):
+            progress(images)
+            if (here / "run" / "shards" / "0.npz").exists():
+                (here / "run" / "shards" / "2.npz.tmp").symlink_to("/dev/full")
+
+        return real(*arguments, progress=fill, **options)
+
+    monkeypatch.setattr(cli, "certify_dataset", filling)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(_toy(n="10"))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"^ancer-jax: error: cannot write run/shards/2\.npz: No space left on device; what was", last)
+    monkeypatch.setattr(cli, "certify_dataset", real)
+    cli.main(_toy(n="10"))
+    assert len(pd.read_csv(here / "run" / "results.tsv", sep="\t")) == 4
+
+
+def test_an_interrupt_says_how_to_continue(here, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "certify_dataset", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(_toy())
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "ancer-jax: stopped; start the same command again to continue\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["unknown"], ["certify", "--nonsense", "1"], ["certify", "--norm", "l3"], ["certify", "--n", "many"]),
+        *(["certify", "--method", "best"], ["certify", "--split", "validation"], ["certify", "--guard", "maybe"]),
+    ],
+    ids=" ".join,
+)
+def test_syntax_errors_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_report_compares_runs_and_files(here, capsys):
+    cli.main(_toy())
+    (here / "cohen.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.625\t1\t0:00:15.01\n")
+    capsys.readouterr()
+    cli.main(["report", "run", "cohen.tsv", "--radii", "0.1", "0.6", "--out", "pictures/here"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| cohen +\| 1 .* 0\.625 ", printed, re.MULTILINE)
+    assert re.search(r"^\| cohen +\| radius +\| 1\.000 +\| 1\.000 +\|$", printed, re.MULTILINE)
+    assert re.search(r"^\| run +\| 4 ", printed, re.MULTILINE)
+    assert NOT_RECONCILED not in printed
+    assert [path.name for path in (here / "pictures" / "here").iterdir()] == ["certified_accuracy.png"]
+    assert printed.splitlines()[-1] == "pictures: pictures/here/certified_accuracy.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: there is no such run or file"),
+        (["empty"], r"empty has no results\.tsv"),
+        (["picture.png"], "picture.png: cannot be read"),
+        (["toy.npz"], "toy.npz: (cannot be read|not a results table)"),
+        (["plugin.py"], "plugin.py: not a results table, no column 'idx'"),
+    ],
+    ids=str,
+)
+def test_report_of_something_else_is_one_line(here, capsys, arguments, message):
+    (here / "empty").mkdir()
+    (here / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert re.search(message, _error(capsys, ["report", *arguments]))
+    assert not (here / "report").exists()
+
+
+def test_report_of_nothing_exits_with_2(capsys):
+    assert "name at least one run directory or TSV file" in _error(capsys, ["report"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _SmallCertify(cli.Certify):
+    n0: int = 10
+    iso_samples: int = 4
+    ancer_steps: int = 3
+    ancer_samples: int = 4
+    guard_samples: int = 50
+    batch_size: int = 2
+    devices: int | None = 1
+
+
+def test_demo_compares_eight_runs_and_draws_them(here, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "Certify", _SmallCertify)
+    cli.main(["demo", "--max", "2", "--n", "100"])
+    printed = capsys.readouterr().out
+    fixed = [f"fixed-{factor * 0.25:g}" for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
+    lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| 2 ", line)]
+    assert lines == [*fixed, "isotropic*", "ancer*"]
+    assert f"* {NOT_RECONCILED}" in printed
+    assert sorted(path.name for path in (here / "demo-l2").glob("*.png")) == [
+        "certified_accuracy.png",
+        "theta_ancer.png",
+    ]
+    for name in (*fixed, "isotropic", "ancer"):
+        table = pd.read_csv(here / "demo-l2" / name / "results.tsv", sep="\t")
+        assert table["idx"].tolist() == [0, 5000]
+    assert len(re.findall(r"x the best fixed sigma", printed)) == 3
+    assert "1.00x the best fixed sigma" in printed
+
+
+@pytest.mark.parametrize(("flag", "message"), [("--max", "max must be"), ("--n", "n must be")])
+def test_demo_of_nothing_is_one_line(here, capsys, flag, message):
+    assert message in _error(capsys, ["demo", flag, "0"])
+    assert not (here / "demo-l2").exists()
+
+
+def test_pictures_of_runs_of_one_name_do_not_overwrite_each_other(here, monkeypatch):
+    cli.main(_toy("--out", "a/run"))
+    cli.main(_toy("--out", "b/run"))
+    paths = []
+    monkeypatch.setattr(cli.report, "plot_theta", lambda run, images, path: paths.append(str(path)) or True)
+    cli.main(["report", "a/run", "b/run", "--out", "pictures"])
+    assert paths[0] == "pictures/theta_run.png"
+    assert len(set(paths)) == 2

@@ -1,0 +1,186 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from ancer_jax import report
+from ancer_jax.runs import open_run, read_run
+
+_HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+_FIXED = f"""{_HEADER}
+0\t3\t3\t0.5\t1\t0:00:01.500000
+1\t4\t4\t1.25\t1\t0:00:02.500000
+2\t5\t1\t2\t0\t0:00:00
+5\t6\t-1\t0.0\t0\t0:00:04
+6\t7\t7\t0.25\t1\t0:00:02
+7\t8\t8\t0.2\t1\t0:00:02
+"""
+_ANCER = f"""{_HEADER}\tradius_proxy\tmethod\tat_theta_max
+0\t3\t3\t0.5\t1\t0:00:10\t0.75\tancer\t0.0
+1\t4\t4\t1.0\t1\t1:00:00\t1.5\tancer\t0.25
+2\t5\t1\t2\t0\t0:01:00\t3\tancer\t0.75
+"""
+
+
+def _results(folder, name, text):
+    (folder / name).write_text(text)
+    return report.load_results(folder / name)
+
+
+def _run(path, method, theta, ids=(0, 20, 40), channels=1):
+    settings = {
+        "norm": "l2",
+        "method": method,
+        "certify": {"n": 100},
+        "data": {"image_shape": [4, 5, channels]},
+        "isotropic": {"theta_max": 1.0},
+    }
+    n = len(ids)
+    with open_run(path, settings, {}) as run:
+        run.write_shard(
+            {
+                "ids": np.array(ids),
+                "labels": np.arange(n),
+                "predictions": np.arange(n) - 1,
+                "counts": np.full(n, 99),
+                "p_lower": np.full(n, 0.9),
+                "gap": np.arange(n) / 2,
+                "theta": theta,
+                "seconds": np.ones(n),
+            }
+        )
+        run.export()
+    return path
+
+
+def _cells(table, line):
+    return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
+
+
+def _size(path):
+    """Width and height of a PNG file, all of its checksums verified."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, kinds, size = 8, [], None
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        body, (check,) = data[at + 4 : at + 8 + length], struct.unpack(">I", data[at + 8 + length : at + 12 + length])
+        assert zlib.crc32(body) == check
+        size = struct.unpack(">II", body[4:12]) if kind == b"IHDR" else size
+        kinds.append(kind)
+        at += 12 + length
+    assert kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
+    return size
+
+
+def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
+    table = report.summary_table([_results(tmp_path, "cohen.tsv", _FIXED)], [0.0, 0.25, 0.5, 1.3])
+    figures = dict(zip(_cells(table, 0), _cells(table, 2), strict=True))
+    assert figures == {
+        "run": "cohen",
+        "images": "6",
+        "accuracy": "0.666",  # 4 of 6, rounded down
+        "abstained": "0.166",
+        "ACR": "0.366",  # (0.5 + 1.25 + 0.25 + 0.2) / 6
+        "median radius": "0.225",  # of 0, 0, 0.2, 0.25, 0.5, 1.25
+        "ACR-tilde": "0.366",
+        "median proxy": "0.225",
+        "theta at its bound": "-",
+        "s/image": "2.00",
+    }
+    assert _cells(table, 6) == ["run", "by", "0", "0.25", "0.5", "1.3"]
+    assert _cells(table, 8) == ["cohen", "radius", "0.666", "0.500", "0.333", "0.000"]
+    # Without proxy radii of its own there is no second line.
+    assert len(table.splitlines()) == 9
+
+
+def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
+    table = report.summary_table([_results(tmp_path, "a.tsv", _ANCER)], [0.5, 0.75, 1.25])
+    assert _cells(table, 2) == [
+        *("a*", "3", "0.666", "0.000", "0.500", "0.500", "0.750", "0.750"),
+        "2 of 3 (50% of theta)",
+        "1223.33",
+    ]
+    assert _cells(table, 8) == ["a*", "radius", "0.666", "0.333", "0.000"]
+    assert _cells(table, 9) == ["a*", "proxy radius", "0.666", "0.666", "0.333"]
+
+
+def test_the_label_is_there_exactly_when_a_data_dependent_run_is(tmp_path):
+    label = "per-input classifiers, not yet reconciled by memory"
+    assert label == report.NOT_RECONCILED
+    fixed = _results(tmp_path, "fixed.tsv", _FIXED)
+    ours = _results(tmp_path, "ours.tsv", _ANCER.replace("\tancer", "\tfixed"))
+    assert label not in report.summary_table([fixed, ours], [0.0])
+    for method in ("ancer", "isotropic"):
+        dependent = _results(tmp_path, f"{method}.tsv", _ANCER.replace("\tancer", f"\t{method}"))
+        table = report.summary_table([fixed, dependent, ours], [0.0])
+        assert table.splitlines()[-1] == f"* {label}"
+        names = [_cells(table, line)[0] for line in (2, 3, 4)]
+        assert names == ["fixed", f"{method}*", "ours"]
+
+
+def test_times_that_cannot_be_read_are_left_out(tmp_path):
+    results = _results(tmp_path, "a.tsv", _FIXED.replace("0:00:04", "1 day, 0:00:04"))
+    assert _cells(report.summary_table([results], [0.0]), 2)[-1] == "-"
+    untimed = "\n".join(line.rpartition("\t")[0] for line in _FIXED.splitlines())
+    assert _cells(report.summary_table([_results(tmp_path, "b.tsv", untimed)], [0.0]), 2)[-1] == "-"
+
+
+def test_mean_proxy_radius_is_over_all_inputs(tmp_path):
+    assert _results(tmp_path, "a.tsv", _ANCER).mean_proxy_radius() == 1.75
+
+
+def test_load_results_of_a_run_directory(tmp_path):
+    path = _run(tmp_path / "my run", "isotropic", np.array([0.25, 0.5, 1.0], np.float32))
+    results = report.load_results(path)
+    assert results.name == "my run"
+    assert results["idx"].tolist() == [0, 20, 40]
+    assert results["radius"].tolist() == [0.0, 0.25, 1.0]
+    assert results.data_dependent
+    assert not results.correct.any()
+    assert _cells(report.summary_table([results], [0.0]), 2)[8] == "1 of 3 (100% of theta)"
+
+
+def test_load_results_names_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: there is no such run or file"):
+        report.load_results(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no results\.tsv: not a run, or one with nothing finished"):
+        report.load_results(tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"picture\.png: cannot be read"):
+        report.load_results(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("texts", [[_FIXED], [_FIXED, _ANCER], [_FIXED] * 9])
+def test_plot_certified_accuracy_writes_a_png(tmp_path, texts):
+    results = [_results(tmp_path, f"{i}.tsv", text) for i, text in enumerate(texts)]
+    report.plot_certified_accuracy(results, tmp_path / "a.png", norm="l2")
+    assert _size(tmp_path / "a.png") == (1500, 630)
+    assert (tmp_path / "a.png").stat().st_size > 20_000
+
+
+def test_plot_certified_accuracy_where_nothing_is_certified(tmp_path):
+    nothing = f"{_HEADER}\n0\t3\t-1\t0.0\t0\t0:00:01\n"
+    report.plot_certified_accuracy([_results(tmp_path, "a.tsv", nothing)], tmp_path / "a.png")
+    assert _size(tmp_path / "a.png") == (1500, 630)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_plot_theta_draws_the_images_that_are_found(tmp_path, channels):
+    theta = np.random.default_rng(0).random((3, 4, 5, channels), np.float32)
+    run = read_run(_run(tmp_path / "run", "ancer", theta, channels=channels))
+    images = {i: np.full((4, 5, channels), 0.5, np.float32) for i in (0, 40, 99)}
+    assert report.plot_theta(run, images, tmp_path / "two.png")
+    assert report.plot_theta(run, images, tmp_path / "one.png", columns=1)
+    (wide, height), (narrow, _) = _size(tmp_path / "two.png"), _size(tmp_path / "one.png")
+    assert (wide, narrow, height) == (630, 390, 570)
+
+
+def test_plot_theta_draws_nothing_without_maps_or_images(tmp_path):
+    images = {i: np.zeros((4, 5, 1), np.float32) for i in (0, 20, 40)}
+    isotropic = read_run(_run(tmp_path / "isotropic", "isotropic", np.ones(3, np.float32)))
+    assert report.plot_theta(isotropic, images, tmp_path / "a.png") is False
+    ancer = read_run(_run(tmp_path / "ancer", "ancer", np.ones((3, 4, 5, 1), np.float32)))
+    assert report.plot_theta(ancer, {7: images[0]}, tmp_path / "a.png") is False
+    assert not (tmp_path / "a.png").exists()
