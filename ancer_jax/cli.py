@@ -22,7 +22,7 @@ from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
 from ancer_jax.runs import read_run
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
-_RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)}
+_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Certify:
         with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
 
             def progress(images: int) -> None:
-                bar.delay = 0
+                if bar.delay:  # the first call: images that an earlier process finished say nothing about speed
+                    bar.delay, bar.initial = 0, images
                 bar.update(images)
 
             certify_dataset(classifier, dataset, config, out=out, execution=execution, progress=progress)
@@ -206,7 +207,7 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
 def _report(runs: list[str], norm: str, out: str | None, radii: Sequence[float] | None = None) -> None:
     """Print the table of the runs; with `out`, draw the pictures there."""
     results = [report.load_results(run) for run in runs]
-    print(report.summary_table(results, list(radii or _RADII[norm or "l2"])))
+    print(report.summary_table(results, list(radii or _RADII)))
     if out is None:
         return
     folder = epath.Path(out)
@@ -223,11 +224,12 @@ def _report(runs: list[str], norm: str, out: str | None, radii: Sequence[float] 
 
 
 def _images_of(run: str):
-    """id -> image of the run's data set, where it can be found again by its name."""
-    if read_run(run).settings["data"]["name"] != BUNDLED_SUBSET:
-        return {}
-    dataset = load_dataset(BUNDLED_SUBSET)
-    return {int(i): image for i, image in zip(dataset.ids, dataset.images, strict=True)}
+    """id -> image of the run's data set, where it is one of the bundled ones."""
+    for split in ("test", "train"):
+        dataset = load_dataset(BUNDLED_SUBSET, split=split)
+        if dataset.fingerprint == read_run(run).settings["data"]["fingerprint"]:
+            return {int(i): image for i, image in zip(dataset.ids, dataset.images, strict=True)}
+    return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

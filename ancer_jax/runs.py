@@ -147,7 +147,7 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
         raise ValueError(f"another process is writing to the run {path}") from None
     with held:
         settings = json.loads(json.dumps(settings))
-        run = Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+        run = _run(path, settings)
         config = path / "config.json"
         if config.exists():
             _refuse_other_settings(path, read_settings(path), settings)
@@ -177,8 +177,11 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
 
 def read_run(path: epath.PathLike) -> Run:
     """A finished or unfinished run, for reading."""
-    settings = read_settings(path)
-    return Run(epath.Path(path), settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+    return _run(epath.Path(path), read_settings(path))
+
+
+def _run(path, settings) -> Run:
+    return Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
 
 
 def read_results(path: epath.PathLike) -> dict[str, np.ndarray]:
