@@ -33,8 +33,8 @@ class Certificate(Protocol):
         """Size of the certified region in units of theta; 0 where nothing is certified.
 
         Args:
-          p_lower: lower bound of the top class's probability. NumPy arrays and Python numbers are computed in
-            float64 on the host, JAX arrays traced in float32.
+          p_lower: lower bound of the top class's probability. Computed on the host in float64; under jit, vmap and
+            grad traced in float32.
           p_b_upper: upper bound of every other class's probability, holding together with `p_lower`
             (`bounds.separate_bounds`); `1 - p_lower` if left out, the two-class bound.
 

@@ -15,6 +15,7 @@ from ancer_jax.classifiers import Classifier
 from ancer_jax.smoothing import Stage, class_counts, stage_key
 
 ABSTAIN = -1
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def certify(
     Args:
       key: the example's typed key; use one per example. Selection and estimation draw from independent stages of it,
         and so do the theta searches: the same key may go to all of them.
-      classifier: base classifier, which need not be robust.
+      classifier: base classifier, which need not be robust, but must pass `check_classifier`: nothing is checked here.
       certificate: noise law, `GaussianL2()` or `UniformL1()`.
       x: [*d] one input.
       theta: [] or [*d] noise parameter, positive, in the units of x. It must not depend on the draws of this call.
@@ -166,7 +167,7 @@ def predict(
 
     Compares the two largest counts by an exact binomial test. Arguments and errors as in `certify`.
 
-    Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or `g_theta(x)`.
+    Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or `g_theta(x)`, of x and theta as float32.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1, after Hung & Fithian 2019.
     """
@@ -192,10 +193,10 @@ def check_example(x, theta):
     for name, value in (("x", x), ("theta", theta)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"{name} must be finite, got {value[~np.isfinite(value)].flat[0]}")
+        if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
+            raise ValueError(f"{name} must be finite as float32, got {value[infinite].flat[0]}")
     if theta.shape not in ((), x.shape):
         raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
-    if not (theta > 0).all():
-        raise ValueError(f"theta must be positive, got {theta.min()}")
+    if not (theta >= _FLOAT32.tiny).all():
+        raise ValueError(f"theta must be positive as float32, got {theta.min()}")
     return jnp.asarray(x, jnp.float32), jnp.asarray(theta, jnp.float32)

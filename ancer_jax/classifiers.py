@@ -64,9 +64,10 @@ class _LinenApply:
 @dataclasses.dataclass(frozen=True)
 class _NnxApply:
     graph: Any
+    arguments: tuple[tuple[str, Any], ...]
 
     def __call__(self, variables, x):
-        return nnx.merge(self.graph, variables)(x)
+        return nnx.merge(self.graph, variables)(x, **dict(self.arguments))
 
 
 def from_linen(module: nn.Module, variables: Any, *, num_classes: int, **arguments: Hashable) -> Classifier:
@@ -84,16 +85,13 @@ def from_linen(module: nn.Module, variables: Any, *, num_classes: int, **argumen
     Raises:
       ValueError: if an argument contradicts evaluation mode, or `num_classes` is below 2.
     """
-    for name in inspect.signature(type(module).__call__).parameters:
-        if name in _EVALUATION_ARGUMENTS:
-            wanted = _EVALUATION_ARGUMENTS[name]
-            if arguments.setdefault(name, wanted) != wanted:
-                raise ValueError(f"{name}={arguments[name]} is training mode, which voids the certificate")
-    return _classifier(_LinenApply(module, tuple(sorted(arguments.items()))), variables, num_classes)
+    return _classifier(_LinenApply(module, _evaluation(module, arguments)), variables, num_classes)
 
 
 def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
     """A classifier from a Flax NNX model; a copy of it is set to evaluation mode, the model itself is left alone.
+
+    `model.eval()` is called on the copy, and `train=False` and the like are passed where `model.__call__` takes them.
 
     Raises:
       ValueError: if `num_classes` is below 2.
@@ -101,7 +99,7 @@ def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
     model = nnx.clone(model)
     model.eval()
     graph, variables = nnx.split(model)
-    return _classifier(_NnxApply(graph), variables, num_classes)
+    return _classifier(_NnxApply(graph, _evaluation(model, {})), variables, num_classes)
 
 
 def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: Any, *, num_classes: int) -> Classifier:
@@ -113,6 +111,16 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
       ValueError: if `num_classes` is below 2.
     """
     return _classifier(function, variables, num_classes)
+
+
+def _evaluation(module, arguments) -> tuple[tuple[str, Any], ...]:
+    """`arguments`, and those that put the module's call into evaluation mode."""
+    for name in inspect.signature(type(module).__call__).parameters:
+        if name in _EVALUATION_ARGUMENTS:
+            wanted = _EVALUATION_ARGUMENTS[name]
+            if arguments.setdefault(name, wanted) != wanted:
+                raise ValueError(f"{name}={arguments[name]} is training mode, which voids the certificate")
+    return tuple(sorted(arguments.items()))
 
 
 def _classifier(apply, variables, num_classes) -> Classifier:
@@ -147,7 +155,7 @@ def check_classifier(classifier: Classifier, x) -> None:
         raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {reason}") from error
     if not np.isfinite(logits).all():
         raise ValueError("the classifier's logits are not finite")
-    tolerance = 1e-3 * max(1.0, np.abs(logits).max())
+    tolerance = 1e-3 * np.ptp(logits, axis=-1).max() + 1e-5 * np.abs(logits).max()
     moved = np.asarray(run(classifier, batch[::-1]), np.float64)[::-1]
     if np.abs(moved - logits).max() > tolerance:
         raise ValueError("the classifier's logits depend on a row's place in the batch (dropout?)")
@@ -156,11 +164,15 @@ def check_classifier(classifier: Classifier, x) -> None:
         raise ValueError("the classifier's logits depend on the rest of the batch (batch norm in training mode?)")
 
 
-def fingerprint(classifier: Classifier) -> str:
-    """Hash of the architecture's description and of every variable: names a base classifier in results."""
-    function = getattr(classifier.apply, "__qualname__", None)
-    name = f"{classifier.apply.__module__}.{function}" if function else repr(classifier.apply)
-    digest = hashlib.sha256(f"{name} {classifier.num_classes}".encode())
+def fingerprint(classifier: Classifier, x) -> str:
+    """Hash of every variable and of the program that classifies inputs like `x` [*d]: names a base classifier.
+
+    The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
+    version of JAX may write it differently.
+    """
+    inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
+    program = jax.jit(Classifier.__call__).lower(classifier, inputs).as_text()
+    digest = hashlib.sha256(program.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(classifier.variables):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)

@@ -106,9 +106,20 @@ class Certify:
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
             certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),
-            isotropic=IsotropicConfig(self.iso_steps, self.iso_samples, self.iso_lr, self.objective, self.theta_max),
+            isotropic=IsotropicConfig(
+                steps=self.iso_steps,
+                num_samples=self.iso_samples,
+                learning_rate=self.iso_lr,
+                objective=self.objective,
+                theta_max=self.theta_max,
+            ),
             anisotropic=AnisotropicConfig(
-                self.ancer_steps, self.ancer_samples, self.ancer_lr, self.objective, self.theta_max, self.kappa
+                steps=self.ancer_steps,
+                num_samples=self.ancer_samples,
+                learning_rate=self.ancer_lr,
+                objective=self.objective,
+                theta_max=self.theta_max,
+                kappa=self.kappa,
             ),
             guard=self.guard,
             guard_samples=self.guard_samples,
@@ -156,12 +167,8 @@ class Demo:
             runs.append(f"{out}/{name}")
             command.certify(bundled.classifier, dataset, sigma, runs[-1])
         _report(runs, self.norm, out)
-        proxies = {run: report.load_results(run).mean_proxy_radius() for run in runs}
-        best = max(runs[: len(factors)], key=lambda run: proxies[run])
-        print(f"\nMean proxy radius over the {len(dataset)} images (an l_p ball of the same volume):")
-        for run in (best, *runs[-2:]):
-            ratio = proxies[run] / proxies[best]
-            print(f"  {epath.Path(run).name:12} {proxies[run]:.3f}  {ratio:5.2f}x the best fixed sigma")
+        print("\nMean proxy radius, the radius of the ball of the same volume:")
+        print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
 
 
 @dataclasses.dataclass(frozen=True)

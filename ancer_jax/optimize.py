@@ -5,7 +5,7 @@ theta is then certified with draws of its own.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,8 @@ class SearchConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.objective not in ("ancer", "log_volume"):
-            raise ValueError(f"objective must be 'ancer' or 'log_volume', got {self.objective!r}")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +244,8 @@ def guarded_choice(
     theta_isotropic, theta_anisotropic = (
         jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape) for theta in (theta_isotropic, theta_anisotropic)
     )
-    if guard not in ("off", "volume", "superset"):
-        raise ValueError(f"guard must be 'off', 'volume' or 'superset', got {guard!r}")
+    if guard not in get_args(Guard):
+        raise ValueError(f"guard must be one of {', '.join(get_args(Guard))}, got {guard!r}")
     if guard == "off":
         return theta_anisotropic, jnp.asarray(True)
 
@@ -261,6 +261,6 @@ def guarded_choice(
     if guard == "volume":
         better = proxy_radius(anisotropic) > proxy_radius(isotropic)
     else:
-        better = is_superset(anisotropic, isotropic)
+        better = is_superset(anisotropic, isotropic) & (anisotropic.gap > 0)
     better &= class_anisotropic == class_isotropic
     return jnp.where(better, theta_anisotropic, theta_isotropic), better

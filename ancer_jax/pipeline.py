@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +60,13 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in (("norm", ("l2", "l1")), ("method", ("fixed", "isotropic", "ancer"))):
+        for name, choices in (("norm", tuple(CERTIFICATES)), ("method", get_args(Method)), ("guard", get_args(Guard))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not (self.theta > 0 and math.isfinite(self.theta)):
-            raise ValueError(f"theta must be positive and finite, got {self.theta}")
+        if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
+            raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be in 0..2^31 - 1, got {self.seed}")
-        if self.guard not in ("off", "volume", "superset"):
-            raise ValueError(f"guard must be one of off, volume, superset, got {self.guard!r}")
         if self.guard_samples < 1:
             raise ValueError(f"guard_samples must be at least 1, got {self.guard_samples}")
         for name in ("isotropic", "anisotropic"):
@@ -230,7 +228,7 @@ def _count(keys, classifier, images, theta, *, certificate, config, chunk):
 
 def _settings(classifier, dataset, config) -> dict[str, Any]:
     return config.settings() | {
-        "classifier": fingerprint(classifier),
+        "classifier": fingerprint(classifier, dataset.images[0]),
         "data": {
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,

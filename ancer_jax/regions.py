@@ -1,7 +1,7 @@
 """Certified regions and their size: `{y : ||(y - center) / theta||_p <= gap}`.
 
 p = 2 is an ellipsoid with semi-axes `gap * theta`, p = 1 a cross-polytope with half-diagonals `gap * theta`.
-NumPy arrays and Python numbers are computed on the host in float64 (what is reported); JAX arrays stay traced.
+Values are computed on the host in float64 (what is reported); under jit, vmap and grad they stay traced.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,8 +34,8 @@ class Region:
 
 
 def array_library(*values) -> ModuleType:
-    """`jax.numpy` if any value is a JAX array, else `numpy`."""
-    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+    """`jax.numpy` if any value is traced (jit, vmap, grad), else `numpy`, which has float64."""
+    return jnp if any(isinstance(value, jax.core.Tracer) for value in values) else np
 
 
 def _parts(region: Region):

@@ -52,9 +52,9 @@ class Run:
         """The finished batches, in order of their first id.
 
         Raises:
-          ValueError: if a shard is truncated or belongs to another run.
+          ValueError: if a shard is truncated, renamed, doubled, or belongs to another run.
         """
-        files = list((self.path / "shards").glob("*.npz"))
+        files, seen = list((self.path / "shards").glob("*.npz")), set()
         for file in files:
             if not file.stem.isdecimal():
                 raise ValueError(f"{file}: not a shard of this run; move it away")
@@ -66,6 +66,10 @@ class Run:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
             if str(shard.pop("key")) != self.key:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
+            ids = [int(i) for i in shard["ids"]]
+            if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in _ARRAYS):
+                raise ValueError(f"{file}: renamed, copied or damaged; move it away")
+            seen |= {*ids}
             yield shard
 
     def done(self) -> set[int]:

@@ -84,7 +84,7 @@ def class_counts(
     def count(start):
         draws = start + jnp.arange(chunk)
         logits = _noisy_logits(key, classifier, certificate, x, theta, draws)
-        counted = (draws < num_samples) & ~jnp.isnan(logits).any(axis=-1)
+        counted = (jnp.arange(chunk) < num_samples - start) & ~jnp.isnan(logits).any(axis=-1)
         votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
         return (votes * counted[:, None]).sum(axis=0)
 

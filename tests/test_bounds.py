@@ -45,6 +45,30 @@ def test_lower_is_the_exact_bound_rounded_down(successes, trials, alpha):
     assert exact_tail_at(p * (1 + 1e-11), successes, trials) > alpha
 
 
+@pytest.mark.parametrize("alpha", [1e-8, 1e-6, 1e-4, 1e-3, 0.05])
+@pytest.mark.parametrize("trials", [10**5, 10**6, 10**8, 2**31 - 1])
+def test_scipys_inverse_is_not_trusted_where_it_is_wrong(trials, alpha):
+    """Around 999 failures SciPy 1.17's inverse breaks the bound by up to a factor of 674 in alpha."""
+    for failures in (998, 999, 1000):
+        p = bounds.clopper_pearson_lower(trials - failures, trials, alpha)
+        assert alpha * (1 - 1e-3) <= at_most(failures, trials, 1 - float(p)) <= alpha
+        q = bounds.clopper_pearson_upper(failures, trials, alpha)
+        assert alpha * (1 - 1e-3) <= at_most(failures, trials, float(q)) <= alpha
+
+
+def at_most(k, n, q):
+    """P(Bin(n, q) <= k) in 40 digits, for q above k / n: terms fall from k down."""
+    with mpmath.workdps(40):
+        q = mpmath.mpf(q)
+        factorials = mpmath.loggamma(n + 1) - mpmath.loggamma(k + 1) - mpmath.loggamma(n - k + 1)
+        term = mpmath.exp(factorials + k * mpmath.log(q) + (n - k) * mpmath.log1p(-q))
+        tail = term
+        for i in range(k, 0, -1):
+            term *= i * (1 - q) / ((n - i + 1) * q)
+            tail += term
+        return tail
+
+
 def test_ends():
     assert bounds.clopper_pearson_lower(0, 10, 0.05) == 0
     assert bounds.clopper_pearson_upper(10, 10, 0.05) == 1
@@ -133,7 +157,7 @@ def grid(trials):
 
 lower_traced = jax.jit(bounds.clopper_pearson_lower_traced)
 upper_traced = jax.jit(bounds.clopper_pearson_upper_traced)
-TRIALS = [1, 2, 3, 7, 50, 100, 1000, 1999, 10_000, 100_000, 10**6, 10**7, 2**24]
+TRIALS = [1, 2, 3, 7, 50, 100, 1000, 1999, 10_000, 100_000, 10**6, 10**7, 2**24 - 1]
 
 
 @pytest.mark.parametrize("alpha", [1e-9, 1e-6, 1e-3, 0.05, 0.5])
@@ -164,13 +188,38 @@ def test_gradient_of_the_traced_twin_is_the_implicit_derivative(k, n):
 
 def test_gradients_are_finite_at_the_ends():
     gradient = jax.jit(jax.vmap(jax.grad(bounds.clopper_pearson_lower_traced), in_axes=(0, None, None)))
-    assert jnp.isfinite(gradient(jnp.array([0.0, 1.0, 999.0, 1000.0]), 1000.0, 1e-3)).all()
+    ends = jnp.array([0.0, 0.1, 0.5, 1.0, 999.0, 999.5, 1000.0])
+    assert jnp.isfinite(gradient(ends, 1000.0, 1e-3)).all()
 
 
 def test_traced_twin_gives_nothing_away_where_it_cannot_count():
-    successes, trials = np.array([2**25, 5, -1, 11, 5, 5]), np.array([2**25, 0, 10, 10, 10, 10])
-    alpha = np.array([0.001, 0.001, 0.001, 0.001, np.nan, 1.5])
+    successes = np.array([2**24, 5, -1, 11, 5, 5, 9])
+    trials = np.array([2**24, 0, 10, 10, 10, 10, 10])
+    alpha = np.array([0.001, 0.001, 0.001, 0.001, np.nan, 1.5, 1e-12])
     assert (lower_traced(successes, trials, alpha) == 0).all()
+
+
+def test_traced_twin_keeps_its_digits_where_successes_are_few():
+    rng = np.random.default_rng(0)
+    trials = rng.integers(2**22, 2**24, 2000)
+    successes = (trials * rng.uniform(0, 0.1, 2000)).astype(int)
+    alpha = 10 ** rng.uniform(-9, np.log10(0.5), 2000)
+    exact = bounds.clopper_pearson_lower(successes, trials, alpha)
+    assert (np.float64(lower_traced(successes, trials, alpha)) <= exact).all()
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials"),
+    [
+        (jnp.uint8(10), 300),
+        (jnp.int16(100), 70_000),
+        (np.int64(100), np.int64(2**32 + 100)),
+        (jnp.bfloat16(1000), 1001),
+    ],
+)
+def test_traced_twin_does_not_wrap_integers(successes, trials):
+    exact = bounds.clopper_pearson_lower(int(successes), int(trials), 0.001)
+    assert bounds.clopper_pearson_lower_traced(successes, trials, 0.001) <= exact
 
 
 def test_traced_twin_under_vmap_is_elementwise():

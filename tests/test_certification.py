@@ -151,11 +151,13 @@ def test_the_region_is_that_of_the_callers_theta_and_centre():
 @pytest.mark.parametrize(
     ("x", "theta", "text"),
     [
-        (np.float32([0.0, np.nan]), 1.0, "x must be finite, got nan"),
-        (np.float32([0.0, 1.0]), 0.0, "theta must be positive, got 0.0"),
-        (np.float32([0.0, 1.0]), -1.0, "theta must be positive, got -1.0"),
-        (np.float32([0.0, 1.0]), np.inf, "theta must be finite, got inf"),
+        (np.float32([0.0, np.nan]), 1.0, "x must be finite as float32, got nan"),
+        (np.float32([0.0, 1.0]), 0.0, "theta must be positive as float32, got 0.0"),
+        (np.float32([0.0, 1.0]), -1.0, "theta must be positive as float32, got -1.0"),
+        (np.float32([0.0, 1.0]), np.inf, "theta must be finite as float32, got inf"),
         (np.float32([0.0, 1.0]), np.float32([1.0, 0.0]), "theta must be positive"),
+        (np.float32([0.0, 1.0]), 1e-50, "theta must be positive as float32, got 1e-50"),
+        (np.float32([0.0, 1.0]), 1e39, r"theta must be finite as float32, got 1e\+39"),
         (np.float32([0.0, 1.0]), np.ones(3, np.float32), r"theta must be a scalar or have x's shape \[2\], got \[3\]"),
     ],
 )

@@ -1,4 +1,5 @@
-import dataclasses
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -127,10 +128,50 @@ def test_rebuilding_a_wrapper_or_loading_other_weights_compiles_nothing(kind):
 def test_fingerprint_names_the_weights():
     a, b = reference.linear(np.ones(4)), reference.linear(np.ones(4))
     other = reference.linear(np.array([1, 1, 1, 1 + 1e-6]))
-    assert fingerprint(a) == fingerprint(b)
-    assert fingerprint(a) != fingerprint(other)
-    assert fingerprint(a) != fingerprint(dataclasses.replace(a, apply=reference.constant_logits))
-    fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3))
+    assert fingerprint(a, X[:4]) == fingerprint(b, X[:4])
+    assert fingerprint(a, X[:4]) != fingerprint(other, X[:4])
+
+
+@pytest.mark.parametrize("values", [(1.0, -1.0), (np.arange(6.0), np.arange(6.0) + np.eye(6)[0])])
+def test_fingerprint_names_the_program_and_what_it_closes_over(values):
+    def build(value):
+        constant = jnp.asarray(value, jnp.float32)
+        return from_function(lambda _, x: (x * constant)[:, :2], (), num_classes=2)
+
+    first, again, second = (fingerprint(build(value), X) for value in (values[0], values[0], values[1]))
+    assert first == again
+    assert first != second
+
+
+def test_fingerprint_is_that_of_other_processes():
+    code = (
+        "import tests.test_classifiers as t; print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X))"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert there == fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X)
+
+
+class ByArgument(nnx.Module):
+    """Told training from evaluation in the call."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x, train: bool = True):
+        return self.norm(x, use_running_average=not train)
+
+
+def test_nnx_modules_that_are_told_in_the_call_are_put_into_evaluation_mode():
+    check_classifier(from_nnx(ByArgument(nnx.Rngs(0)), num_classes=6), X)
+
+
+def hidden_batch_effect(variables, x):
+    return jnp.stack([1e3 + x[:, 0] + x.mean(), 1e3 + x[:, 1]], axis=-1)
+
+
+def test_a_batch_effect_is_found_beneath_a_large_constant():
+    with pytest.raises(ValueError, match="batch"):
+        check_classifier(from_function(hidden_batch_effect, (), num_classes=2), X)
 
 
 def test_bundled_classifiers_are_what_their_notes_say():

@@ -147,7 +147,7 @@ def test_guarded_choice_keeps_the_class():
     # Far out the class is 0, so that wide noise is classified confidently, as something else.
     assert not choose(interval(1.0, 1.0), 0.3, [50.0, 50.0], "volume")
     assert choose(interval(1.0, 1.0), 0.3, [50.0, 50.0], "off")
-    with pytest.raises(ValueError, match="guard must be 'off', 'volume' or 'superset', got 'on'"):
+    with pytest.raises(ValueError, match="guard must be one of off, volume, superset, got 'on'"):
         unchecked = inspect.unwrap(guarded_choice)
         unchecked(KEY, interval(1.0), GaussianL2(), ORIGIN, 0.3, 1.0, guard="on", num_samples=10, chunk=10)
 
@@ -168,5 +168,5 @@ def test_settings_out_of_range_are_refused(change):
         AnisotropicConfig(**change)
     config = AnisotropicConfig()
     object.__setattr__(config, "objective", "radius")
-    with pytest.raises(ValueError, match="objective must be 'ancer' or 'log_volume', got 'radius'"):
+    with pytest.raises(ValueError, match="objective must be one of ancer, log_volume, got 'radius'"):
         config.__post_init__()

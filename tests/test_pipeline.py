@@ -78,7 +78,7 @@ def test_only_settings_that_the_method_uses_name_the_run():
     [
         ({"norm": "linf"}, "norm must be one of l2, l1, got 'linf'"),
         ({"method": "best"}, "method must be one of fixed, isotropic, ancer"),
-        ({"theta": 0.0}, "theta must be positive and finite, got 0.0"),
+        ({"theta": 0.0}, "theta must be positive and finite as float32, got 0.0"),
         ({"theta": float("inf")}, "theta must be positive and finite"),
         ({"seed": -1}, "seed must be in"),
         ({"guard": "on"}, "guard must be one of"),

@@ -103,6 +103,14 @@ def test_traced_and_host_agree(theta, gap, norm):
         assert jax.jit(function)(traced) == pytest.approx(float(function(a)), rel=1e-4, abs=1e-4)
 
 
+def test_concrete_jax_arrays_are_computed_in_float64():
+    theta = jax.random.uniform(jax.random.key(0), (50,), minval=0.1)
+    a = Region(jnp.zeros(50), theta, 1.2345678901, 2)
+    exact = Region(np.zeros(50), np.float64(theta), 1.2345678901, 2)
+    for function in (radius, proxy_radius, log_volume):
+        assert function(a) == function(exact)
+
+
 def test_sizes_are_differentiable_and_batched():
     theta = jnp.array([0.5, 1.0, 2.0])
     size = lambda theta: log_volume(Region(jnp.zeros(3), theta, 1.0, 2))

@@ -18,7 +18,7 @@ class Dataset:
       images: float32 [n, height, width, channels], in [0, 1].
       labels: int64 [n], in [0, num_classes).
       num_classes: number of classes of the data set.
-      fingerprint: hash of ids, labels and pixels, made here if empty; `select` keeps that of the whole.
+      fingerprint: hash of ids, labels and pixels; `select` and `take` keep that of the whole.
 
     Raises:
       ValueError: naming the array and the value, if any of the above does not hold.
@@ -29,7 +29,7 @@ class Dataset:
     images: Float[np.ndarray, "n height width channels"]
     labels: Int[np.ndarray, " n"]
     num_classes: int
-    fingerprint: str = ""
+    fingerprint: str = dataclasses.field(default="", init=False)
 
     def __post_init__(self):
         images, labels, ids = self.images, self.labels, self.ids
@@ -60,11 +60,10 @@ class Dataset:
         if labels.min() < 0 or labels.max() >= self.num_classes:
             bad = labels.max() if labels.max() >= self.num_classes else labels.min()
             raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")
-        if not self.fingerprint:
-            digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
-            for array in (ids.astype("<i8"), labels.astype("<i8"), images.astype("<f4")):
-                digest.update(np.ascontiguousarray(array).tobytes())
-            object.__setattr__(self, "fingerprint", digest.hexdigest())
+        digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
+        for array in (ids.astype("<i8"), labels.astype("<i8"), images.astype("<f4")):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +84,9 @@ def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) ->
 
 def take(dataset: Dataset, rows) -> Dataset:
     """The images in the given rows (increasing)."""
-    return dataclasses.replace(dataset, ids=dataset.ids[rows], images=dataset.images[rows], labels=dataset.labels[rows])
+    part = dataclasses.replace(dataset, ids=dataset.ids[rows], images=dataset.images[rows], labels=dataset.labels[rows])
+    object.__setattr__(part, "fingerprint", dataset.fingerprint)
+    return part
 
 
 def batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 import numpy as np
 from etils import epath
 
-from ancer_jax.metrics import certified_accuracy
+from ancer_jax.metrics import certified_accuracy, round_down
 from ancer_jax.report.tables import NOT_RECONCILED, Results
 from ancer_jax.runs import Run
 
@@ -23,12 +23,12 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike, *, nor
             name = f"{r.name} *" if r.data_dependent else r.name
             accuracy = certified_accuracy(r[column], r.correct, at)
             width = 2.4 if r.data_dependent else 1.4
-            axis.plot(
-                at, accuracy, linestyle=_STYLES[i % len(_STYLES)], color=f"C{i % 10}", label=name, linewidth=width
-            )
+            style = {"linestyle": _STYLES[i % len(_STYLES)], "color": f"C{i % 10}", "linewidth": width}
+            axis.plot(at, accuracy, drawstyle="steps-pre", label=name, **style)
         axis.set(xlabel=label.strip(), xlim=(0, end), ylim=(0, 1))
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(f"certified accuracy ({len(results[0].correct)} images)")
+    sizes = sorted({len(r.correct) for r in results})
+    axes[0, 0].set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
     axes[0, 1].legend(fontsize=8)
     if any(r.data_dependent for r in results):
         figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
@@ -69,10 +69,11 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
         answer = "abstains" if prediction < 0 else f"predicts {prediction}"
         axes[0, column].set_title(f"#{i}, label {label}\n{answer}", fontsize=8)
         axes[1, column].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
-        axes[1, column].set_title(f"theta {theta.min():.2f}..{theta.max():.2f}\ngap {gap:.2f}", fontsize=8)
+        axes[1, column].set_title(f"theta {theta.min():.2f}..{theta.max():.2f}\ngap {round_down(gap, 2)}", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label="theta (image units)")
+    figure.supxlabel(NOT_RECONCILED, fontsize=8)
     _save(figure, path)
     return True
 

@@ -39,9 +39,13 @@ class Results:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether theta was chosen per input."""
-        return "method" in self.columns and bool((self["method"] != "fixed").any())
+        """Whether theta was chosen per input; in tables without a column `method`, whether it is not one number."""
+        if "method" not in self.columns:
+            min_sigma = self.columns.get("min_sigma", np.zeros(1))
+            return bool((self["radius_proxy"] != self["radius"]).any() or (min_sigma != min_sigma[0]).any())
+        return bool((self["method"] != "fixed").any())
 
+    @property
     def mean_proxy_radius(self) -> float:
         """Mean over all inputs, whatever their answer; 0 where the classifier abstained."""
         return float(self["radius_proxy"].mean())
@@ -89,10 +93,28 @@ def summary_table(results: list[Results], radii: list[float]) -> str:
         for r in results
         if column == "radius" or (r["radius_proxy"] != r["radius"]).any()
     ]
-    parts = [_table(figures), "Certified accuracy at", _table(accuracies)]
-    if any(r.data_dependent for r in results):
-        parts.append(f"{_MARK} {NOT_RECONCILED}")
+    parts = [_table(figures), "Certified accuracy at", _table(accuracies), *_notes(results)]
     return "\n\n".join(parts)
+
+
+def compare_proxy_radius(results: list[Results]) -> str:
+    """Mean proxy radius of the best run with one theta for all and of each data-dependent run, as text."""
+    best = max((r for r in results if not r.data_dependent), key=lambda r: r.mean_proxy_radius)
+    lines = []
+    for r in (best, *(r for r in results if r.data_dependent)):
+        ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
+        mean = round_down(r.mean_proxy_radius, 3)
+        lines.append(f"  {_name(r):13} {mean}   {round_down(ratio, 2)} x the best fixed theta")
+    return "\n".join([*lines, *_notes(results)])
+
+
+def _notes(results: list[Results]) -> list[str]:
+    notes = []
+    if any(r.data_dependent for r in results):
+        notes.append(f"{_MARK} {NOT_RECONCILED}")
+    if any(not np.array_equal(np.sort(r["idx"]), np.sort(results[0]["idx"])) for r in results):
+        notes.append("These runs are not of the same images: their figures do not compare.")
+    return notes
 
 
 def _share(mask) -> str:

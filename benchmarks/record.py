@@ -1,0 +1,55 @@
+"""How every benchmark stores its raw numbers: one JSON file per script in benchmarks/results/.
+
+A record says when, by which command, from which seed, on what machine and with which versions the numbers were made.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import tabulate
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
+
+
+def save(name: str, results: Any, *, seed: int) -> None:
+    """Write `results/<name>.json`; `results` are JSON values."""
+    document = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "seed": seed,
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "results": results,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"raw output: benchmarks/results/{path.name}")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that this process may use, memory, and JAX's device."""
+    import jax  # here, so that the parent of benchmarks/memory.py stays small
+
+    device = jax.local_devices()[0]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": "cpu" if device.platform == "cpu" else device.device_kind,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a list of flat dictionaries as a table."""
+    print(tabulate.tabulate(rows, headers="keys", floatfmt=".4g"), flush=True)

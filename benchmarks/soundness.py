@@ -1,0 +1,127 @@
+"""Do certified regions hold? Certificates of classifiers whose true regions are known in closed form.
+
+Gaussian noise: `f(y) = 1[w.y + b > 0]` with random w, x and anisotropic theta. The smoothed classifier is linear with
+the same boundary, `p_A = Phi(gap*)`, and the boundary's distance from x in the norm `||(y - x) / theta||_2` is
+`gap* = |w.x + b| / ||theta * w||_2`. Uniform noise: `f(y) = 1[y_j > t]`, `p_A = (1 + gap*) / 2` and
+`gap* = |x_j - t| / theta_j` (smaller than 1). A certificate is violated iff its gap exceeds gap* or it names the wrong
+class. Every seed is an independent certificate with noise drawn by the library, so that the number of violations is
+stochastically below `Bin(seeds, alpha)`; the exact one-sided binomial test must not reject that at 0.01. The bounds
+must also be tight: the median of gap / gap* must be at least 0.95. What a gap 5 % larger would have done shows how
+sharp the test is.
+
+    python benchmarks/soundness.py            # 10 to 20 minutes, one CPU core busy
+    python benchmarks/soundness.py --quick    # 20 seconds
+
+Exit status 1 if a bar is missed.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+import scipy.special
+import scipy.stats
+
+from ancer_jax import from_function
+from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certification import ABSTAIN, CertifyConfig, certification, count_votes
+
+P_RANGE = (0.55, 0.9999)
+BAR_P_VALUE, BAR_TIGHTNESS = 0.01, 0.95
+
+
+def linear(variables, y):
+    """Two logits, (0, w.y + b), row by row. A sum of products, so that no device uses a reduced-precision matmul."""
+    margin = (y * variables["w"]).sum(-1) + variables["b"]
+    return jnp.stack([jnp.zeros_like(margin), margin], axis=-1)
+
+
+def cases(norm, d, seeds, rng):
+    """`seeds` random problems: classifier variables, x, theta (float32), true gap (float64 of them), true class."""
+    theta = np.exp(rng.uniform(np.log(0.05), 0.0, (seeds, d))).astype(np.float32)
+    x = rng.uniform(0, 1, (seeds, d)).astype(np.float32)
+    if norm == "l2":
+        w = rng.normal(size=(seeds, d)).astype(np.float32)
+        gap = rng.uniform(*scipy.special.ndtri(P_RANGE), seeds)
+    else:
+        w = np.eye(d, dtype=np.float32)[rng.integers(d, size=seeds)]
+        gap = rng.uniform(*(2 * np.array(P_RANGE) - 1), seeds)
+    scale = np.linalg.norm(np.float64(theta) * w, axis=1)
+    along = (np.float64(w) * x).sum(1)
+    b = (rng.choice([-1, 1], seeds) * gap * scale - along).astype(np.float32)
+    margin = along + b
+    return {"w": w, "b": b}, x, theta, np.abs(margin) / scale, (margin > 0).astype(int)
+
+
+def certify_all(norm, variables, x, theta, *, config, chunk, block, seed):
+    """Certificates of all problems, `block` at a time: count_votes under vmap, over inputs and classifiers."""
+    certificate = CERTIFICATES[norm]
+
+    @jax.jit
+    def votes(i, classifier, x, theta):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), i)
+        return count_votes(key, classifier, certificate, x, theta, config=config, chunk=chunk)
+
+    selected, count = [], []
+    for start in range(0, len(x), block):
+        rows = slice(start, start + block)
+        classifier = from_function(linear, jax.tree.map(lambda v, rows=rows: v[rows], variables), num_classes=2)
+        result = jax.vmap(votes)(jnp.arange(start, start + len(x[rows])), classifier, x[rows], theta[rows])
+        for values, new in zip((selected, count), result, strict=True):
+            values.append(np.asarray(new))
+    return certification(np.concatenate(selected), np.concatenate(count), certificate=certificate, config=config)
+
+
+def check(norm, d, seeds, *, n, alpha, chunk, block, seed):
+    """One line of the report."""
+    start = time.perf_counter()
+    rng = np.random.default_rng([seed, d, CERTIFICATES[norm].norm])
+    variables, x, theta, true_gap, true_class = cases(norm, d, seeds, rng)
+    config = CertifyConfig(n=n, alpha=alpha)
+    result = certify_all(norm, variables, x, theta, config=config, chunk=chunk, block=block, seed=seed)
+    certified = result.prediction != ABSTAIN
+    wrong = certified & (result.prediction != true_class)
+    violations = int((wrong | (certified & (result.gap > true_gap))).sum())
+    ratio = result.gap / true_gap
+    return {
+        "norm": norm,
+        "d": d,
+        "seeds": seeds,
+        "n": n,
+        "alpha": alpha,
+        "abstained": int((~certified).sum()),
+        "violations": violations,
+        "p_value": float(scipy.stats.binomtest(violations, seeds, alpha, alternative="greater").pvalue),
+        "median_ratio": float(np.median(ratio)),
+        "largest_ratio": float(ratio.max()),
+        "violations_if_5_percent_larger": int((1.05 * result.gap > true_gap).sum()),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="20 seeds at d = 64 and 1 at d = 3072; nothing is stored")
+    arguments = parser.parse_args()
+    many, few = (20, 1) if arguments.quick else (1000, 20)
+    options = {"n": 100_000, "alpha": 0.001, "seed": arguments.seed}
+    rows = []
+    for norm in ("l2", "l1"):
+        rows.append(check(norm, 64, many, chunk=1000, block=20, **options))
+        rows.append(check(norm, 3072, few, chunk=100, block=4, **options))
+        record.show(rows[-2:])
+    passed = all(row["p_value"] >= BAR_P_VALUE and row["median_ratio"] >= BAR_TIGHTNESS for row in rows)
+    if not arguments.quick:
+        bars = {"smallest_p_value": BAR_P_VALUE, "smallest_median_ratio": BAR_TIGHTNESS}
+        record.save("soundness", {"bars": bars, "passed": passed, "rows": rows}, seed=arguments.seed)
+    print("passed" if passed else "MISSED A BAR")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

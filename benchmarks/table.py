@@ -1,0 +1,59 @@
+"""Fill the table of numbers in benchmarks/README.md from the stored raw outputs.
+
+python benchmarks/table.py
+"""
+
+import json
+
+import record
+
+README = record.RESULTS.parent / "README.md"
+BEGIN, END = "<!-- table: python benchmarks/table.py -->", "<!-- end of table -->"
+
+
+def lines():
+    """(what, figure, bar, file) of everything that is stored."""
+    load = lambda name: json.loads(path.read_text()) if (path := record.RESULTS / f"{name}.json").exists() else None
+    if found := load("soundness"):
+        for r in found["results"]["rows"]:
+            what = f"{r['norm']}, d = {r['d']}: violated certificates of {r['seeds']:,} (alpha {r['alpha']})"
+            figure = (
+                f"{r['violations']} (p-value {r['p_value']:.2f}); {r['violations_if_5_percent_larger']} if 5 % larger"
+            )
+            yield what, figure, "p-value >= 0.01", "soundness", found
+            yield f"{r['norm']}, d = {r['d']}: median gap / true gap", f"{r['median_ratio']:.3f}", ">= 0.95", "", found
+    if found := load("invariance"):
+        rows, images = found["results"]["rows"], found["results"]["images"]
+        what = f"images whose counts depend on chunk, batch, order or devices, of {len(rows)} x {images}"
+        yield what, sum(r["images_that_differ"] for r in rows), "0", "invariance", found
+    if found := load("overhead"):
+        for r in found["results"]["rows"]:
+            what = f"{r['network']}, chunk {r['chunk']}: certification / bare forward"
+            certify, bare, noise = (f"{r[name + '_us_per_row']:,.1f}" for name in ("certify", "bare", "noise"))
+            best = found["results"]["best"][r["network"]]["chunk"] == r["chunk"]
+            bar = f"<= {found['results']['bars'][r['network']]}" if best else ""
+            yield what, f"{r['ratio']:.2f} ({certify} / {bare} us a row, noise {noise})", bar, "overhead", found
+    if found := load("memory"):
+        small, large = found["results"]["rows"]
+        figure = f"{found['results']['ratio']:.3f} ({large['peak_mib']:.0f} / {small['peak_mib']:.0f} MiB)"
+        yield f"peak memory, n = {large['n']:,} / n = {small['n']:,}", figure, "<= 1.05", "memory", found
+    if found := load("convolution"):
+        for r in found["results"]["rows"]:
+            figure = f"{r['xla_over_ours']:.2f} ({r['xla_us_per_row']:.1f} / {r['ours_us_per_row']:.1f} us a row)"
+            yield f"SmallCNN {r['what']}, {r['rows']} rows: XLA / ours", figure, "", "convolution", found
+
+
+def main():
+    table = ["| what | figure | bar | raw output | made |", "|---|---|---|---|---|"]
+    for what, figure, bar, name, found in lines():
+        name = name and f"[{name}.json](results/{name}.json)"
+        machine = found["machine"]
+        device = f"{machine['cores']} cores" if machine["device"] == "cpu" else machine["device"]
+        table.append(f"| {what} | {figure} | {bar} | {name} | {found['date'][:10]}, {device} |")
+    text = README.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(before + "\n".join([BEGIN, *table, END]) + after)
+
+
+if __name__ == "__main__":
+    main()
