@@ -37,6 +37,21 @@ def lines():
         small, large = found["results"]["rows"]
         figure = f"{found['results']['ratio']:.3f} ({large['peak_mib']:.0f} / {small['peak_mib']:.0f} MiB)"
         yield f"peak memory, n = {large['n']:,} / n = {small['n']:,}", figure, "<= 1.05", "memory", found
+    if found := load("demo"):
+        for r in found["results"]:
+            mean = r["mean_proxy_radius"]
+            fixed = max(value for name, value in mean.items() if name.startswith("fixed"))
+            figure = " / ".join(f"{value:.3f}" for value in (mean["ancer"], mean["isotropic"], fixed))
+            yield (
+                f"demo, {r['norm']}: mean proxy radius, ANCER / isotropic / best fixed",
+                figure,
+                "falling",
+                "demo",
+                found,
+            )
+            yield f"demo, {r['norm']}: seconds from start to table", f"{r['seconds']:.0f}", "<= 300", "", found
+    if found := load("kill"):
+        yield "20 SIGKILLs: shards and table as without", found["results"]["passed"], "True", "kill", found
     if found := load("convolution"):
         for r in found["results"]["rows"]:
             figure = f"{r['xla_over_ours']:.2f} ({r['xla_us_per_row']:.1f} / {r['ours_us_per_row']:.1f} us a row)"

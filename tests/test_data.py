@@ -268,16 +268,15 @@ def test_fingerprint_names_the_content():
     changed[3, 2, 1, 0] = np.nextafter(changed[3, 2, 1, 0], np.float32(2))
     labels, ids = dataset.labels.copy(), dataset.ids.copy()
     labels[4], ids[4] = 2, 99
-    anew = {"fingerprint": ""}
     others = [
-        dataclasses.replace(dataset, images=changed, **anew),
-        dataclasses.replace(dataset, images=dataset.images.reshape(5, 3, 4, 1), **anew),
-        dataclasses.replace(dataset, labels=labels, **anew),
-        dataclasses.replace(dataset, ids=ids, **anew),
-        dataclasses.replace(dataset, num_classes=4, **anew),
+        dataclasses.replace(dataset, images=changed),
+        dataclasses.replace(dataset, images=dataset.images.reshape(5, 3, 4, 1)),
+        dataclasses.replace(dataset, labels=labels),
+        dataclasses.replace(dataset, ids=ids),
+        dataclasses.replace(dataset, num_classes=4),
     ]
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 6
-    copy = dataclasses.replace(dataset, name="other", images=np.asfortranarray(dataset.images), **anew)
+    copy = dataclasses.replace(dataset, name="other", images=np.asfortranarray(dataset.images))
     assert copy.fingerprint == dataset.fingerprint
 
 

@@ -120,6 +120,31 @@ def test_the_label_is_there_exactly_when_a_data_dependent_run_is(tmp_path):
         assert names == ["fixed", f"{method}*", "ours"]
 
 
+def test_tables_of_others_without_a_method_are_labelled_by_what_they_hold(tmp_path):
+    anisotropic = (
+        "idx\tlabel\tpredict\tradius\tradius_proxy\tcorrect\tmin_sigma\ttime\n0\t3\t3\t0.5\t{}\t1\t{}\t0:00:01\n"
+    )
+    two = anisotropic + "1\t3\t3\t0.5\t0.5\t1\t0.25\t0:00:01\n"
+    for proxy, sigma, dependent in ((0.5, 0.25, False), (0.9, 0.25, True), (0.5, 0.3, True)):
+        results = _results(tmp_path, "a.tsv", two.format(proxy, sigma))
+        assert results.data_dependent is dependent
+        assert (report.NOT_RECONCILED in report.summary_table([results], [0.0])) is dependent
+
+
+def test_runs_of_other_images_are_not_compared_silently(tmp_path):
+    fixed, fewer = _results(tmp_path, "a.tsv", _FIXED), _results(tmp_path, "b.tsv", _FIXED.rsplit("7\t8", 1)[0])
+    assert "not of the same images" in report.summary_table([fixed, fewer], [0.0])
+    assert "not of the same images" not in report.summary_table([fixed, fixed], [0.0])
+
+
+def test_proxy_radii_are_compared_with_the_best_fixed_run(tmp_path):
+    fixed, dependent = _results(tmp_path, "fixed.tsv", _FIXED), _results(tmp_path, "ancer.tsv", _ANCER)
+    lines = report.compare_proxy_radius([fixed, dependent]).splitlines()
+    assert lines[0].split()[:3] == ["fixed", "0.700", "1.00"]
+    assert lines[1].split()[:3] == ["ancer*", "1.750", "2.50"]
+    assert lines[-1] == f"* {report.NOT_RECONCILED}"
+
+
 def test_times_that_cannot_be_read_are_left_out(tmp_path):
     results = _results(tmp_path, "a.tsv", _FIXED.replace("0:00:04", "1 day, 0:00:04"))
     assert _cells(report.summary_table([results], [0.0]), 2)[-1] == "-"
@@ -128,7 +153,7 @@ def test_times_that_cannot_be_read_are_left_out(tmp_path):
 
 
 def test_mean_proxy_radius_is_over_all_inputs(tmp_path):
-    assert _results(tmp_path, "a.tsv", _ANCER).mean_proxy_radius() == 1.75
+    assert _results(tmp_path, "a.tsv", _ANCER).mean_proxy_radius == 1.75
 
 
 def test_load_results_of_a_run_directory(tmp_path):

@@ -609,3 +609,19 @@ def test_twenty_kills_change_nothing(tmp_path):
         assert len(ids) == len(set(ids)) == images
         rounds += 1
     assert len(killed_with) >= 4
+
+
+@pytest.mark.parametrize("damage", ["copied", "renamed", "shortened"])
+def test_shards_that_were_moved_about_are_refused(tmp_path, damage):
+    _write(tmp_path / "run", [0, 1], [2, 3])
+    shards = tmp_path / "run" / "shards"
+    if damage == "copied":
+        (shards / "77.npz").write_bytes((shards / "0.npz").read_bytes())
+    elif damage == "renamed":
+        (shards / "0.npz").rename(shards / "77.npz")
+    else:
+        with np.load(shards / "0.npz") as arrays:
+            changed = {name: arrays[name] for name in arrays.files}
+        np.savez(shards / "0.npz", **changed | {"labels": changed["labels"][:1]})
+    with pytest.raises(ValueError, match=r"(77|0)\.npz: renamed, copied or damaged"):
+        read_run(tmp_path / "run").export()

@@ -110,10 +110,10 @@ def compare_proxy_radius(results: list[Results]) -> str:
 
 def _notes(results: list[Results]) -> list[str]:
     notes = []
-    if any(r.data_dependent for r in results):
-        notes.append(f"{_MARK} {NOT_RECONCILED}")
     if any(not np.array_equal(np.sort(r["idx"]), np.sort(results[0]["idx"])) for r in results):
         notes.append("These runs are not of the same images: their figures do not compare.")
+    if any(r.data_dependent for r in results):
+        notes.append(f"{_MARK} {NOT_RECONCILED}")
     return notes
 
 
