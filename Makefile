@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test slow lint format clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
 
 test: $(VENV)/installed
@@ -23,9 +23,15 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/installed: pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+$(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/installed: $(VENV)/package
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

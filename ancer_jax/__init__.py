@@ -1,7 +1,7 @@
 """Certify image classifiers by randomized smoothing with sample-wise, anisotropic noise (ANCER), in JAX."""
 
 from ancer_jax.certificates import GaussianL2, UniformL1
-from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, predict
+from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
 from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
 from ancer_jax.data import load_dataset
 from ancer_jax.models import load_bundled
@@ -13,7 +13,7 @@ from ancer_jax.optimize import (
     optimize_isotropic,
 )
 from ancer_jax.pipeline import Execution, RunConfig, certify_dataset
-from ancer_jax.regions import Region, log_volume, proxy_radius, radius
+from ancer_jax.regions import Region, is_superset, log_volume, proxy_radius, radius
 
 __all__ = [
     "ABSTAIN",
@@ -30,10 +30,12 @@ __all__ = [
     "certify",
     "certify_dataset",
     "check_classifier",
+    "count_votes",
     "from_function",
     "from_linen",
     "from_nnx",
     "guarded_choice",
+    "is_superset",
     "load_bundled",
     "load_dataset",
     "log_volume",

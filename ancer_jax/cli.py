@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import importlib
 import math
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -95,7 +97,7 @@ class Certify:
         dataset = select(load_dataset(self.data, split=self.split), skip=self.skip, max_images=self.max)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
-        _report([out], self.norm, None)
+        _report([out], None)
 
     def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:
         """One run, with a progress bar."""
@@ -152,7 +154,7 @@ class Demo:
     """Folder of the runs and pictures; default demo-<norm>. Started again, it continues there."""
 
     def run(self) -> None:
-        """Certify with seven settings, print the table, draw the pictures."""
+        """Certify with eight settings, print the table, draw the pictures."""
         bundled = load_bundled(self.norm)
         whole = load_dataset(BUNDLED_SUBSET)
         dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)
@@ -166,8 +168,8 @@ class Demo:
             name = f"{method}-{sigma:g}" if method == "fixed" else method
             runs.append(f"{out}/{name}")
             command.certify(bundled.classifier, dataset, sigma, runs[-1])
-        _report(runs, self.norm, out)
-        print("\nMean proxy radius, the radius of the ball of the same volume:")
+        _report(runs, out)
+        print("\nMean proxy radius (of the ball of the same volume), over all images, wrong answers included:")
         print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
 
 
@@ -186,7 +188,7 @@ class Report:
         """Print the table, draw the pictures."""
         if not self.runs:
             raise ValueError("name at least one run directory or TSV file")
-        _report(list(self.runs), "", self.out, self.radii)
+        _report(list(self.runs), self.out, self.radii)
 
 
 def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float]:
@@ -211,23 +213,29 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
     return classifier, sigma
 
 
-def _report(runs: list[str], norm: str, out: str | None, radii: Sequence[float] | None = None) -> None:
+def _report(runs: list[str], out: str | None, radii: Sequence[float] | None = None) -> None:
     """Print the table of the runs; with `out`, draw the pictures there."""
     results = [report.load_results(run) for run in runs]
-    print(report.summary_table(results, list(radii or _RADII)))
-    if out is None:
-        return
-    folder = epath.Path(out)
+    notes = [] if out is None else _draw(runs, results, epath.Path(out))
+    print(report.summary_table(results, list(radii or _RADII)), *notes, sep="\n\n")
+
+
+def _draw(runs: list[str], results: list[report.Results], folder: epath.Path) -> list[str]:
+    """Curves of all runs and theta maps of each; what was drawn and what was not, as lines."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [folder / "certified_accuracy.png"]
-    report.plot_certified_accuracy(results, drawn[0], norm=norm)
+    drawn, missing = [folder / "certified_accuracy.png"], []
+    report.plot_certified_accuracy(results, drawn[0])
     for i, run in enumerate(runs):
+        if not epath.Path(run).is_dir() or "anisotropic" not in read_run(run).settings:
+            continue
         path = folder / f"theta_{epath.Path(run).name}.png"
         if path in drawn:
             path = folder / f"theta_{epath.Path(run).name}_{i}.png"
-        if epath.Path(run).is_dir() and report.plot_theta(read_run(run), _images_of(run), path):
+        if report.plot_theta(read_run(run), _images_of(run), path):
             drawn.append(path)
-    print("\npictures: " + ", ".join(map(str, drawn)))
+        else:
+            missing.append(f"no theta maps of {run}: its images are not among the bundled ones")
+    return ["pictures: " + ", ".join(map(str, drawn)), *missing]
 
 
 def _images_of(run: str):
@@ -243,14 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
     commands = {"demo": Demo, "certify": Certify, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+    previous = signal.signal(signal.SIGINT, _stop)
     try:
         command.run()
     except (ValueError, OSError) as error:
         print(f"ancer-jax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("ancer-jax: stopped; start the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _stop(*_) -> None:
+    """Leave at once: what is finished is stored, and an orderly exit under running XLA threads can crash or hang."""
+    print("\nancer-jax: stopped; start the same command again to continue", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 if __name__ == "__main__":

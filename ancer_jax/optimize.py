@@ -8,7 +8,9 @@ import dataclasses
 from typing import Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
@@ -37,7 +39,8 @@ class SearchConfig:
       num_samples: noise draws per step.
       learning_rate: step size, in the units of x.
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
-      theta_max: upper bound of every coordinate of theta; None means 4 times `theta_init`; `inf` is no bound.
+      theta_max: upper bound of every coordinate of theta (never below `theta_init`); None means 4 times `theta_init`;
+        `inf` is no bound.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -114,8 +117,12 @@ def optimize_isotropic(
       theta [], in [theta_init / 100, theta_max], and the trace. Where a step is not finite, the last finite theta
       is kept.
 
+    Raises:
+      ValueError: outside jit, if `theta_init` is not positive and finite.
+
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
+    _check_start(theta_init)
     x = jnp.asarray(x)
     theta_init = jnp.asarray(theta_init, x.dtype)
 
@@ -161,8 +168,12 @@ def optimize_anisotropic(
       theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= theta_init` alone
       does not make the certified region larger, because the class probability can fall: see `guarded_choice`.
 
+    Raises:
+      ValueError: outside jit, if `theta_init` is not positive and finite.
+
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
+    _check_start(theta_init)
     x = jnp.asarray(x)
     theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)
 
@@ -182,6 +193,14 @@ def optimize_anisotropic(
         lower=theta_init,
         config=config,
     )
+
+
+def _check_start(theta_init) -> None:
+    """Refuse a start that is not positive and finite, outside jit."""
+    if not isinstance(theta_init, jax.core.Tracer):
+        theta = np.asarray(theta_init)
+        if not ((theta > 0) & np.isfinite(theta)).all():
+            raise ValueError(f"theta_init must be positive and finite, got {theta.min()}")
 
 
 def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer, lower, config):

@@ -87,12 +87,16 @@ class Run:
         np.savez(buffer, key=np.array(self.key), **named)
         _write(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue())
 
-    def export(self) -> epath.Path:
-        """Write `results.tsv`: one line per finished input, in order of ids, numbers rounded towards zero."""
+    def table(self) -> str:
+        """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
         rows = sorted((row for shard in self.shards() for row in self._rows(shard)), key=lambda row: row[0])
         lines = ["\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
+        return "\n".join(lines) + "\n"
+
+    def export(self) -> epath.Path:
+        """Write `results.tsv`."""
         path = self.path / RESULTS
-        _write(path, ("\n".join(lines) + "\n").encode())
+        _write(path, self.table().encode())
         return path
 
     def _rows(self, shard):
@@ -189,18 +193,26 @@ def _run(path, settings) -> Run:
 
 
 def read_results(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The columns of a results file: ours, Cohen's, or ANCER's (at least idx, label, predict, radius, correct).
-
-    Where there is no column `radius_proxy`, the noise was isotropic and the radius stands in for it.
+    """The columns of a results file, by `parse_results`.
 
     Raises:
       ValueError: if the file is not such a table or is empty.
     """
-    path = epath.Path(path)
     try:
-        lines = path.read_text().splitlines()
+        return parse_results(epath.Path(path).read_text(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_results(text: str, path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a results table: ours, Cohen's, or ANCER's (at least idx, label, predict, radius, correct).
+
+    Where there is no column `radius_proxy`, the noise was isotropic and the radius stands in for it.
+
+    Raises:
+      ValueError: naming `path`, if the text is not such a table or is empty.
+    """
+    lines = text.splitlines()
     header, rows = (lines[0].split("\t") if lines else []), [line.split("\t") for line in lines[1:] if line]
     missing = [name for name in _COHEN[:5] if name not in header]
     if missing:

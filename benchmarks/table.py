@@ -7,6 +7,8 @@ import json
 
 import record
 
+from ancer_jax.metrics import round_down
+
 README = record.RESULTS.parent / "README.md"
 BEGIN, END = "<!-- table: python benchmarks/table.py -->", "<!-- end of table -->"
 
@@ -41,7 +43,7 @@ def lines():
         for r in found["results"]:
             mean = r["mean_proxy_radius"]
             fixed = max(value for name, value in mean.items() if name.startswith("fixed"))
-            figure = " / ".join(f"{value:.3f}" for value in (mean["ancer"], mean["isotropic"], fixed))
+            figure = " / ".join(round_down(value, 3) for value in (mean["ancer"], mean["isotropic"], fixed))
             yield (
                 f"demo, {r['norm']}: mean proxy radius, ANCER / isotropic / best fixed",
                 figure,

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -197,10 +199,10 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--n", "-5"), "n must be at least 1.*, got -5"),
         (("--n", "2147483648"), "n must be .*got 2147483648"),
         (("--n0", "0"), "n0 must be at least 1.*, got 0"),
-        (("--sigma", "0"), "theta must be positive and finite, got 0"),
-        (("--sigma", "-1"), "theta must be positive and finite, got -1"),
-        (("--sigma", "nan"), "theta must be positive and finite, got nan"),
-        (("--sigma", "inf"), "theta must be positive and finite, got inf"),
+        (("--sigma", "0"), "theta must be positive and finite as float32, got 0"),
+        (("--sigma", "-1"), "theta must be positive and finite as float32, got -1"),
+        (("--sigma", "nan"), "theta must be positive and finite as float32, got nan"),
+        (("--sigma", "inf"), "theta must be positive and finite as float32, got inf"),
         (("--theta-max", "0.1"), "theta_max must be at least theta = 0.25, got 0.1"),
         (("--theta-max", "0"), "theta_max must be positive, got 0"),
         (("--theta-max", "nan"), "theta_max must be positive, got nan"),
@@ -315,14 +317,17 @@ def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, m
 
 
 def test_an_interrupt_says_how_to_continue(here, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def left(status):
+        raise SystemExit(status)
 
-    monkeypatch.setattr(cli, "certify_dataset", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "_exit", left)
+    monkeypatch.setattr(cli, "certify_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         cli.main(_toy())
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "ancer-jax: stopped; start the same command again to continue\n"
+    assert capsys.readouterr().err == "\nancer-jax: stopped; start the same command again to continue\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
@@ -345,9 +350,9 @@ def test_report_compares_runs_and_files(here, capsys):
     capsys.readouterr()
     cli.main(["report", "run", "cohen.tsv", "--radii", "0.1", "0.6", "--out", "pictures/here"])
     printed = capsys.readouterr().out
-    assert re.search(r"^\| cohen +\| 1 .* 0\.625 ", printed, re.MULTILINE)
+    assert re.search(r"^\| cohen +\| \? +\| 1 .* 0\.625 ", printed, re.MULTILINE)
     assert re.search(r"^\| cohen +\| radius +\| 1\.000 +\| 1\.000 +\|$", printed, re.MULTILINE)
-    assert re.search(r"^\| run +\| 4 ", printed, re.MULTILINE)
+    assert re.search(r"^\| run +\| l2 +\| 4 ", printed, re.MULTILINE)
     assert NOT_RECONCILED not in printed
     assert [path.name for path in (here / "pictures" / "here").iterdir()] == ["certified_accuracy.png"]
     assert printed.splitlines()[-1] == "pictures: pictures/here/certified_accuracy.png"
@@ -357,7 +362,7 @@ def test_report_compares_runs_and_files(here, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: there is no such run or file"),
-        (["empty"], r"empty has no results\.tsv"),
+        (["empty"], "not the settings of a run"),
         (["picture.png"], "picture.png: cannot be read"),
         (["toy.npz"], "toy.npz: (cannot be read|not a results table)"),
         (["plugin.py"], "plugin.py: not a results table, no column 'idx'"),
@@ -391,7 +396,7 @@ def test_demo_compares_eight_runs_and_draws_them(here, capsys, monkeypatch):
     cli.main(["demo", "--max", "2", "--n", "100"])
     printed = capsys.readouterr().out
     fixed = [f"fixed-{factor * 0.25:g}" for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
-    lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| 2 ", line)]
+    lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| l2 +\| 2 ", line)]
     assert lines == [*fixed, "isotropic*", "ancer*"]
     assert f"* {NOT_RECONCILED}" in printed
     assert sorted(path.name for path in (here / "demo-l2").glob("*.png")) == [
@@ -401,8 +406,8 @@ def test_demo_compares_eight_runs_and_draws_them(here, capsys, monkeypatch):
     for name in (*fixed, "isotropic", "ancer"):
         table = pd.read_csv(here / "demo-l2" / name / "results.tsv", sep="\t")
         assert table["idx"].tolist() == [0, 5000]
-    assert len(re.findall(r"x the best fixed sigma", printed)) == 3
-    assert "1.00x the best fixed sigma" in printed
+    assert printed.count("x the best fixed theta") == 3
+    assert "1.00 x the best fixed theta" in printed
 
 
 @pytest.mark.parametrize(("flag", "message"), [("--max", "max must be"), ("--n", "n must be")])
@@ -412,8 +417,8 @@ def test_demo_of_nothing_is_one_line(here, capsys, flag, message):
 
 
 def test_pictures_of_runs_of_one_name_do_not_overwrite_each_other(here, monkeypatch):
-    cli.main(_toy("--out", "a/run"))
-    cli.main(_toy("--out", "b/run"))
+    cli.main(_toy("--out", "a/run", *_SEARCH, method="ancer"))
+    cli.main(_toy("--out", "b/run", *_SEARCH, method="ancer"))
     paths = []
     monkeypatch.setattr(cli.report, "plot_theta", lambda run, images, path: paths.append(str(path)) or True)
     cli.main(["report", "a/run", "b/run", "--out", "pictures"])

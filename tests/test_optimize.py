@@ -105,6 +105,14 @@ def test_the_last_finite_theta_is_kept(search):
     np.testing.assert_array_equal(theta, jnp.full(theta.shape, 0.25))
 
 
+def test_a_start_that_is_not_positive_is_refused():
+    for theta, text in ((-0.25, "got -0.25"), (0.0, "got 0.0"), (np.inf, "got inf")):
+        with pytest.raises(ValueError, match=f"theta_init must be positive and finite, {text}"):
+            optimize_isotropic(KEY, interval(1.0), GaussianL2(), ORIGIN, theta, config=IsotropicConfig())
+        with pytest.raises(ValueError, match=f"theta_init must be positive and finite, {text}"):
+            optimize_anisotropic(KEY, interval(1.0), GaussianL2(), ORIGIN, theta, config=AnisotropicConfig())
+
+
 def test_isotropic_theta_stays_positive():
     config = IsotropicConfig(steps=20, num_samples=20, learning_rate=100.0)
     theta, _ = optimize_isotropic(KEY, interval(0.1), GaussianL2(), ORIGIN, 1.0, config=config)

@@ -28,9 +28,9 @@ def _results(folder, name, text):
     return report.load_results(folder / name)
 
 
-def _run(path, method, theta, ids=(0, 20, 40), channels=1):
+def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
     settings = {
-        "norm": "l2",
+        "norm": norm,
         "method": method,
         "certify": {"n": 100},
         "data": {"image_shape": [4, 5, channels]},
@@ -79,6 +79,7 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
     figures = dict(zip(_cells(table, 0), _cells(table, 2), strict=True))
     assert figures == {
         "run": "cohen",
+        "norm": "?",
         "images": "6",
         "accuracy": "0.666",  # 4 of 6, rounded down
         "abstained": "0.166",
@@ -98,8 +99,8 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
 def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
     table = report.summary_table([_results(tmp_path, "a.tsv", _ANCER)], [0.5, 0.75, 1.25])
     assert _cells(table, 2) == [
-        *("a*", "3", "0.666", "0.000", "0.500", "0.500", "0.750", "0.750"),
-        "2 of 3 (50% of theta)",
+        *("a*", "?", "3", "0.666", "0.000", "0.500", "0.500", "0.750", "0.750"),
+        "2 of 3 (50% of coordinates)",
         "1223.33",
     ]
     assert _cells(table, 8) == ["a*", "radius", "0.666", "0.333", "0.000"]
@@ -131,6 +132,22 @@ def test_tables_of_others_without_a_method_are_labelled_by_what_they_hold(tmp_pa
         assert (report.NOT_RECONCILED in report.summary_table([results], [0.0])) is dependent
 
 
+def test_runs_of_different_norms_are_not_compared_silently(tmp_path):
+    both = [_run(tmp_path / norm, "isotropic", np.ones(3, np.float32), norm=norm) for norm in ("l2", "l1")]
+    table = report.summary_table([report.load_results(run) for run in both], [0.0])
+    assert [_cells(table, line)[1] for line in (2, 3)] == ["l2", "l1"]
+    assert "different norms" in table
+
+
+def test_an_unfinished_run_is_reported_from_its_shards(tmp_path):
+    path = _run(tmp_path / "run", "isotropic", np.ones(3, np.float32))
+    (path / "results.tsv").unlink()
+    assert report.load_results(path)["idx"].tolist() == [0, 20, 40]
+    (path / "shards" / "0.npz").unlink()
+    with pytest.raises(ValueError, match="there are no results yet"):
+        report.load_results(path)
+
+
 def test_runs_of_other_images_are_not_compared_silently(tmp_path):
     fixed, fewer = _results(tmp_path, "a.tsv", _FIXED), _results(tmp_path, "b.tsv", _FIXED.rsplit("7\t8", 1)[0])
     assert "not of the same images" in report.summary_table([fixed, fewer], [0.0])
@@ -141,7 +158,7 @@ def test_proxy_radii_are_compared_with_the_best_fixed_run(tmp_path):
     fixed, dependent = _results(tmp_path, "fixed.tsv", _FIXED), _results(tmp_path, "ancer.tsv", _ANCER)
     lines = report.compare_proxy_radius([fixed, dependent]).splitlines()
     assert lines[0].split()[:3] == ["fixed", "0.700", "1.00"]
-    assert lines[1].split()[:3] == ["ancer*", "1.750", "2.50"]
+    assert lines[1].split()[:3] == ["ancer*", "1.750", "2.49"]
     assert lines[-1] == f"* {report.NOT_RECONCILED}"
 
 
@@ -164,13 +181,13 @@ def test_load_results_of_a_run_directory(tmp_path):
     assert results["radius"].tolist() == [0.0, 0.25, 1.0]
     assert results.data_dependent
     assert not results.correct.any()
-    assert _cells(report.summary_table([results], [0.0]), 2)[8] == "1 of 3 (100% of theta)"
+    assert _cells(report.summary_table([results], [0.0]), 2)[9] == "1 of 3 (100% of coordinates)"
 
 
 def test_load_results_names_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="nowhere: there is no such run or file"):
         report.load_results(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no results\.tsv: not a run, or one with nothing finished"):
+    with pytest.raises(ValueError, match="not the settings of a run"):
         report.load_results(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"picture\.png: cannot be read"):
@@ -180,7 +197,7 @@ def test_load_results_names_what_is_not_there(tmp_path):
 @pytest.mark.parametrize("texts", [[_FIXED], [_FIXED, _ANCER], [_FIXED] * 9])
 def test_plot_certified_accuracy_writes_a_png(tmp_path, texts):
     results = [_results(tmp_path, f"{i}.tsv", text) for i, text in enumerate(texts)]
-    report.plot_certified_accuracy(results, tmp_path / "a.png", norm="l2")
+    report.plot_certified_accuracy(results, tmp_path / "a.png")
     assert _size(tmp_path / "a.png") == (1500, 630)
     assert (tmp_path / "a.png").stat().st_size > 20_000
 

@@ -54,9 +54,8 @@ class Dataset:
             raise ValueError(f"{self.name}: image {bad} has values that are not finite")
         low, high = images.min(), images.max()
         if low < 0 or high > 1:
-            raise ValueError(
-                f"{self.name}: pixels must be in [0, 1], found {low:g} to {high:g} (divide 8-bit pixels by 255)"
-            )
+            hint = " (divide 8-bit pixels by 255)" if low >= 0 else ""
+            raise ValueError(f"{self.name}: pixels must be in [0, 1], found {low:g} to {high:g}{hint}")
         if labels.min() < 0 or labels.max() >= self.num_classes:
             bad = labels.max() if labels.max() >= self.num_classes else labels.min()
             raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")

@@ -10,8 +10,9 @@ from ancer_jax.runs import Run
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
-def plot_certified_accuracy(results: list[Results], path: epath.PathLike, *, norm: str = "") -> None:
+def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> None:
     """Certified accuracy against radius and against proxy radius, one curve a run, as PNG."""
+    norm = " / ".join(sorted({r.norm for r in results}))
     figure, axes = _figure(1, 2, (10, 4.2), sharey=True)
     for column, axis, label in (
         ("radius", axes[0, 0], f"{norm} radius (image units, pixels in [0, 1])"),

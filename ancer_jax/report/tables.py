@@ -9,7 +9,7 @@ import tabulate
 from etils import epath
 
 from ancer_jax.metrics import average_certified_radius, round_down
-from ancer_jax.runs import RESULTS, read_results
+from ancer_jax.runs import parse_results, read_results, read_run
 
 NOT_RECONCILED = "per-input classifiers, not yet reconciled by memory"
 _MARK = "*"
@@ -22,12 +22,12 @@ class Results:
     Attributes:
       name: how the run is called in tables and legends.
       columns: the columns of its table (`runs.read_results`), float64.
-      path: the file they were read from.
+      norm: "l2" or "l1"; "" where a table does not say.
     """
 
     name: str
     columns: dict[str, np.ndarray]
-    path: epath.Path
+    norm: str = ""
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
@@ -52,7 +52,7 @@ class Results:
 
 
 def load_results(path: epath.PathLike) -> Results:
-    """The results of a run directory or of a TSV file, ours, Cohen's or ANCER's.
+    """The results of a run directory, finished or not, or of a TSV file, ours, Cohen's or ANCER's.
 
     Raises:
       ValueError: if there are none.
@@ -60,10 +60,10 @@ def load_results(path: epath.PathLike) -> Results:
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such run or file")
-    file = path / RESULTS if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"{path} has no {RESULTS}: not a run, or one with nothing finished")
-    return Results(path.name if path.is_dir() else path.stem, read_results(file), file)
+    if path.is_dir():
+        run = read_run(path)
+        return Results(path.name, parse_results(run.table(), path), run.settings["norm"])
+    return Results(path.stem, read_results(path))
 
 
 def summary_table(results: list[Results], radii: list[float]) -> str:
@@ -75,6 +75,7 @@ def summary_table(results: list[Results], radii: list[float]) -> str:
     figures = [
         {
             "run": _name(r),
+            "norm": r.norm or "?",
             "images": len(r.correct),
             "accuracy": _share(r.correct),
             "abstained": _share(r["predict"] == -1),
@@ -112,6 +113,8 @@ def _notes(results: list[Results]) -> list[str]:
     notes = []
     if any(not np.array_equal(np.sort(r["idx"]), np.sort(results[0]["idx"])) for r in results):
         notes.append("These runs are not of the same images: their figures do not compare.")
+    if len({r.norm for r in results if r.norm}) > 1:
+        notes.append("These runs are of different norms: their figures do not compare.")
     if any(r.data_dependent for r in results):
         notes.append(f"{_MARK} {NOT_RECONCILED}")
     return notes
@@ -135,7 +138,7 @@ def _at_bound(results: Results) -> str:
     if share is None or not results.data_dependent:
         return "-"
     inputs = int((share > 0).sum())
-    return f"{inputs} of {len(share)}" + (f" ({share[share > 0].mean():.0%} of theta)" if inputs else "")
+    return f"{inputs} of {len(share)}" + (f" ({share[share > 0].mean():.0%} of coordinates)" if inputs else "")
 
 
 def _seconds(results: Results) -> str:
