@@ -171,7 +171,9 @@ def fingerprint(classifier: Classifier, x) -> str:
     version of JAX may write it differently.
     """
     inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
-    program = jax.jit(Classifier.__call__).lower(classifier, inputs).as_text()
+    # Shapes alone, without the devices that the variables are on.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)
+    program = jax.jit(Classifier.__call__).lower(shapes, inputs).as_text()
     digest = hashlib.sha256(program.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(classifier.variables):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
