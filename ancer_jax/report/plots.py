@@ -12,7 +12,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> None:
     """Certified accuracy against radius and against proxy radius, one curve a run, as PNG."""
-    norm = " / ".join(sorted({r.norm for r in results}))
+    norm = " / ".join(sorted({r.norm for r in results if r.norm}))
     figure, axes = _figure(1, 2, (10, 4.2), sharey=True)
     for column, axis, label in (
         ("radius", axes[0, 0], f"{norm} radius (image units, pixels in [0, 1])"),
