@@ -4,6 +4,7 @@ from ancer_jax.certificates import GaussianL2, UniformL1
 from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
 from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
 from ancer_jax.data import load_dataset
+from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
 from ancer_jax.optimize import (
     AnisotropicConfig,
@@ -13,7 +14,8 @@ from ancer_jax.optimize import (
     optimize_isotropic,
 )
 from ancer_jax.pipeline import Execution, RunConfig, certify_dataset
-from ancer_jax.regions import Region, is_superset, log_volume, proxy_radius, radius
+from ancer_jax.regions import Region, disjoint, is_superset, log_volume, proxy_radius, radius
+from ancer_jax.runs import load_memory, save_memory
 
 __all__ = [
     "ABSTAIN",
@@ -24,6 +26,7 @@ __all__ = [
     "Execution",
     "GaussianL2",
     "IsotropicConfig",
+    "LeakageConfig",
     "Region",
     "RunConfig",
     "UniformL1",
@@ -31,6 +34,7 @@ __all__ = [
     "certify_dataset",
     "check_classifier",
     "count_votes",
+    "disjoint",
     "from_function",
     "from_linen",
     "from_nnx",
@@ -38,10 +42,12 @@ __all__ = [
     "is_superset",
     "load_bundled",
     "load_dataset",
+    "load_memory",
     "log_volume",
     "optimize_anisotropic",
     "optimize_isotropic",
     "predict",
     "proxy_radius",
     "radius",
+    "save_memory",
 ]

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import tqdm
 import tyro
@@ -18,10 +18,11 @@ from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
-from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective
+from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
-from ancer_jax.runs import read_run
+from ancer_jax.runs import MEMORY, read_run
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -82,6 +83,19 @@ class Certify:
     """Keep the isotropic theta unless the anisotropic one has the larger volume / contains its region; off: never."""
     guard_samples: int = RunConfig.guard_samples
     """Draws for that choice, for each theta; none of them certifies."""
+    memory: bool = True
+    """Put data-dependent certificates through a memory, in order of ids: what makes them those of one classifier."""
+    leakage: bool = True
+    """Measure how many other images each found theta sends to its image's class."""
+    leakage_references: int = LeakageConfig.num_references
+    """Other images that are asked, drawn from the data set by the seed."""
+    leakage_samples: int = LeakageConfig.num_samples
+    """Draws for each of them."""
+    leakage_weight: float = SearchConfig.leakage_weight
+    """Penalty on leakage in both searches: taken off the objective, times the mean probability that 32 other images get
+    the class (ours; 0 is none, 1 to 20 trade size for honesty)."""
+    leakage_limit: float | None = None
+    """Do not take a theta that leaks more than this share: anisotropic gives way to isotropic, isotropic to sigma."""
     batch_size: int = Execution.batch_size
     """Images at a time; speed only."""
     chunk: int = Execution.chunk
@@ -103,41 +117,55 @@ class Certify:
         """One run, with a progress bar."""
         if self.sigma_convention != "theta" and self.norm != "l1":
             raise ValueError("--sigma-convention is for --norm l1; for l2, sigma is the standard deviation")
+        search: dict[str, Any] = {
+            "objective": self.objective,
+            "theta_max": self.theta_max,
+            "leakage_weight": self.leakage_weight,
+        }
         config = RunConfig(
             norm=self.norm,
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
             certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),
             isotropic=IsotropicConfig(
-                steps=self.iso_steps,
-                num_samples=self.iso_samples,
-                learning_rate=self.iso_lr,
-                objective=self.objective,
-                theta_max=self.theta_max,
+                steps=self.iso_steps, num_samples=self.iso_samples, learning_rate=self.iso_lr, **search
             ),
             anisotropic=AnisotropicConfig(
                 steps=self.ancer_steps,
                 num_samples=self.ancer_samples,
                 learning_rate=self.ancer_lr,
-                objective=self.objective,
-                theta_max=self.theta_max,
                 kappa=self.kappa,
+                **search,
             ),
             guard=self.guard,
             guard_samples=self.guard_samples,
+            leakage=LeakageConfig(self.leakage_references, self.leakage_samples) if self.leakage else None,
+            leakage_limit=self.leakage_limit,
             seed=self.seed,
         )
         execution = Execution(self.batch_size, self.chunk, self.devices)
         title = f"{self.method} {sigma:g}"
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
-        with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
+        with (
+            tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar,
+            tqdm.tqdm(total=len(dataset), unit="image", desc=f"{title}, memory", delay=2) as second,
+        ):
 
             def progress(images: int) -> None:
                 if bar.delay:  # the first call: images that an earlier process finished say nothing about speed
                     bar.delay, bar.initial = 0, images
                 bar.update(images)
 
-            certify_dataset(classifier, dataset, config, out=out, execution=execution, progress=progress)
+            certify_dataset(
+                classifier,
+                dataset,
+                config,
+                out=out,
+                execution=execution,
+                reconcile=self.memory,
+                progress=progress,
+                reconciled=second.update,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +197,7 @@ class Demo:
             runs.append(f"{out}/{name}")
             command.certify(bundled.classifier, dataset, sigma, runs[-1])
         _report(runs, out)
-        print("\nMean proxy radius (of the ball of the same volume), over all images, wrong answers included:")
+        print("\nMean proxy radius (of the ball of the same volume) after memory, wrong answers included:")
         print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
 
 
@@ -181,6 +209,10 @@ class Report:
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
     radii: tuple[float, ...] | None = None
     """Radii at which to list certified accuracy."""
+    leakage_limit: float = report.LEAKAGE_LIMIT
+    """Leakage above which a theta counts as certifying nothing, in the figures that say so."""
+    orders: int = 0
+    """Put the runs with a memory through it in this many random orders, too, and show how far the figures move."""
     out: str = "report"
     """Folder of the pictures."""
 
@@ -188,7 +220,15 @@ class Report:
         """Print the table, draw the pictures."""
         if not self.runs:
             raise ValueError("name at least one run directory or TSV file")
-        _report(list(self.runs), self.out, self.radii)
+        if self.orders < 0:
+            raise ValueError(f"--orders must not be negative, got {self.orders}")
+        _report(list(self.runs), self.out, self.radii, self.leakage_limit)
+        if self.orders:
+            with_memory = [run for run in self.runs if (epath.Path(run) / MEMORY).exists()]
+            if not with_memory:
+                raise ValueError("--orders needs a run directory with a memory")
+            print("\nIn order of ids (and the range over random orders)\n")
+            print(report.order_table(with_memory, orders=self.orders))
 
 
 def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float]:
@@ -213,11 +253,13 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
     return classifier, sigma
 
 
-def _report(runs: list[str], out: str | None, radii: Sequence[float] | None = None) -> None:
+def _report(
+    runs: list[str], out: str | None, radii: Sequence[float] | None = None, leakage_limit: float = report.LEAKAGE_LIMIT
+) -> None:
     """Print the table of the runs; with `out`, draw the pictures there."""
     results = [report.load_results(run) for run in runs]
     notes = [] if out is None else _draw(runs, results, epath.Path(out))
-    print(report.summary_table(results, list(radii or _RADII)), *notes, sep="\n\n")
+    print(report.summary_table(results, list(radii or _RADII), leakage_limit), *notes, sep="\n\n")
 
 
 def _draw(runs: list[str], results: list[report.Results], folder: epath.Path) -> list[str]:

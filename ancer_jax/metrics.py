@@ -57,6 +57,18 @@ def round_down(value: float | np.floating | fractions.Fraction, digits: int) -> 
     return f"{'-' if scaled < 0 else ''}{whole}.{rest:0{digits}}"
 
 
+def round_up(value: float | np.floating | fractions.Fraction, digits: int) -> str:
+    """`value` as decimal text with `digits` decimals, rounded towards plus infinity, exactly.
+
+    >>> round_up(0.1201, 2), round_up(0.0, 2), round_up(float("nan"), 2)
+    ('0.13', '0.00', 'nan')
+    """
+    text = round_down(-value, digits)
+    if text.strip("-0.") == "":
+        return text.removeprefix("-")
+    return text[1:] if text.startswith("-") else text if text == "nan" else f"-{text}"
+
+
 def _columns(radius, correct):
     radius, correct = np.asarray(radius, np.float64), np.asarray(correct, bool)
     if radius.ndim != 1 or radius.shape != correct.shape or not radius.size:

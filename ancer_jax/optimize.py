@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Key
 from ancer_jax import bounds
 from ancer_jax.certificates import Certificate
 from ancer_jax.classifiers import Classifier
+from ancer_jax.leakage import References, leakage, soft_leakage
 from ancer_jax.regions import Region, geometric_mean, is_superset, proxy_radius
 from ancer_jax.smoothing import Stage, class_counts, smoothed_probs, stage_key
 
@@ -41,6 +42,8 @@ class SearchConfig:
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
       theta_max: upper bound of every coordinate of theta (never below `theta_init`); None means 4 times `theta_init`;
         `inf` is no bound.
+      leakage_weight: how much of the soft leakage (`leakage.soft_leakage`) is taken off the objective; 0 is none.
+      leakage_batch: references per step.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -51,15 +54,19 @@ class SearchConfig:
     learning_rate: float = 0.04
     objective: Objective = "ancer"
     theta_max: float | None = None
+    leakage_weight: float = 0.0
+    leakage_batch: int = 32
 
     def __post_init__(self):
-        for name in ("steps", "num_samples"):
+        for name in ("steps", "num_samples", "leakage_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "theta_max"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.leakage_weight < float("inf"):
+            raise ValueError(f"leakage_weight must be finite and not negative, got {self.leakage_weight}")
         if self.objective not in get_args(Objective):
             raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
 
@@ -102,6 +109,7 @@ def optimize_isotropic(
     theta_init: Float[ArrayLike, ""],
     *,
     config: IsotropicConfig,
+    references: References | None = None,
 ) -> tuple[Float[Array, ""], OptimizeTrace]:
     """One noise level for this input: plain gradient ascent of `theta * proxy_gap(theta)` over a scalar theta.
 
@@ -112,13 +120,15 @@ def optimize_isotropic(
       classifier, certificate, x: as in `smoothing.class_counts`.
       theta_init: [] start, an array per example: the noise level the classifier was trained with.
       config: search settings.
+      references: what `config.leakage_weight` is measured on; needed if that is above 0.
 
     Returns:
       theta [], in [theta_init / 100, theta_max], and the trace. Where a step is not finite, the last finite theta
       is kept.
 
     Raises:
-      ValueError: outside jit, if `theta_init` is not positive and finite.
+      ValueError: outside jit, if `theta_init` is not positive and finite; at trace time, if references are needed and
+        missing.
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
@@ -141,6 +151,7 @@ def optimize_isotropic(
         optimizer=optax.sgd(config.learning_rate),
         lower=theta_init / 100,
         config=config,
+        references=references,
     )
 
 
@@ -152,6 +163,7 @@ def optimize_anisotropic(
     theta_init: Float[ArrayLike, "..."],
     *,
     config: AnisotropicConfig,
+    references: References | None = None,
 ) -> tuple[Float[Array, "*d"], OptimizeTrace]:
     """One noise parameter per coordinate: ANCER's projected Adam ascent.
 
@@ -163,13 +175,15 @@ def optimize_anisotropic(
       classifier, certificate, x: as in `smoothing.class_counts`.
       theta_init: [] or [*d] start and lower bound: the isotropic theta. An array per example.
       config: search settings.
+      references: what `config.leakage_weight` is measured on; needed if that is above 0.
 
     Returns:
       theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= theta_init` alone
       does not make the certified region larger, because the class probability can fall: see `guarded_choice`.
 
     Raises:
-      ValueError: outside jit, if `theta_init` is not positive and finite.
+      ValueError: outside jit, if `theta_init` is not positive and finite; at trace time, if references are needed and
+        missing.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
@@ -192,6 +206,7 @@ def optimize_anisotropic(
         optimizer=optax.adam(config.learning_rate),
         lower=theta_init,
         config=config,
+        references=references,
     )
 
 
@@ -203,15 +218,26 @@ def _check_start(theta_init) -> None:
             raise ValueError(f"theta_init must be positive and finite, got {theta.min()}")
 
 
-def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer, lower, config):
-    """Projected gradient ascent of `objective(theta, gap)` over theta; fresh draws at every step."""
+def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer, lower, config, references):
+    """Projected gradient ascent over theta, fresh draws at every step, of `objective(theta, gap)` less the penalty:
+    `leakage_weight` times the soft leakage to the class that x has at this step.
+    """
+    if config.leakage_weight > 0 and references is None:
+        raise ValueError(f"leakage_weight = {config.leakage_weight} needs references, got None")
     upper = THETA_MAX_FACTOR * theta_init if config.theta_max is None else config.theta_max
     upper = jnp.maximum(upper, theta_init)
 
     def loss(theta, key):
         probs = smoothed_probs(key, classifier, certificate, x, theta, num_samples=config.num_samples)
         gap = certificate.proxy_gap(probs)
-        return -objective(theta, gap), OptimizeTrace(gap, gap * geometric_mean(theta))
+        value = objective(theta, gap)
+        if config.leakage_weight > 0:
+            # The draws of x have the indices below num_samples.
+            key = jax.random.fold_in(key, config.num_samples)
+            value -= config.leakage_weight * soft_leakage(
+                key, references, classifier, certificate, x, theta, probs.argmax(), batch=config.leakage_batch
+            )
+        return -value, OptimizeTrace(gap, gap * geometric_mean(theta))
 
     def step(carry, i):
         theta, state = carry
@@ -231,42 +257,51 @@ def guarded_choice(
     classifier: Classifier,
     certificate: Certificate,
     x: Float[ArrayLike, "*d"],
-    theta_isotropic: Float[ArrayLike, "..."],
-    theta_anisotropic: Float[ArrayLike, "*d"],
+    theta_narrow: Float[ArrayLike, "..."],
+    theta_wide: Float[ArrayLike, "..."],
     *,
     guard: Guard,
     num_samples: int,
     alpha: float = 0.001,
     chunk: int,
+    references: References | None = None,
+    leakage_limit: float | None = None,
+    leakage_samples: int = 64,
 ) -> tuple[Float[Array, "*d"], Bool[Array, ""]]:
-    """Choose between the isotropic and the anisotropic theta of one input, on draws that certify nothing.
+    """Choose between two thetas of one input, say the isotropic and the anisotropic, on draws that certify nothing.
 
-    Both thetas get a Clopper-Pearson gap from the same `num_samples` draws. The anisotropic one is taken if it has the
+    Both thetas get a Clopper-Pearson gap from the same `num_samples` draws. The second one is taken if it has the
     same class and, with `guard="volume"`, the larger proxy radius, or with `guard="superset"`, a region that contains
-    the isotropic one; with `guard="off"`, always.
+    the first one's; with `guard="off"`, always. With a leakage limit it must also keep `leakage.leakage` to the class
+    it votes for at or below the limit.
 
     Args:
       key: the example's key (the stage is folded in here).
       classifier, certificate, x: as in `smoothing.class_counts`.
-      theta_isotropic: [] or [*d]; theta_anisotropic: [*d].
+      theta_narrow, theta_wide: [] or [*d], first and second.
       guard: the criterion (static).
       num_samples, chunk: draws for each theta, and how many at a time (static).
       alpha: error probability of the bounds that are compared; no guarantee hangs on it.
+      references: what leakage is measured on; needed with a limit.
+      leakage_limit: share of the eligible references, in [0, 1] (static); None is no limit.
+      leakage_samples: draws for each reference (static), as many as `references` was made with.
 
     Returns:
-      theta [*d], and whether it is the anisotropic one.
+      theta [*d], and whether it is the second one.
 
     Raises:
-      ValueError: at trace time, if there is no such guard.
+      ValueError: at trace time, if there is no such guard, or the limit is out of range or lacks references.
     """
-    x = jnp.asarray(x)
-    theta_isotropic, theta_anisotropic = (
-        jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape) for theta in (theta_isotropic, theta_anisotropic)
-    )
     if guard not in get_args(Guard):
         raise ValueError(f"guard must be one of {', '.join(get_args(Guard))}, got {guard!r}")
-    if guard == "off":
-        return theta_anisotropic, jnp.asarray(True)
+    if leakage_limit is not None and not 0 <= leakage_limit <= 1:
+        raise ValueError(f"leakage_limit must be in [0, 1], got {leakage_limit}")
+    if leakage_limit is not None and references is None:
+        raise ValueError(f"leakage_limit = {leakage_limit} needs references, got None")
+    x = jnp.asarray(x)
+    theta_narrow, theta_wide = (
+        jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape) for theta in (theta_narrow, theta_wide)
+    )
 
     def estimate(theta):
         counts = class_counts(
@@ -275,11 +310,20 @@ def guarded_choice(
         gap = certificate.gap(bounds.clopper_pearson_lower_traced(counts.max(), num_samples, alpha))
         return counts.argmax(), Region(x, theta, gap, certificate.norm)
 
-    class_isotropic, isotropic = estimate(theta_isotropic)
-    class_anisotropic, anisotropic = estimate(theta_anisotropic)
-    if guard == "volume":
-        better = proxy_radius(anisotropic) > proxy_radius(isotropic)
-    else:
-        better = is_superset(anisotropic, isotropic) & (anisotropic.gap > 0)
-    better &= class_anisotropic == class_isotropic
-    return jnp.where(better, theta_anisotropic, theta_isotropic), better
+    if guard == "off" and leakage_limit is None:
+        return theta_wide, jnp.asarray(True)
+    class_wide, wide = estimate(theta_wide)
+    taken = jnp.asarray(True)
+    if guard != "off":
+        class_narrow, narrow = estimate(theta_narrow)
+        if guard == "volume":
+            taken = proxy_radius(wide) > proxy_radius(narrow)
+        else:
+            taken = is_superset(wide, narrow) & (wide.gap > 0)
+        taken &= class_wide == class_narrow
+    if leakage_limit is not None and references is not None:
+        leaked, eligible = leakage(
+            references, classifier, certificate, x, theta_wide, class_wide, num_samples=leakage_samples, chunk=chunk
+        )
+        taken &= leaked / jnp.maximum(eligible, 1) <= leakage_limit
+    return jnp.where(taken, theta_wide, theta_narrow), taken

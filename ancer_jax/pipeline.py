@@ -1,4 +1,4 @@
-"""The main job: for every image of a data set find theta, certify, and store the result in a run directory."""
+"""The main job: for every image of a data set find theta, certify, reconcile by memory, store in a run directory."""
 
 import dataclasses
 import functools
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ancer_jax import parallel
+from ancer_jax import memory, parallel
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.certification import CertifyConfig, certification, count_votes
 from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
 from ancer_jax.data import Dataset, batches, take
+from ancer_jax.leakage import LeakageConfig, References, leakage, make_references
 from ancer_jax.optimize import (
     THETA_MAX_FACTOR,
     AnisotropicConfig,
@@ -28,6 +29,7 @@ from ancer_jax.optimize import (
     optimize_anisotropic,
     optimize_isotropic,
 )
+from ancer_jax.regions import Region
 from ancer_jax.runs import Run, open_run
 
 Method = Literal["fixed", "isotropic", "ancer"]
@@ -43,6 +45,9 @@ class RunConfig:
       theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
       certify, isotropic, anisotropic: settings of the stages. `theta_max=None` means 4 times `theta` in both searches.
       guard, guard_samples: the guarded choice between isotropic and anisotropic theta (`optimize.guarded_choice`).
+      leakage: how the leakage of data-dependent noise is measured; None is not at all.
+      leakage_limit: with a limit, a theta that leaks more is not taken: the anisotropic one gives way to the isotropic
+        one, and that to `theta`.
       seed: of all draws, in [0, 2^31).
 
     Raises:
@@ -57,6 +62,8 @@ class RunConfig:
     anisotropic: AnisotropicConfig = AnisotropicConfig()
     guard: Guard = "volume"
     guard_samples: int = 1000
+    leakage: LeakageConfig | None = LeakageConfig()
+    leakage_limit: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -76,12 +83,23 @@ class RunConfig:
                 object.__setattr__(self, name, search)
             if search.theta_max < self.theta:
                 raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
+        if self.leakage_limit is not None and not 0 <= self.leakage_limit <= 1:
+            raise ValueError(f"leakage_limit must be in [0, 1], got {self.leakage_limit}")
+        penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
+        if self.leakage is None and (penalty > 0 or self.leakage_limit is not None):
+            raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether every input has a theta of its own."""
+        return self.method != "fixed"
 
     def settings(self) -> dict[str, Any]:
         """What is hashed into the run: the settings that the method uses."""
         stages = {"fixed": (), "isotropic": ("isotropic",), "ancer": ("isotropic", "anisotropic")}[self.method]
         used = ["norm", "method", "theta", "certify", *stages, "seed"]
         used += ["guard", "guard_samples"] if self.method == "ancer" else []
+        used += ["leakage", "leakage_limit"] if self.data_dependent else []
         values = dataclasses.asdict(self)
         return {name: values[name] for name in used}
 
@@ -113,7 +131,9 @@ def certify_dataset(
     *,
     out: epath.PathLike,
     execution: Execution = Execution(),
+    reconcile: bool = True,
     progress: Callable[[int], object] = lambda images: None,
+    reconciled: Callable[[int], object] = lambda images: None,
 ) -> epath.Path:
     """Certify every image of `dataset` into the run directory `out`, continuing what is there.
 
@@ -123,14 +143,17 @@ def certify_dataset(
       config: what to compute.
       out: run directory, new or unfinished. More images may be added to a run, other settings may not.
       execution: how to compute it.
+      reconcile: with method "isotropic" or "ancer", whether all finished images of the run go through a memory, in
+        order of ids, at the end. It writes `memory.npz` and `results_memory.tsv`.
       progress: called after each batch with the number of images that were finished.
+      reconciled: called with the number of images that went through the memory since the last call.
 
     Returns:
       Path of `results.tsv`.
 
     Guarantee: each line's region is certified as in `certification.certify`, with error probability `alpha` per
-    image. With method "isotropic" or "ancer" each line speaks of its own smoothed classifier, that of the theta found
-    for this image; they are not yet reconciled into one classifier.
+    image. With method "isotropic" or "ancer" each line of `results.tsv` speaks of its own smoothed classifier, that of
+    the theta found for this image; the lines of `results_memory.tsv` speak of one classifier, that with memory.
 
     Raises:
       ValueError: if the classifier or the data cannot be certified, or `out` holds something else.
@@ -149,23 +172,69 @@ def certify_dataset(
         progress(sum(int(i) in done for i in dataset.ids))
         todo = [row for row, i in enumerate(dataset.ids) if int(i) not in done]
         if todo:
+            references = _references(classifier, dataset.whole, config, execution.chunk, mesh)
             for batch in batches(take(dataset, todo), batch_size):
-                _certify_batch(run, classifier, batch, config, execution, mesh)
+                _certify_batch(run, classifier, references, batch, config, execution, mesh)
                 progress(int(batch["mask"].sum()))
+        if reconcile and config.data_dependent:
+            _reconcile(run, dataset.whole, CERTIFICATES[config.norm].norm, reconciled)
         return run.export()
 
 
-def _certify_batch(run: Run, classifier, batch, config: RunConfig, execution: Execution, mesh) -> None:
+def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
+    """Put every finished image through the memory in order of ids, continuing a memory that is stored."""
+    columns = run.columns("predictions", "gap", "theta")
+    state, ids, inside = run.read_memory() or (memory.empty(norm), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    new = {name: column[len(ids) :] for name, column in columns.items()}
+    if not len(new["ids"]):
+        return
+    images = dataset.images[np.searchsorted(dataset.ids, new["ids"])]
+    regions = Region(images, new["theta"], new["gap"], norm)
+    state, info = memory.insert_batch(state, regions, new["predictions"], progress=progress)
+    inside_id = np.where(info.inside < 0, -1, columns["ids"][info.inside])
+    run.write_memory(state, columns["ids"], np.concatenate([inside, inside_id]))
+
+
+def _references(classifier, dataset: Dataset, config: RunConfig, chunk: int, mesh) -> References | None:
+    """The images on which leakage is measured, the same whatever part of the data set is certified."""
+    if config.leakage is None or not config.data_dependent:
+        return None
+    count = min(config.leakage.num_references, len(dataset))
+    rows = np.sort(np.random.default_rng(config.seed).choice(len(dataset), count, replace=False))
+    images = parallel.replicate(dataset.images[rows], mesh)
+    keys = _example_keys(config.seed, parallel.replicate(dataset.ids[rows].astype(np.uint32), mesh))
+    theta = jnp.asarray(config.theta, images.dtype)
+    settings = {"certificate": CERTIFICATES[config.norm], "num_samples": config.leakage.num_samples, "chunk": chunk}
+    return _make_references(keys, classifier, images=images, theta=theta, **settings)
+
+
+_make_references = jax.jit(make_references, static_argnames=("certificate", "num_samples", "chunk"))
+
+
+def _certify_batch(run: Run, classifier, references, batch, config: RunConfig, execution: Execution, mesh) -> None:
     start = time.perf_counter()
     certificate = CERTIFICATES[config.norm]
     mask = batch["mask"]
     ids, images = parallel.split_rows((batch["id"].astype(np.uint32), batch["image"]), mesh)
     keys = _example_keys(config.seed, ids)
-    theta = _find_theta(keys, classifier, images, config=config, chunk=execution.chunk)
+    theta = _find_theta(keys, classifier, images, references, config=config, chunk=execution.chunk)
     selected, count = _count(
         keys, classifier, images, theta, certificate=certificate, config=config.certify, chunk=execution.chunk
     )
     result = certification(selected, count, certificate=certificate, config=config.certify)
+    leaked = asked = np.zeros(len(mask), np.int32)
+    if references is not None and config.leakage is not None:
+        predictions = parallel.split_rows(result.prediction.astype(np.int32), mesh)
+        leaked, asked = _measure_leakage(
+            references,
+            classifier,
+            images,
+            theta,
+            predictions,
+            certificate=certificate,
+            num_samples=config.leakage.num_samples,
+            chunk=execution.chunk,
+        )
     theta = np.asarray(theta)
     seconds = time.perf_counter() - start
     run.write_shard(
@@ -177,6 +246,8 @@ def _certify_batch(run: Run, classifier, batch, config: RunConfig, execution: Ex
             "p_lower": result.p_lower[mask],
             "gap": result.gap[mask],
             "theta": theta[mask],
+            "leaked": np.asarray(leaked)[mask],
+            "references": np.asarray(asked)[mask],
             "seconds": np.full(mask.sum(), seconds / mask.sum()),
         }
     )
@@ -189,7 +260,7 @@ def _example_keys(seed, ids):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def _find_theta(keys, classifier, images, *, config: RunConfig, chunk: int):
+def _find_theta(keys, classifier, images, references, *, config: RunConfig, chunk: int):
     """theta of each image: [batch] for fixed and isotropic, [batch, *d] for ancer."""
     certificate = CERTIFICATES[config.norm]
     theta = jnp.full(len(images), config.theta, images.dtype)
@@ -197,22 +268,23 @@ def _find_theta(keys, classifier, images, *, config: RunConfig, chunk: int):
     def per_image(key, x, theta):
         if config.method == "fixed":
             return theta
-        theta, _ = optimize_isotropic(key, classifier, certificate, x, theta, config=config.isotropic)
-        if config.method == "isotropic":
-            return theta
-        wider, _ = optimize_anisotropic(key, classifier, certificate, x, theta, config=config.anisotropic)
-        theta, _ = guarded_choice(
-            key,
-            classifier,
-            certificate,
-            x,
-            theta,
-            wider,
-            guard=config.guard,
+        arguments = key, classifier, certificate, x
+        choose = functools.partial(
+            guarded_choice,
             num_samples=config.guard_samples,
             alpha=config.certify.alpha,
             chunk=chunk,
+            references=references,
+            leakage_limit=config.leakage_limit,
+            leakage_samples=config.leakage.num_samples if config.leakage else 1,
         )
+        wider, _ = optimize_isotropic(*arguments, theta, config=config.isotropic, references=references)
+        chosen, _ = choose(*arguments, theta, wider, guard="off")
+        theta = chosen.reshape(-1)[0]  # all coordinates are one number
+        if config.method == "isotropic":
+            return theta
+        wider, _ = optimize_anisotropic(*arguments, theta, config=config.anisotropic, references=references)
+        theta, _ = choose(*arguments, theta, wider, guard=config.guard)
         return theta
 
     return jax.vmap(per_image)(keys, images, theta)
@@ -221,9 +293,14 @@ def _find_theta(keys, classifier, images, *, config: RunConfig, chunk: int):
 @functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk"))
 def _count(keys, classifier, images, theta, *, certificate, config, chunk):
     votes = functools.partial(count_votes, config=config, chunk=chunk)
-    theta = theta.reshape(theta.shape + (1,) * (images.ndim - theta.ndim))
     one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
     return jax.vmap(one)(keys, images, theta)
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))
+def _measure_leakage(references, classifier, images, theta, predictions, *, certificate, num_samples, chunk):
+    measure = functools.partial(leakage, references, classifier, certificate, num_samples=num_samples, chunk=chunk)
+    return jax.vmap(measure)(images, theta, predictions)
 
 
 def _settings(classifier, dataset, config) -> dict[str, Any]:

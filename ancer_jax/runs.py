@@ -3,35 +3,35 @@
     config.json          settings that change results, their hash, and what the run was made with
     shards/<first id>.npz   one finished batch; written to a temporary name and renamed
     results.tsv          derived from the shards: Cohen's columns first
+    memory.npz           data-dependent noise: the memory after all inputs, in order of ids
+    results_memory.tsv   the same columns for the classifier with memory
 
 A process that is killed at any moment leaves finished shards only; the next one continues after them.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
 import filelock
 import numpy as np
 from etils import epath
 
-from ancer_jax.metrics import round_down
-from ancer_jax.regions import Region, log_volume, proxy_radius, radius
+from ancer_jax import memory
+from ancer_jax.memory import Memory
+from ancer_jax.regions import Region
+from ancer_jax.results import Answer, leakage_share, write_table
 
 RESULTS = "results.tsv"
-_COHEN = ("idx", "label", "predict", "radius", "correct", "time")
-COLUMNS = (
-    *_COHEN,
-    *("radius_proxy", "min_sigma", "gap", "p_lower", "count", "n", "log_volume", "method", "at_theta_max"),
-)
-_ARRAYS = ("ids", "labels", "predictions", "counts", "p_lower", "gap", "theta", "seconds")
+RESULTS_MEMORY = "results_memory.tsv"
+MEMORY = "memory.npz"
+_ARRAYS = ("ids", "labels", "predictions", "counts", "p_lower", "gap", "theta", "leaked", "references", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,8 @@ class Run:
                 raise ValueError(f"{file}: not a shard of this run; move it away")
         for file in sorted(files, key=lambda file: int(file.stem)):
             try:
-                with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-                    shard = {name: arrays[name] for name in (*_ARRAYS, "key")}
-            except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                shard = _read_arrays(file, (*_ARRAYS, "key"))
+            except ValueError as error:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
             if str(shard.pop("key")) != self.key:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
@@ -89,42 +88,64 @@ class Run:
 
     def table(self) -> str:
         """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
-        rows = sorted((row for shard in self.shards() for row in self._rows(shard)), key=lambda row: row[0])
-        lines = ["\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
-        return "\n".join(lines) + "\n"
+        return write_table(self.shards(), self.settings)
+
+    def memory_table(self) -> str | None:
+        """The text of `results_memory.tsv`; None if the finished inputs have not been reconciled."""
+        answers = self._answers()
+        return None if answers is None else write_table(self.shards(), self.settings, answers)
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Arrays of all finished inputs, in order of ids."""
+        shards = [{name: shard[name] for name in ("ids", *names)} for shard in self.shards()]
+        columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
+        order = np.argsort(columns["ids"])
+        return {name: column[order] for name, column in columns.items()}
 
     def export(self) -> epath.Path:
-        """Write `results.tsv`."""
-        path = self.path / RESULTS
-        _write(path, self.table().encode())
-        return path
+        """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
+        _write(self.path / RESULTS, self.table().encode())
+        text, path = self.memory_table(), self.path / RESULTS_MEMORY
+        if text is not None:
+            _write(path, text.encode())
+        else:
+            path.unlink(missing_ok=True)
+        return self.path / RESULTS
 
-    def _rows(self, shard):
-        settings = self.settings
-        search = settings.get("anisotropic", settings.get("isotropic"))
-        norm = {"l2": 2, "l1": 1}[settings["norm"]]
-        center = np.zeros(settings["data"]["image_shape"])
-        for values in zip(*(shard[name] for name in _ARRAYS), strict=True):
-            id_, label, prediction, count, p_lower, gap, theta, seconds = values
-            region = Region(center, theta, gap, norm)
-            at_bound = np.mean(theta >= np.float32(search["theta_max"])) if search else 0.0
-            yield (
-                int(id_),
-                int(label),
-                int(prediction),
-                round_down(radius(region), 6),
-                int(prediction == label),
-                datetime.timedelta(seconds=float(seconds)),
-                round_down(proxy_radius(region), 6),
-                round_down(theta.min(), 6),
-                round_down(gap, 6),
-                round_down(p_lower, 8),
-                int(count),
-                settings["certify"]["n"],
-                round_down(log_volume(region), 3),
-                settings["method"],
-                round_down(at_bound, 4),
-            )
+    def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
+        """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
+        save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, key=np.array(self.key))
+
+    def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
+        """What `write_memory` stored; None if that does not begin with the first finished inputs, in order of ids."""
+        stored = self._stored("ids", "inside")
+        done = sorted(self.done())[: 0 if stored is None else len(stored["ids"])]
+        if stored is None or stored["ids"].tolist() != done:
+            return None
+        return load_memory(self.path), stored["ids"], stored["inside"]
+
+    def _stored(self, *names: str) -> dict[str, np.ndarray] | None:
+        """Arrays of this run's memory; None if there is none that can be read: it is derived and will be made again."""
+        try:
+            arrays = _read_arrays(self.path / MEMORY, (*names, "key"))
+        except (OSError, ValueError):
+            return None
+        return arrays if str(arrays["key"]) == self.key else None
+
+    def _answers(self) -> dict[int, Answer] | None:
+        after = self._stored("ids", "inside", "gap", "prediction")
+        if after is None or after["ids"].tolist() != sorted(self.done()):
+            return None
+        before = self.columns("predictions", "gap", "leaked", "references")
+        answers: dict[int, Answer] = {}
+        for row, id_ in enumerate(before["ids"]):
+            was, prediction, inside = before["predictions"][row], after["prediction"][row], int(after["inside"][row])
+            changed = prediction != was or after["gap"][row] != before["gap"][row]
+            leakage = leakage_share(self.settings, before["leaked"][row], before["references"][row], was)
+            if prediction != was:
+                leakage = answers[inside].leakage
+            answers[int(id_)] = Answer(prediction, after["gap"][row], bool(changed), inside, leakage)
+        return answers
 
 
 @contextlib.contextmanager
@@ -183,6 +204,45 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     return settings
 
 
+def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> None:
+    """Write a memory, with its inputs, to an npz file.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    regions = memory.regions
+    arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
+    path = epath.Path(path)
+    named: dict[str, Any] = arrays | more
+    _write(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
+
+
+def load_memory(path: epath.PathLike) -> Memory:
+    """The memory of a run directory, or of a file that `save_memory` wrote: to serve from, or to insert into.
+
+    What the file says is not compared with itself again: load only what you trust.
+
+    Raises:
+      ValueError: if there is none, or it is damaged.
+    """
+    path = epath.Path(path)
+    file = path / MEMORY if path.is_dir() else path
+    try:
+        arrays = _read_arrays(file, ("norm", "center", "theta", "gap", "prediction"))
+        regions = Region(arrays["center"], arrays["theta"], arrays["gap"], int(arrays["norm"]))
+        return memory.restore(regions, arrays["prediction"])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: no memory that can be read ({error})") from None
+
+
+def _read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(error) from None
+
+
 def read_run(path: epath.PathLike) -> Run:
     """A finished or unfinished run, for reading."""
     return _run(epath.Path(path), read_settings(path))
@@ -190,45 +250,6 @@ def read_run(path: epath.PathLike) -> Run:
 
 def _run(path, settings) -> Run:
     return Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
-
-
-def read_results(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The columns of a results file, by `parse_results`.
-
-    Raises:
-      ValueError: if the file is not such a table or is empty.
-    """
-    try:
-        return parse_results(epath.Path(path).read_text(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-
-
-def parse_results(text: str, path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The columns of a results table: ours, Cohen's, or ANCER's (at least idx, label, predict, radius, correct).
-
-    Where there is no column `radius_proxy`, the noise was isotropic and the radius stands in for it.
-
-    Raises:
-      ValueError: naming `path`, if the text is not such a table or is empty.
-    """
-    lines = text.splitlines()
-    header, rows = (lines[0].split("\t") if lines else []), [line.split("\t") for line in lines[1:] if line]
-    missing = [name for name in _COHEN[:5] if name not in header]
-    if missing:
-        raise ValueError(f"{path}: not a results table, no column {missing[0]!r}")
-    if not rows:
-        raise ValueError(f"{path}: there are no results yet")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{path}: line {number} has {len(row)} columns instead of {len(header)}")
-    columns = {}
-    for name, values in zip(header, zip(*rows, strict=True), strict=True):
-        try:
-            columns[name] = np.array(values, dtype=str if name in ("time", "method") else np.float64)
-        except ValueError as error:
-            raise ValueError(f"{path}: column {name!r}: {error}") from None
-    return {"radius_proxy": columns["radius"]} | columns
 
 
 def _refuse_other_settings(path, there, asked):
@@ -247,11 +268,15 @@ def _flatten(tree, prefix=""):
             yield f"{prefix}{name}", value
 
 
-def _write(path: epath.Path, data: bytes) -> None:
+def _write(path: epath.Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a whole file or nothing: a temporary name, then a rename."""
     temporary = path.parent / f"{path.name}.tmp"
     try:
-        temporary.write_bytes(data)
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            with temporary.open("wb") as file:
+                content(file)
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error

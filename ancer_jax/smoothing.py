@@ -23,6 +23,7 @@ class Stage(enum.IntEnum):
     ISOTROPIC = 3
     ANISOTROPIC = 4
     GUARD = 5
+    LEAKAGE = 6
 
 
 def stage_key(key: Key[Array, ""], stage: Stage) -> Key[Array, ""]:
@@ -37,14 +38,14 @@ def stage_key(key: Key[Array, ""], stage: Stage) -> Key[Array, ""]:
 
 
 def _noisy_logits(key, classifier, certificate, x, theta, draws):
-    """Logits [m, K] of `x` under the noise draws with the given indices [m]."""
+    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m]."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
     x = jnp.asarray(x)
-    theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape)
+    theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape[1:])
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
     noise = jax.vmap(lambda k: certificate.sample(k, theta))(keys)
-    return classifier(x[None] + noise)
+    return classifier(x + noise)
 
 
 def class_counts(
@@ -83,7 +84,7 @@ def class_counts(
 
     def count(start):
         draws = start + jnp.arange(chunk)
-        logits = _noisy_logits(key, classifier, certificate, x, theta, draws)
+        logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, draws)
         counted = (jnp.arange(chunk) < num_samples - start) & ~jnp.isnan(logits).any(axis=-1)
         votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
         return (votes * counted[:, None]).sum(axis=0)
@@ -114,5 +115,32 @@ def smoothed_probs(
     Returns:
       float [K], sums to 1.
     """
-    logits = _noisy_logits(key, classifier, certificate, x, theta, jnp.arange(num_samples))
+    logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, jnp.arange(num_samples))
     return jax.nn.softmax(logits, axis=-1).mean(axis=0)
+
+
+def probs_of_each(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    images: Float[ArrayLike, "m *d"],
+    theta: Float[ArrayLike, "..."],
+) -> Float[Array, "m K"]:
+    """Softmax output at one noisy copy of each of several images.
+
+    Differentiable like `smoothed_probs`. All copies are held at once.
+
+    Args:
+      key: typed key of the draws; image i uses `fold_in(key, i)`.
+      classifier, certificate: base classifier and noise law.
+      images: [m, *d].
+      theta: [] or [*d] noise parameter of all images, in their units.
+
+    Returns:
+      float [m, K], each row sums to 1.
+
+    Raises:
+      ValueError: at trace time, if the images are not floating point.
+    """
+    logits = _noisy_logits(key, classifier, certificate, images, theta, jnp.arange(jnp.shape(images)[0]))
+    return jax.nn.softmax(logits, axis=-1)

@@ -45,7 +45,7 @@ _SMALL = ["--devices", "1", "--batch-size", "2", "--n0", "10"]
 # The settings of `_SmallCertify` below: programs that are compiled for one test serve the other.
 _SEARCH = [
     *("--iso-steps", "100", "--iso-samples", "4", "--ancer-steps", "3", "--ancer-samples", "4"),
-    *("--guard-samples", "50"),
+    *("--guard-samples", "50", "--leakage-references", "5", "--leakage-samples", "8"),
 ]
 
 
@@ -101,7 +101,9 @@ def test_certify_on_the_bundled_images(here, capsys, norm, method, theta):
     assert (settings["norm"], settings["theta"], settings["certify"]) == (norm, theta, _certify(n=100, n0=10))
     assert ("anisotropic" in settings, "isotropic" in settings) == (method == "ancer", method != "fixed")
     assert out.name in printed.out and "Certified accuracy at" in printed.out
-    assert (NOT_RECONCILED in printed.out) == (method != "fixed")
+    assert NOT_RECONCILED not in printed.out
+    assert all((title in printed.out) == (method != "fixed") for title in ("Memory (before -> after)", "Leakage to"))
+    assert (out / "results_memory.tsv").exists() == (out / "memory.npz").exists() == (method != "fixed")
     assert "3/3" in printed.err
 
 
@@ -143,8 +145,8 @@ def captured(monkeypatch):
     """What `certify_dataset` would be given."""
     found = {}
 
-    def stop(classifier, dataset, config, *, out, execution, progress):
-        found.update(config=config.settings(), execution=dataclasses.asdict(execution), out=out)
+    def stop(classifier, dataset, config, *, out, execution, reconcile, **progress):
+        found.update(config=config.settings(), execution=dataclasses.asdict(execution), out=out, reconcile=reconcile)
         raise ValueError("enough")
 
     monkeypatch.setattr(cli, "certify_dataset", stop)
@@ -157,16 +159,30 @@ def test_flags_reach_the_settings(captured):
         *("--iso-steps", "11", "--iso-lr", "0.1", "--iso-samples", "12"),
         *("--ancer-steps", "13", "--ancer-lr", "0.2", "--ancer-samples", "14", "--kappa", "1.5"),
         *("--theta-max", "3", "--guard", "superset", "--guard-samples", "15", "--batch-size", "3", "--chunk", "16"),
+        *(
+            "--leakage-references",
+            "17",
+            "--leakage-samples",
+            "18",
+            "--leakage-weight",
+            "1.25",
+            "--leakage-limit",
+            "0.2",
+        ),
+        "--no-memory",
     ]
     with pytest.raises(SystemExit):
         cli.main([*_toy(), *flags])
-    shared = {"objective": "log_volume", "theta_max": 3.0}
+    shared = {"objective": "log_volume", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32}
     assert captured["config"] == {
         **{"norm": "l1", "method": "ancer", "theta": 0.25, "seed": 7, "guard": "superset", "guard_samples": 15},
         "certify": _certify(n0=10, n=100, alpha=0.05),
         "isotropic": {"steps": 11, "learning_rate": 0.1, "num_samples": 12, **shared},
         "anisotropic": {"steps": 13, "learning_rate": 0.2, "num_samples": 14, "kappa": 1.5, **shared},
+        "leakage": {"num_references": 17, "num_samples": 18},
+        "leakage_limit": 0.2,
     }
+    assert captured["reconcile"] is False
     assert captured["execution"] == {"batch_size": 3, "chunk": 16, "devices": 1}
     assert captured["out"] == "run"
 
@@ -376,6 +392,52 @@ def test_report_of_something_else_is_one_line(here, capsys, arguments, message):
     assert not (here / "report").exists()
 
 
+def test_without_memory_the_label_says_so(here, capsys):
+    cli.main(_toy(*_SEARCH, "--no-memory", "--no-leakage", method="isotropic"))
+    printed = capsys.readouterr().out
+    assert NOT_RECONCILED in printed
+    assert "Memory (before" not in printed and "not measured" in printed
+    assert not (here / "run" / "memory.npz").exists()
+    # The memory is no setting of the run: it can be had later.
+    cli.main(_toy(*_SEARCH, "--no-leakage", method="isotropic"))
+    assert NOT_RECONCILED not in capsys.readouterr().out
+    assert (here / "run" / "results_memory.tsv").exists()
+
+
+def test_report_shows_what_the_order_of_the_memory_does(here, capsys):
+    cli.main(_toy(*_SEARCH, method="isotropic"))
+    cli.main(_toy("--out", "fixed"))
+    capsys.readouterr()
+    cli.main(["report", "run", "fixed", "--orders", "3", "--leakage-limit", "0.25"])
+    printed = capsys.readouterr().out
+    assert "leak more than 0.25" in printed
+    table = printed.split("In order of ids")[1]
+    assert re.search(
+        r"^\| run +\| random orders +\| accuracy +\| ACR +\| ACR-tilde +\| regions changed", table, re.MULTILINE
+    )
+    (row,) = re.findall(r"^\| run +\| 3 +\|.*$", table, re.MULTILINE)
+    assert len(re.findall(r"\S+ \(\S+ to \S+\)", row)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "run", "--orders", "-1"], "--orders must not be negative, got -1"),
+        (["report", "run", "--orders", "2"], "--orders needs a run directory with a memory"),
+        (_toy("--leakage-references", "0", method="ancer"), "num_references must be at least 1, got 0"),
+        (_toy("--leakage-limit", "1.5", method="ancer"), r"leakage_limit must be in \[0, 1\], got 1.5"),
+        (_toy("--leakage-weight", "-1", method="ancer"), "leakage_weight must be finite and not negative, got -1"),
+        (_toy("--leakage-weight", "1", "--no-leakage", method="ancer"), "a leakage weight or limit needs leakage"),
+    ],
+    ids=str,
+)
+def test_bad_values_of_memory_and_leakage_are_one_line(here, capsys, arguments, message):
+    if arguments[0] == "report":
+        cli.main(_toy())
+        capsys.readouterr()
+    assert re.search(message, _error(capsys, arguments))
+
+
 def test_report_of_nothing_exits_with_2(capsys):
     assert "name at least one run directory or TSV file" in _error(capsys, ["report"])
 
@@ -387,6 +449,8 @@ class _SmallCertify(cli.Certify):
     ancer_steps: int = 3
     ancer_samples: int = 4
     guard_samples: int = 50
+    leakage_references: int = 5
+    leakage_samples: int = 8
     batch_size: int = 2
     devices: int | None = 1
 
@@ -397,8 +461,7 @@ def test_demo_compares_eight_runs_and_draws_them(here, capsys, monkeypatch):
     printed = capsys.readouterr().out
     fixed = [f"fixed-{factor * 0.25:g}" for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
     lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| l2 +\| 2 ", line)]
-    assert lines == [*fixed, "isotropic*", "ancer*"]
-    assert f"* {NOT_RECONCILED}" in printed
+    assert lines == [*fixed, "isotropic", "ancer"]
     assert sorted(path.name for path in (here / "demo-l2").glob("*.png")) == [
         "certified_accuracy.png",
         "theta_ancer.png",

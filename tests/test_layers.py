@@ -14,11 +14,11 @@ import ancer_jax
 PACKAGE = pathlib.Path(ancer_jax.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text()
 LAYERS = {
-    "bounds": 0, "regions": 0,
-    "certificates": 1, "classifiers": 1, "smoothing": 1,
+    "bounds": 0, "duals": 0, "regions": 0,
+    "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
     "certification": 2, "optimize": 2,
-    "metrics": 3, "parallel": 3,
-    "runs": 4, "data": 4, "models": 4, "report": 4,
+    "memory": 3, "metrics": 3, "parallel": 3,
+    "runs": 4, "results": 4, "data": 4, "models": 4, "report": 4,
     "pipeline": 5,
     "cli": 6,
 }  # fmt: skip

@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import inspect
 
 import jax
@@ -17,6 +19,7 @@ from ancer_jax import (
     optimize_anisotropic,
     optimize_isotropic,
 )
+from ancer_jax.leakage import leakage, make_references
 from tests import reference
 
 KEY = jax.random.key(0)
@@ -32,6 +35,29 @@ def interval_logits(half_width, x):
 
 def interval(*half_widths):
     return from_function(interval_logits, np.float32(half_widths), num_classes=2)
+
+
+def paintable_logits(_, x):
+    """Class 1 iff the first coordinate is positive, or the second one far from 0; the third one means nothing."""
+    score = 10 * jnp.maximum(x[:, 0], jnp.abs(x[:, 1]) - 1)
+    return jnp.stack([-score, score], axis=-1)
+
+
+PAINTABLE, PAINTED = from_function(paintable_logits, (), num_classes=2), np.float32([0.5, 0, 0])
+
+
+@functools.cache
+def references():
+    """24 images that the second coordinate says nothing about, about half of them of each class."""
+    images = np.random.default_rng(0).uniform(-1, 1, (24, 3)).astype(np.float32) * np.float32([1, 0.1, 1])
+    keys = jax.random.split(KEY, 24)
+    return make_references(keys, PAINTABLE, GaussianL2(), images, 0.25, num_samples=16, chunk=16)
+
+
+def leaked(theta):
+    """(leaked, eligible) to class 1."""
+    counts = leakage(references(), PAINTABLE, GaussianL2(), PAINTED, theta, 1, num_samples=16, chunk=16)
+    return tuple(int(count) for count in counts)
 
 
 def not_a_number(variables, x):
@@ -132,8 +158,58 @@ def test_vmap_is_a_loop_over_inputs(search):
     assert len(np.unique(np.asarray(batched))) >= 3
 
 
+@pytest.mark.parametrize(
+    ("search", "config", "growth"),
+    [
+        (optimize_isotropic, IsotropicConfig(100, learning_rate=0.02, leakage_weight=1.0, objective="log_volume"), 0.9),
+        (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0), 1.5),
+        (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0, objective="log_volume"), 1.5),
+    ],
+)
+def test_the_penalty_keeps_the_search_from_painting_the_class(search, config, growth):
+    find = lambda weight: search(
+        KEY, PAINTABLE, GaussianL2(), PAINTED, 0.25, references=references(),
+        config=dataclasses.replace(config, theta_max=4.0, leakage_weight=weight, leakage_batch=8),
+    )  # fmt: skip
+    count, eligible = leaked(find(0.0)[0])
+    assert count > 0.7 * eligible > 5
+    theta, trace = find(config.leakage_weight)
+    assert leaked(theta)[0] == 0
+    assert trace.proxy_radius[-1] > growth * trace.proxy_radius[0]
+
+
+@pytest.mark.parametrize("search", [optimize_isotropic, optimize_anisotropic])
+def test_references_change_nothing_without_a_weight(search):
+    config = (IsotropicConfig if search is optimize_isotropic else AnisotropicConfig)(steps=5, num_samples=20)
+    find = lambda **settings: search(KEY, PAINTABLE, GaussianL2(), PAINTED, 0.25, config=config, **settings)
+    jax.tree.map(np.testing.assert_array_equal, find(references=references()), find())
+    config = dataclasses.replace(config, leakage_weight=1.0)
+    with pytest.raises(ValueError, match=r"leakage_weight = 1.0 needs references, got None"):
+        find()
+    assert (find(references=references())[0] != 0.25).any()
+
+
+def test_vmap_of_a_penalised_search_is_a_loop_over_inputs():
+    config = AnisotropicConfig(steps=10, num_samples=20, leakage_weight=1.0, leakage_batch=8)
+    keys = jax.random.split(KEY, 3)
+    xs, thetas = PAINTED + np.float32([[0], [-1], [0.2]]), np.float32([0.3, 0.4, 0.5])
+    one = jax.jit(
+        lambda key, x, theta: optimize_anisotropic(
+            key, PAINTABLE, GaussianL2(), x, theta, config=config, references=references()
+        )[0]
+    )
+    alone = jnp.stack([one(*arguments) for arguments in zip(keys, xs, thetas, strict=True)])
+    np.testing.assert_allclose(jax.vmap(one)(keys, xs, thetas), alone, rtol=1e-6)
+
+
+guarded_choice_jit = jax.jit(
+    guarded_choice,
+    static_argnames=("certificate", "guard", "num_samples", "chunk", "leakage_limit", "leakage_samples"),
+)
+
+
 def choose(classifier, narrow, wide, guard):
-    theta, taken = guarded_choice(
+    theta, taken = guarded_choice_jit(
         KEY, classifier, GaussianL2(), np.zeros(2, np.float32), narrow, np.float32(wide), guard=guard,
         num_samples=2000, chunk=500,
     )  # fmt: skip
@@ -160,6 +236,47 @@ def test_guarded_choice_keeps_the_class():
         unchecked(KEY, interval(1.0), GaussianL2(), ORIGIN, 0.3, 1.0, guard="on", num_samples=10, chunk=10)
 
 
+def choose_within(limit, wide, guard="off", x=PAINTED):
+    _, taken = guarded_choice_jit(
+        KEY, PAINTABLE, GaussianL2(), x, 0.25, np.float32(wide), guard=guard, num_samples=1000, chunk=500,
+        references=references(), leakage_limit=limit, leakage_samples=16,
+    )  # fmt: skip
+    return bool(taken)
+
+
+def test_guarded_choice_within_a_leakage_limit():
+    honest, painted, small = [0.25, 0.25, 2], [0.25, 1.7, 0.25], [0.1, 0.1, 0.1]
+    count, eligible = leaked(np.float32(painted))
+    assert 0 < count < eligible
+    assert leaked(np.float32(honest))[0] == leaked(np.float32(small))[0] == 0
+    assert choose_within(None, painted, "volume")
+    for guard in ("off", "volume"):
+        assert choose_within(0.0, honest, guard)
+        assert not choose_within(0.0, painted, guard)
+    assert choose_within(count / eligible, painted)
+    # The limit alone does not ask for a larger region; with the guard it does not replace it.
+    assert choose_within(0.0, small)
+    assert not choose_within(0.0, small, "volume")
+
+
+def test_the_limit_is_on_leakage_to_the_class_that_the_wider_theta_votes_for():
+    x, loud = np.float32([-0.5, 0, 0]), [0.25, 50, 0.25]
+    assert leaked(np.float32(loud))[0] > 0
+    # Under this theta x, too, is of class 1; to class 0 nothing leaks.
+    assert not choose_within(0.0, loud, x=x)
+    assert choose_within(0.0, [0.25, 0.25, 2], x=x)
+
+
+def test_limits_that_make_no_sense_are_refused():
+    arguments = (KEY, PAINTABLE, GaussianL2(), PAINTED, 0.25, PAINTED + 1)
+    settings = {"guard": "off", "num_samples": 10, "chunk": 10}
+    for limit in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"leakage_limit must be in \[0, 1\], got {limit}"):
+            guarded_choice(*arguments, **settings, references=references(), leakage_limit=limit)
+    with pytest.raises(ValueError, match=r"leakage_limit = 0.1 needs references, got None"):
+        guarded_choice(*arguments, **settings, leakage_limit=0.1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -168,6 +285,10 @@ def test_guarded_choice_keeps_the_class():
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"theta_max": -1.0},
+        {"leakage_weight": -1.0},
+        {"leakage_weight": float("nan")},
+        {"leakage_weight": float("inf")},
+        {"leakage_batch": 0},
         {"kappa": -1.0},
     ],
 )

@@ -1,10 +1,31 @@
+import dataclasses
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ancer_jax import CertifyConfig, Execution, GaussianL2, RunConfig, certify, certify_dataset
+from ancer_jax import (
+    CertifyConfig,
+    Execution,
+    GaussianL2,
+    LeakageConfig,
+    Region,
+    RunConfig,
+    certify,
+    certify_dataset,
+    from_function,
+    load_memory,
+    memory,
+    radius,
+    save_memory,
+)
 from ancer_jax.data import Dataset, take
+from ancer_jax.leakage import leakage, make_references
+from ancer_jax.metrics import round_down
 from ancer_jax.optimize import AnisotropicConfig, IsotropicConfig
+from ancer_jax.results import parse_results
 from ancer_jax.runs import read_run
 from tests import reference
 
@@ -112,3 +133,144 @@ def test_a_classifier_with_too_few_classes_is_refused(tmp_path):
     three = Dataset("three", DATASET.ids, DATASET.images, np.array([0, 1, 2, 0, 1]), 3)
     with pytest.raises(ValueError, match="three has 3 classes, the classifier only 2"):
         run(tmp_path / "run", dataset=three)
+
+
+def bumps(variables, x):
+    """Class 1 in a ball around one point, 0 elsewhere: with noise of its own, every input gets another border."""
+    distance = jnp.sqrt(((x - variables) ** 2).sum(axis=(1, 2, 3)))
+    return 20 * jnp.stack([distance - 0.6, 0.6 - distance], axis=-1)
+
+
+BUMPS = from_function(bumps, np.full((3, 3, 1), 0.5, np.float32), num_classes=2)
+CROWD = Dataset(
+    "crowd",
+    np.arange(12),
+    np.clip(np.random.default_rng(1).normal(0.5, 0.2, (12, 3, 3, 1)), 0, 1).astype(np.float32),
+    np.zeros(12, int),
+    2,
+)
+WILD = RunConfig(
+    method="isotropic",
+    theta=0.1,
+    certify=CertifyConfig(n0=20, n=200),
+    isotropic=IsotropicConfig(steps=40, num_samples=20, theta_max=20.0),
+    leakage=LeakageConfig(num_references=8, num_samples=8),
+)
+
+
+def tables(path):
+    return [(path / name).read_text() for name in ("results.tsv", "results_memory.tsv")]
+
+
+def untimed(text):
+    return [line.split("\t")[:5] + line.split("\t")[6:] for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("crowd") / "run"
+    certify_dataset(BUMPS, CROWD, WILD, out=path)
+    return path
+
+
+def test_the_table_after_memory_is_what_inserting_one_by_one_gives(crowd):
+    before, after = (parse_results(text, crowd) for text in tables(crowd))
+    columns = read_run(crowd).columns("theta", "gap", "predictions")
+    state = memory.empty(2)
+    for row, x in enumerate(CROWD.images):
+        region = Region(x, columns["theta"][row], columns["gap"][row], 2)
+        state, info = memory.insert(state, region, columns["predictions"][row])
+        assert after["predict"][row] == info.prediction
+        assert after["gap"][row] == float(round_down(info.region.gap, 6))
+        assert after["radius"][row] == float(round_down(radius(info.region), 6))
+        assert after["changed"][row] == info.changed
+        assert after["answered_by"][row] == info.inside
+    assert 0 < after["changed"].sum() < len(CROWD)
+    assert (after["gap"] <= before["gap"]).all()
+    assert (after["correct"] == (after["predict"] == CROWD.labels)).all()
+    assert (after["p_lower"] == before["p_lower"]).all()
+
+
+def test_a_changed_class_has_the_leakage_of_the_theta_that_answered(crowd):
+    before, after = (parse_results(text, crowd) for text in tables(crowd))
+    overruled = after["predict"] != before["predict"]
+    assert overruled.any()
+    for row in np.flatnonzero(overruled):
+        assert after["leakage"][row] == after["leakage"][int(after["answered_by"][row])]
+    np.testing.assert_array_equal(after["leakage"][~overruled], before["leakage"][~overruled])
+
+
+def test_the_memory_of_a_run_serves(crowd):
+    state = load_memory(crowd)
+    after = parse_results(tables(crowd)[1], crowd)
+    assert [memory.classify(state, x, lambda x: 99) for x in CROWD.images] == after["predict"].tolist()
+    assert memory.classify(state, np.full((3, 3, 1), 1e6), lambda x: 99) == 99
+
+
+@pytest.mark.parametrize("first", [[0, 1, 2, 3, 4], [1, 4, 8, 11]])
+def test_images_may_come_later(crowd, tmp_path, first):
+    """In id order the memory continues; where ids come in between, it starts again: either way the same tables."""
+    certify_dataset(BUMPS, take(CROWD, first), WILD, out=tmp_path / "run")
+    assert len(tables(tmp_path / "run")[1].splitlines()) == 1 + len(first)
+    certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run")
+    for text, expected in zip(tables(tmp_path / "run"), tables(crowd), strict=True):
+        assert untimed(text) == untimed(expected)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "delete"])
+def test_a_lost_memory_is_made_again(crowd, tmp_path, damage):
+    run = shutil.copytree(crowd, tmp_path / "run")
+    file = run / "memory.npz"
+    content = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "foreign":
+        save_memory(memory.empty(2), file)
+    else:
+        file.unlink()
+    assert read_run(run).memory_table() is None
+    certify_dataset(BUMPS, CROWD, WILD, out=run)
+    assert tables(run) == tables(crowd)
+    assert load_memory(run).regions.gap.tolist() == load_memory(crowd).regions.gap.tolist()
+
+
+def test_a_stale_table_after_memory_does_not_stay(crowd, tmp_path):
+    certify_dataset(BUMPS, take(CROWD, [0, 1]), WILD, out=tmp_path / "run")
+    certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run", reconcile=False)
+    assert not (tmp_path / "run" / "results_memory.tsv").exists()
+    assert len((tmp_path / "run" / "results.tsv").read_text().splitlines()) == 13
+
+
+def test_fixed_noise_needs_no_memory_and_leaks_nothing(tmp_path):
+    certify_dataset(CLASSIFIER, DATASET, CONFIG, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "results_memory.tsv").exists()
+    assert (parse_results((tmp_path / "run" / "results.tsv").read_text(), "run")["leakage"] == 0).all()
+
+
+def test_leakage_in_the_table_is_what_the_measure_gives(crowd):
+    """References: the run's seed chooses them from the whole data set; their draws come from their own keys."""
+    rows = np.sort(np.random.default_rng(0).choice(12, 8, replace=False))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(CROWD.ids[rows].astype(np.uint32))
+    settings = {"num_samples": 8, "chunk": 8}
+    references = make_references(keys, BUMPS, GaussianL2(), CROWD.images[rows], np.float32(0.1), **settings)
+    columns = read_run(crowd).columns("theta", "predictions", "leaked", "references")
+    measure = jax.jit(jax.vmap(lambda *one: leakage(references, BUMPS, GaussianL2(), *one, **settings)))
+    leaked, asked = measure(CROWD.images, columns["theta"], columns["predictions"].astype(np.int32))
+    np.testing.assert_array_equal(columns["leaked"], leaked)
+    np.testing.assert_array_equal(columns["references"], asked)
+    assert columns["leaked"].any()
+
+
+def test_a_leakage_limit_holds(tmp_path):
+    limited = dataclasses.replace(WILD, leakage_limit=0.1)
+    certify_dataset(BUMPS, CROWD, limited, out=tmp_path / "run")
+    leaks = parse_results((tmp_path / "run" / "results.tsv").read_text(), "run")["leakage"]
+    assert np.nanmax(leaks) <= 0.1
+
+
+def test_a_penalty_or_a_limit_needs_a_measure():
+    for change in ({"leakage_limit": 0.1}, {"isotropic": IsotropicConfig(leakage_weight=1.0)}):
+        with pytest.raises(ValueError, match="needs leakage to be measured"):
+            RunConfig(method="isotropic", leakage=None, **change)
+    with pytest.raises(ValueError, match=r"leakage_limit must be in \[0, 1\], got 2"):
+        RunConfig(leakage_limit=2.0)

@@ -33,6 +33,7 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
         "norm": norm,
         "method": method,
         "certify": {"n": 100},
+        "leakage": {"num_references": 20, "num_samples": 8},
         "data": {"image_shape": [4, 5, channels]},
         "isotropic": {"theta_max": 1.0},
     }
@@ -47,6 +48,8 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
                 "p_lower": np.full(n, 0.9),
                 "gap": np.arange(n) / 2,
                 "theta": theta,
+                "leaked": np.arange(n),
+                "references": np.full(n, 20),
                 "seconds": np.ones(n),
             }
         )
@@ -108,7 +111,7 @@ def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
 
 
 def test_the_label_is_there_exactly_when_a_data_dependent_run_is(tmp_path):
-    label = "per-input classifiers, not yet reconciled by memory"
+    label = "per-input classifiers, not reconciled by memory"
     assert label == report.NOT_RECONCILED
     fixed = _results(tmp_path, "fixed.tsv", _FIXED)
     ours = _results(tmp_path, "ours.tsv", _ANCER.replace("\tancer", "\tfixed"))

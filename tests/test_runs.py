@@ -18,12 +18,14 @@ from etils import epath
 from ancer_jax import CertifyConfig, Execution, RunConfig, certify_dataset, from_function
 from ancer_jax.data import Dataset, select
 from ancer_jax.metrics import average_certified_radius, certified_accuracy
-from ancer_jax.runs import COLUMNS, open_run, read_results, read_run, read_settings
+from ancer_jax.results import COLUMNS, read_results
+from ancer_jax.runs import open_run, read_run, read_settings
 
 _SETTINGS = {
     "norm": "l2",
     "method": "ancer",
     "certify": {"n0": 10, "n": 1000, "alpha": 0.001},
+    "leakage": {"num_references": 50, "num_samples": 8},
     "isotropic": {"theta_max": 1.25},
     "anisotropic": {"theta_max": 1.5, "kappa": 2.0},
     "data": {"image_shape": [3, 2, 1]},
@@ -43,6 +45,8 @@ def _arrays(ids, *, per_coordinate=True, seed=0):
         "p_lower": rng.random(n),
         "gap": np.where(predictions < 0, 0.0, rng.exponential(size=n)),
         "theta": np.minimum(rng.exponential(size=(n, 3, 2, 1) if per_coordinate else n), 1.5).astype(np.float32),
+        "leaked": rng.integers(0, 50, n).astype(np.int32),
+        "references": np.full(n, 50, np.int32),
         "seconds": rng.exponential(size=n),
     }
 

@@ -19,6 +19,7 @@ class Dataset:
       labels: int64 [n], in [0, num_classes).
       num_classes: number of classes of the data set.
       fingerprint: hash of ids, labels and pixels; `select` and `take` keep that of the whole.
+      whole: what `select` and `take` have taken this from, at first; else itself.
 
     Raises:
       ValueError: naming the array and the value, if any of the above does not hold.
@@ -30,6 +31,7 @@ class Dataset:
     labels: Int[np.ndarray, " n"]
     num_classes: int
     fingerprint: str = dataclasses.field(default="", init=False)
+    whole: "Dataset" = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         images, labels, ids = self.images, self.labels, self.ids
@@ -63,6 +65,7 @@ class Dataset:
         for array in (ids.astype("<i8"), labels.astype("<i8"), images.astype("<f4")):
             digest.update(np.ascontiguousarray(array).tobytes())
         object.__setattr__(self, "fingerprint", digest.hexdigest())
+        object.__setattr__(self, "whole", self)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,6 +88,7 @@ def take(dataset: Dataset, rows) -> Dataset:
     """The images in the given rows (increasing)."""
     part = dataclasses.replace(dataset, ids=dataset.ids[rows], images=dataset.images[rows], labels=dataset.labels[rows])
     object.__setattr__(part, "fingerprint", dataset.fingerprint)
+    object.__setattr__(part, "whole", dataset.whole)
     return part
 
 

@@ -1,13 +1,24 @@
 """Tables and pictures, made from results only."""
 
+from ancer_jax.report.orders import order_figures, order_table
 from ancer_jax.report.plots import plot_certified_accuracy, plot_theta
-from ancer_jax.report.tables import NOT_RECONCILED, Results, compare_proxy_radius, load_results, summary_table
+from ancer_jax.report.tables import (
+    LEAKAGE_LIMIT,
+    NOT_RECONCILED,
+    Results,
+    compare_proxy_radius,
+    load_results,
+    summary_table,
+)
 
 __all__ = [
+    "LEAKAGE_LIMIT",
     "NOT_RECONCILED",
     "Results",
     "compare_proxy_radius",
     "load_results",
+    "order_figures",
+    "order_table",
     "plot_certified_accuracy",
     "plot_theta",
     "summary_table",

@@ -21,7 +21,7 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
         end = max(r[column].max() for r in results) * 1.05 or 1.0
         at = np.linspace(0, end, 400)
         for i, r in enumerate(results):
-            name = f"{r.name} *" if r.data_dependent else r.name
+            name = r.name if r.reconciled else f"{r.name} *"
             accuracy = certified_accuracy(r[column], r.correct, at)
             width = 2.4 if r.data_dependent else 1.4
             style = {"linestyle": _STYLES[i % len(_STYLES)], "color": f"C{i % 10}", "linewidth": width}
@@ -31,7 +31,7 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
     sizes = sorted({len(r.correct) for r in results})
     axes[0, 0].set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
     axes[0, 1].legend(fontsize=8)
-    if any(r.data_dependent for r in results):
+    if not all(r.reconciled for r in results):
         figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
     _save(figure, path)
 
@@ -74,7 +74,7 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
     for axis in axes.flat:
         axis.axis("off")
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label="theta (image units)")
-    figure.supxlabel(NOT_RECONCILED, fontsize=8)
+    figure.supxlabel("each image has a theta of its own; gaps are those before memory", fontsize=8)
     _save(figure, path)
     return True
 

@@ -8,10 +8,12 @@ import numpy as np
 import tabulate
 from etils import epath
 
-from ancer_jax.metrics import average_certified_radius, round_down
-from ancer_jax.runs import parse_results, read_results, read_run
+from ancer_jax.metrics import average_certified_radius, round_down, round_up
+from ancer_jax.results import parse_results, read_results
+from ancer_jax.runs import read_run
 
-NOT_RECONCILED = "per-input classifiers, not yet reconciled by memory"
+NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
+LEAKAGE_LIMIT = 0.1
 _MARK = "*"
 
 
@@ -21,13 +23,16 @@ class Results:
 
     Attributes:
       name: how the run is called in tables and legends.
-      columns: the columns of its table (`runs.read_results`), float64.
+      columns: the columns of its table (`results.read_results`), float64: of the classifier with memory, if the run has
+        gone through one.
       norm: "l2" or "l1"; "" where a table does not say.
+      before: the columns before memory, where they are known and `columns` are not they.
     """
 
     name: str
     columns: dict[str, np.ndarray]
     norm: str = ""
+    before: dict[str, np.ndarray] | None = None
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
@@ -46,6 +51,11 @@ class Results:
         return bool((self["method"] != "fixed").any())
 
     @property
+    def reconciled(self) -> bool:
+        """Whether the columns are those of one classifier: theta is fixed, or there was a memory."""
+        return "changed" in self.columns or not self.data_dependent
+
+    @property
     def mean_proxy_radius(self) -> float:
         """Mean over all inputs, whatever their answer; 0 where the classifier abstained."""
         return float(self["radius_proxy"].mean())
@@ -62,15 +72,19 @@ def load_results(path: epath.PathLike) -> Results:
         raise ValueError(f"{path}: there is no such run or file")
     if path.is_dir():
         run = read_run(path)
-        return Results(path.name, parse_results(run.table(), path), run.settings["norm"])
+        before, after = parse_results(run.table(), path), run.memory_table()
+        if after is None:
+            return Results(path.name, before, run.settings["norm"])
+        return Results(path.name, parse_results(after, path), run.settings["norm"], before)
     return Results(path.stem, read_results(path))
 
 
-def summary_table(results: list[Results], radii: list[float]) -> str:
-    """Two GitHub-style tables: one line a run with its main figures, and certified accuracy at `radii`.
+def summary_table(results: list[Results], radii: list[float], leakage_limit: float = LEAKAGE_LIMIT) -> str:
+    """GitHub-style tables: a line per run with its main figures; certified accuracy at `radii`; for data-dependent
+    noise what the memory changed, and how much of the certificates the noise carries.
 
-    Every figure is over all images of its run and rounded down; abstentions and wrong answers count as radius 0 in ACR
-    and ACR-tilde.
+    Every figure is over all images of its run and rounded down (leakage up); abstentions and wrong answers count as
+    radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before" are after it.
     """
     figures = [
         {
@@ -94,12 +108,55 @@ def summary_table(results: list[Results], radii: list[float]) -> str:
         for r in results
         if column == "radius" or (r["radius_proxy"] != r["radius"]).any()
     ]
-    parts = [_table(figures), "Certified accuracy at", _table(accuracies), *_notes(results)]
-    return "\n\n".join(parts)
+    parts = [format_table(figures), "Certified accuracy at", format_table(accuracies)]
+    if memories := [_memory(r) for r in results if "changed" in r.columns]:
+        parts += ["Memory (before -> after)", format_table(memories)]
+    if leakages := [_leakage(r, leakage_limit) for r in results if r.data_dependent and "leakage" in r.columns]:
+        title = f"Leakage to the image's class, and figures without the thetas that leak more than {leakage_limit:g}"
+        parts += [title, format_table(leakages)]
+    return "\n\n".join([*parts, *_notes(results)])
+
+
+def _memory(results: Results) -> dict[str, str]:
+    """What the memory changed in a run."""
+    after, before = results.columns, results.before
+    shrunk = after["changed"] == 1
+    row = {"run": _name(results), "regions changed": f"{int(shrunk.sum())} of {len(shrunk)}"}
+    inside = after["answered_by"] >= 0
+    if before is None:
+        return row | {"inside an earlier region": str(int(inside.sum()))}
+    had = shrunk & (before["gap"] > 0)
+    kept = after["gap"][had] / before["gap"][had]
+    overruled = after["predict"] != before["predict"]
+    row["size kept by those, median (least)"] = (
+        f"{round_down(np.median(kept), 3)} ({round_down(kept.min(), 3)})" if kept.size else "-"
+    )
+    row["inside an earlier region"] = str(int(inside.sum()))
+    row["given its class instead of their own"] = str(int(overruled.sum()))
+    correct = before["correct"] == 1
+    row["accuracy"] = f"{_share(correct)} -> {_share(results.correct)}"
+    for name, column in (("ACR", "radius"), ("ACR-tilde", "radius_proxy")):
+        was = average_certified_radius(before[column], correct)
+        row[name] = f"{round_down(was, 3)} -> {round_down(average_certified_radius(after[column], results.correct), 3)}"
+    return row
+
+
+def _leakage(results: Results, limit: float) -> dict[str, str]:
+    """Distribution of leakage, and the main figures with every theta above the limit counted as certifying nothing."""
+    leakage, row = results["leakage"], {"run": _name(results)}
+    known = leakage[~np.isnan(leakage)]
+    kept = results.correct & (leakage <= limit)
+    for name, figure in (("median", np.median), ("mean", np.mean), ("largest", np.max)):
+        row[name] = round_up(figure(known), 3) if known.size else "not measured"
+    row[f"above {limit:g}"] = f"{int((leakage > limit).sum())} of {known.size}"
+    row["accuracy without"] = _share(kept)
+    row["ACR without"] = round_down(average_certified_radius(results["radius"], kept), 3)
+    row["ACR-tilde without"] = round_down(average_certified_radius(results["radius_proxy"], kept), 3)
+    return row
 
 
 def compare_proxy_radius(results: list[Results]) -> str:
-    """Mean proxy radius of the best run with one theta for all and of each data-dependent run, as text."""
+    """Mean proxy radius, after memory, of the best run with one theta for all and of each other run, as text."""
     best = max((r for r in results if not r.data_dependent), key=lambda r: r.mean_proxy_radius)
     lines = []
     for r in (best, *(r for r in results if r.data_dependent)):
@@ -115,7 +172,7 @@ def _notes(results: list[Results]) -> list[str]:
         notes.append("These runs are not of the same images: their figures do not compare.")
     if len({r.norm for r in results if r.norm}) > 1:
         notes.append("These runs are of different norms: their figures do not compare.")
-    if any(r.data_dependent for r in results):
+    if not all(r.reconciled for r in results):
         notes.append(f"{_MARK} {NOT_RECONCILED}")
     return notes
 
@@ -124,12 +181,13 @@ def _share(mask) -> str:
     return round_down(fractions.Fraction(int(mask.sum()), len(mask)), 3)
 
 
-def _table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
+    """Rows of one set of keys as a GitHub-style table."""
     return tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def _name(results: Results) -> str:
-    return results.name + (_MARK if results.data_dependent else "")
+    return results.name + ("" if results.reconciled else _MARK)
 
 
 def _at_bound(results: Results) -> str:

@@ -1,0 +1,191 @@
+"""Leakage: how many other images the noise alone sends to an input's class.
+
+A search for theta can paint a pattern that the network reads as the class of x. The certificate is then true of the
+smoothed classifier of this theta and says little about x; other images tell: under this theta they get x's class too.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+
+from ancer_jax.certificates import Certificate
+from ancer_jax.classifiers import Classifier
+from ancer_jax.smoothing import Stage, class_counts, probs_of_each, stage_key
+
+
+@dataclasses.dataclass(frozen=True)
+class LeakageConfig:
+    """Settings that change a measured leakage.
+
+    Attributes:
+      num_references: how many other images are asked.
+      num_samples: noise draws for each of them.
+
+    Raises:
+      ValueError: if a setting is below 1.
+    """
+
+    num_references: int = 200
+    num_samples: int = 64
+
+    def __post_init__(self):
+        for name in ("num_references", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class References(NamedTuple):
+    """Images that leakage is measured on; a pytree that all inputs share.
+
+    Attributes:
+      keys: [m] the images' own example keys. Their draws are the same for every input and every theta.
+      images: [m, *d].
+      classes: int32 [m], their smoothed classes at the theta that the search starts from.
+    """
+
+    keys: Key[Array, " m"]
+    images: Float[Array, "m *d"]
+    classes: Int[Array, " m"]
+
+
+def make_references(
+    keys: Key[Array, " m"],
+    classifier: Classifier,
+    certificate: Certificate,
+    images: Float[ArrayLike, "m *d"],
+    theta: Float[ArrayLike, "..."],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> References:
+    """References from images and the theta that the search starts from. Arguments as in `reference_classes`."""
+    images = jnp.asarray(images)
+    classes = reference_classes(keys, classifier, certificate, images, theta, num_samples=num_samples, chunk=chunk)
+    return References(keys, images, classes)
+
+
+def reference_classes(
+    keys: Key[Array, " m"],
+    classifier: Classifier,
+    certificate: Certificate,
+    images: Float[ArrayLike, "m *d"],
+    theta: Float[ArrayLike, "..."],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> Int[Array, " m"]:
+    """Smoothed class of every image under `theta`: the majority of few draws, ties to the lowest class.
+
+    Memory is that of `chunk` noisy copies (`num_samples`, if that is less), whatever the number of images.
+
+    Args:
+      keys: [m] typed keys, one per image; the stage is folded in here.
+      classifier, certificate: base classifier and noise law.
+      images: [m, *d].
+      theta: [] or [*d] noise parameter of all images, in their units.
+      num_samples: draws for each image (static).
+      chunk: how many draws at a time (static); changes speed and memory, never the draws.
+
+    Returns:
+      int32 [m]; -1 for an image all of whose draws give NaN.
+
+    Raises:
+      ValueError: at trace time, as in `smoothing.class_counts`.
+    """
+
+    def majority(reference):
+        key, image = reference
+        counts = class_counts(
+            stage_key(key, Stage.LEAKAGE), classifier, certificate, image, theta, num_samples=num_samples, chunk=chunk
+        )
+        return jnp.where(counts.any(), counts.argmax(), -1).astype(jnp.int32)
+
+    return jax.lax.map(majority, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
+
+
+def leakage(
+    references: References,
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    prediction: Int[ArrayLike, ""],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many references the smoothed classifier of this theta sends to the class of `x`, and out of how many.
+
+    `leakage(x) = #{eligible r : g_theta(r) = prediction} / #{eligible r}`, where a reference r is eligible if its class
+    at the starting theta is not `prediction` and it differs from `x` in some pixel.
+
+    Args:
+      references: from `make_references`, with the same `num_samples`.
+      classifier, certificate: as in `reference_classes`.
+      x: [*d] one input.
+      theta: [] or [*d] the theta found for x.
+      prediction: [] class of x; negative is an abstention, which nothing can leak to.
+      num_samples, chunk: as in `reference_classes`.
+
+    Returns:
+      int32 [] leaked, int32 [] eligible; both 0 for an abstention.
+
+    Guarantee: none is needed, nothing is certified by it. At the starting theta every reference has its own draws and
+    class again, so that none leaks.
+
+    Raises:
+      ValueError: at trace time, if `x` has another shape than the references; as in `smoothing.class_counts`.
+    """
+    eligible = _eligible(references, x, prediction)
+    classes = reference_classes(
+        references.keys, classifier, certificate, references.images, theta, num_samples=num_samples, chunk=chunk
+    )
+    count = lambda mask: mask.sum(dtype=jnp.int32)
+    return count(eligible & (classes == prediction)), count(eligible)
+
+
+def soft_leakage(
+    key: Key[Array, ""],
+    references: References,
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    prediction: Int[ArrayLike, ""],
+    *,
+    batch: int,
+) -> Float[Array, ""]:
+    """Mean softmax output for the class of `x` over a random batch of eligible references, one draw each.
+
+    A noisy, differentiable `leakage`: the penalty of a search.
+
+    Args:
+      key: typed key of the batch and of its draws.
+      references, classifier, certificate, x, theta, prediction: as in `leakage`.
+      batch: how many references (static), drawn without replacement; all that are eligible, if there are fewer.
+
+    Returns:
+      float [] in [0, 1]; 0 if no reference is eligible.
+
+    Raises:
+      ValueError: at trace time, if `x` has another shape than the references.
+    """
+    batch_key, draw_key = jax.random.split(key)
+    eligible = _eligible(references, x, prediction)
+    order = jnp.where(eligible, jax.random.uniform(batch_key, eligible.shape), -1.0)
+    chosen = jax.lax.top_k(order, min(batch, len(order)))[1]
+    probs = probs_of_each(draw_key, classifier, certificate, references.images[chosen], theta)[:, prediction]
+    return jnp.where(eligible[chosen], probs, 0.0).sum() / jnp.maximum(eligible[chosen].sum(), 1)
+
+
+def _eligible(references: References, x, prediction) -> Bool[Array, " m"]:
+    """Which references can leak to the class `prediction` of `x`."""
+    if jnp.shape(x) != references.images.shape[1:]:
+        raise ValueError(
+            f"x must have the references' shape {list(references.images.shape[1:])}, got {list(jnp.shape(x))}"
+        )
+    other = (references.images != x).reshape(len(references.images), -1).any(axis=1)
+    return other & (references.classes != prediction) & (prediction >= 0)

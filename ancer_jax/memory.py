@@ -1,0 +1,323 @@
+"""Memory: what turns certificates of per-input smoothed classifiers into those of one classifier.
+
+Noise that depends on the input gives every input its own smoothed classifier. The classifier with memory answers inputs
+one after another and stores (input, class, region); a new answer never contradicts a stored one:
+
+1. An input inside a stored region of another class gets that class, and the part of its region inside that region.
+2. Otherwise its region shrinks (same centre and shape) until it is disjoint from every stored region of another class.
+3. What was answered is stored. A gap of 0 is the single point x, and an abstention is x with class `ABSTAIN`.
+
+Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pairwise disjoint; each contains its
+centre; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
+decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
+
+References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import ArrayLike, Int
+
+from ancer_jax.certification import ABSTAIN
+from ancer_jax.regions import Region, contains, float64_on_the_host, largest_inside, largest_outside, rounding
+
+# Inputs whose distances to all stored ones are computed by one matrix product.
+_BATCH = 256
+# Pairs of regions that are compared by one call: few shapes, so that little is compiled.
+_PAIRS = (8, 64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Memory:
+    """What has been answered so far; a value: `insert` returns a new one and leaves this one as it was.
+
+    Attributes:
+      norm: 2 or 1.
+      shape: shape of the inputs; None while empty.
+      size: number of stored answers.
+    """
+
+    norm: int
+    shape: tuple[int, ...] | None
+    size: int
+    _columns: "_Columns"
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def regions(self) -> Region:
+        """The stored regions in order of insertion: center [n, *d], theta [n, *d] or [n], gap [n] (float64)."""
+        center, theta = self._column("center"), self._column("theta")
+        shape = (self.size, *(self.shape or ()))
+        theta = theta.reshape(shape if theta.shape == center.shape else self.size)
+        return Region(center.reshape(shape), theta, self._column("gap"), self.norm)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """int64 [n], the stored classes, `ABSTAIN` among them."""
+        return self._column("prediction")
+
+    def _column(self, name: str) -> np.ndarray:
+        empty = np.zeros(0, np.int64 if name == "prediction" else np.float64)
+        column = self._columns.get(name, empty)[: self.size]
+        column.flags.writeable = False
+        return column
+
+
+class MemoryInfo(NamedTuple):
+    """What the classifier with memory answers; float64 and integers on the host. Fields may be batched.
+
+    Attributes:
+      prediction: the class, or `ABSTAIN`.
+      region: the certified region, at most as large as the one that was given.
+      changed: whether the class or the region differs from what was given.
+      inside: place (in order of insertion) of a stored region that contains the input, -1 if none does; where there are
+        several, one of the class that was given up to. If `prediction` is not what was given, it is that region's.
+    """
+
+    prediction: Any
+    region: Region
+    changed: Any
+    inside: Any
+
+
+def empty(norm: int) -> Memory:
+    """A memory of regions of the l_norm, with nothing in it.
+
+    Raises:
+      ValueError: if `norm` is not 2 or 1.
+    """
+    if norm not in (2, 1):
+        raise ValueError(f"norm must be 2 or 1, got {norm!r}")
+    return Memory(norm, None, 0, _Columns({}))
+
+
+def restore(regions: Region, predictions) -> Memory:
+    """The memory that holds these answers (`Memory.regions`, `Memory.predictions`), which are not compared again.
+
+    Raises:
+      ValueError: if a value makes no sense.
+    """
+    memory = empty(regions.norm)
+    rows = _rows(memory, regions, predictions)
+    if not len(rows["gap"]):
+        return memory
+    columns = memory._columns.append(0, rows)
+    return Memory(memory.norm, np.shape(regions.center)[1:], len(rows["gap"]), columns)
+
+
+def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tuple[Memory, MemoryInfo]:
+    """Answer one input and store the answer.
+
+    Args:
+      memory: what has been answered before.
+      region: the certified region of the input: center [*d], theta [] or [*d], gap []; 0 if it abstained.
+      prediction: the certified class, or `ABSTAIN`.
+
+    Returns:
+      The memory with one more answer, and the answer.
+
+    Guarantee: the invariants at the head of this module. A region that must shrink is within 1e-6 relative of the
+    largest that is allowed.
+
+    Raises:
+      ValueError: if norm or shape differ from what is stored, or a value makes no sense.
+    """
+    batch = jax.tree.map(lambda value: np.asarray(value)[None], region)
+    memory, info = insert_batch(memory, batch, np.asarray(prediction)[None])
+    return memory, jax.tree.map(lambda value: value[0], info)
+
+
+def insert_batch(
+    memory: Memory, regions: Region, predictions, *, progress: Callable[[int], object] = lambda inputs: None
+) -> tuple[Memory, MemoryInfo]:
+    """`insert` one after another, in the order given, at less cost: the same answers.
+
+    Args:
+      memory: what has been answered before.
+      regions: center [m, *d], theta [m] or [m, *d], gap [m].
+      predictions: int [m].
+      progress: called with the number of inputs that were answered since the last call.
+
+    Returns:
+      The memory with m more answers, and the answers, batched.
+
+    Raises:
+      ValueError: as in `insert`.
+    """
+    rows = _rows(memory, regions, predictions)
+    count = len(rows["gap"])
+    inside = np.full(count, -1)
+    columns, given = memory._columns, (rows["gap"].copy(), rows["prediction"].copy())
+    with float64_on_the_host():
+        for start in range(0, count, _BATCH):
+            block = {name: column[start : start + _BATCH] for name, column in rows.items()}
+            size = memory.size + start
+            columns = columns.append(size, block)
+            may_meet, may_lie_in = _near(block, columns, size + len(block["gap"]))
+            for j in range(len(block["gap"])):
+                row = size + j
+                near = may_meet[j, :row].nonzero()[0], may_lie_in[j, :row].nonzero()[0]
+                prediction, gap, inside[start + j] = _answer(memory.norm, columns, row, *near)
+                columns["prediction"][row], columns["gap"][row] = prediction, gap
+                columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
+            progress(len(block["gap"]))
+    shape = np.shape(regions.center)[1:] if count else memory.shape
+    memory = Memory(memory.norm, shape, memory.size + count, columns)
+    if not count:
+        return memory, MemoryInfo(given[1], regions, np.zeros(0, bool), inside)
+    gap, prediction = (column[memory.size - count :].copy() for column in (memory.regions.gap, memory.predictions))
+    changed = (gap != given[0]) | (prediction != given[1])
+    return memory, MemoryInfo(prediction, dataclasses.replace(regions, gap=gap), changed, inside)
+
+
+def classify(memory: Memory, x, fallback: Callable[[Any], int]) -> int:
+    """The answer of the classifier with memory at `x` [*d]: the class of the stored region that contains it.
+
+    Where none does, `fallback(x)` answers: the smoothed classifier of a theta found for x, say. Nothing is stored; an
+    answer that is to be kept, and certified, goes through `insert`.
+
+    Raises:
+      ValueError: if the shape of x differs from what is stored, or x is not finite.
+    """
+    x = np.asarray(x)
+    point = _rows(memory, Region(x[None], np.ones(1), np.zeros(1), memory.norm), np.array([ABSTAIN]))
+    if not memory.size:
+        return int(fallback(x))
+    near = _near(point, memory._columns, memory.size)[1][0].nonzero()[0]
+    with float64_on_the_host():
+        inside = near[_ask(_holds, _region(memory.norm, point, 0), memory._columns, near)]
+    return int(memory.predictions[inside[0]]) if inside.size else int(fallback(x))
+
+
+class _Columns(dict):
+    """Arrays by name, with spare rows at their ends. Written rows never change, so that Memories may share them."""
+
+    used = 0
+
+    def append(self, size: int, rows: dict[str, np.ndarray]) -> "_Columns":
+        """These columns with `rows` behind the first `size` rows: in place where that is free, else a copy."""
+        end, columns = size + len(rows["gap"]), self
+        wanted = {name: _common(self.get(name, column), column) for name, column in rows.items()}
+        have = {name: (column.dtype, column.shape[1:]) for name, column in self.items()}
+        if wanted != have or size != self.used or end > len(self["gap"]):
+            length = max(end, 2 * size)
+            columns = _Columns({name: np.empty((length, *width), dtype) for name, (dtype, width) in wanted.items()})
+            for name, column in self.items():
+                columns[name][:size] = column[:size]
+        for name, column in rows.items():
+            columns[name][size:end] = column
+        columns.used = end
+        return columns
+
+
+def _common(a, b):
+    """dtype and row shape that hold the rows of both."""
+    return np.result_type(a, b), np.broadcast_shapes(a.shape[1:], b.shape[1:])
+
+
+def _rows(memory: Memory, regions: Region, predictions) -> dict[str, np.ndarray]:
+    """The columns of a batch of answers, checked."""
+    center, theta, gap, prediction = (
+        np.asarray(value) for value in (regions.center, regions.theta, regions.gap, predictions)
+    )
+    if regions.norm != memory.norm:
+        raise ValueError(f"this memory holds regions of the l{memory.norm} norm, got one of the l{regions.norm} norm")
+    if memory.shape is not None and center.shape[1:] != memory.shape:
+        raise ValueError(f"this memory holds inputs of shape {list(memory.shape)}, got {list(center.shape[1:])}")
+    count = len(center)
+    if theta.shape not in ((count,), center.shape) or gap.shape != (count,) or prediction.shape != (count,):
+        shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap, prediction))
+        raise ValueError(f"center, theta, gap and prediction do not fit together: their shapes are {shapes}")
+    if not np.issubdtype(prediction.dtype, np.integer) or (prediction < ABSTAIN).any():
+        raise ValueError(f"prediction must be a class or ABSTAIN (-1), got {prediction.min(initial=0)}")
+    for name, value, valid in (
+        ("center", center, np.isfinite(center)),
+        ("theta", theta, np.isfinite(theta) & (theta > 0)),
+        ("gap", gap, np.isfinite(gap) & (gap >= 0)),
+        ("gap of an abstention", gap, (gap == 0) | (prediction != ABSTAIN)),
+    ):
+        if not valid.all():
+            raise ValueError(f"{name} is out of range: {value[~valid].flat[0]}")
+    center, theta = (_lossless(value.reshape(count, -1 if count else 1)) for value in (center, theta))
+    square = np.einsum("ij,ij->i", center, center, dtype=np.float64)
+    gap = gap.astype(np.float64)
+    reach = gap * theta.max(axis=1, initial=0).astype(np.float64)
+    prediction = prediction.astype(np.int64)
+    return {"center": center, "theta": theta, "gap": gap, "prediction": prediction, "square": square, "reach": reach}
+
+
+def _lossless(values: np.ndarray) -> np.ndarray:
+    """As float32 where that loses nothing, else as float64."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    return narrow if (narrow == values).all() else values.astype(np.float64)
+
+
+def _region(norm: int, columns, row) -> Region:
+    return Region(columns["center"][row], columns["theta"][row], columns["gap"][row], norm)
+
+
+def _near(rows, columns, end: int):
+    """[m, end] whether each row's region may meet, and whether its centre may lie in, each of the first stored ones.
+
+    Both regions lie in l2 balls around their centres (for p = 1, too), with the largest semi-axis as radius. Squared
+    distances come from a float32 matrix product, less a bound of its error.
+    """
+    stored = {name: columns[name][:end] for name in ("center", "square", "reach")}
+    a, b = (value["center"].astype(np.float32, copy=False) for value in (rows, stored))
+    length_a, length_b = np.sqrt(rows["square"])[:, None], np.sqrt(stored["square"])
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = (a @ b.T).astype(np.float64)
+        error = rounding(a.shape[1], np.float32) * (length_a + length_b) ** 2
+        square = rows["square"][:, None] + stored["square"] - 2 * product - error
+        reach = rows["reach"][:, None]
+        return ~(square > (reach + stored["reach"]) ** 2), ~(square > stored["reach"] ** 2)
+
+
+def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, float, int]:
+    """(class, gap, place of a stored region that contains it or -1) for the input in `row`."""
+    region, prediction, gap = _region(norm, columns, row), columns["prediction"][row], columns["gap"][row]
+    inside = may_lie_in[_ask(_holds, region, columns, may_lie_in)]
+    others = inside[columns["prediction"][inside] != prediction]
+    if others.size:
+        gaps = _ask(largest_inside, region, columns, others)
+        place = others[gaps.argmax()]
+        return int(columns["prediction"][place]), float(min(gap, gaps.max())), int(place)
+    if gap > 0:
+        meets = may_meet[columns["prediction"][may_meet] != prediction]
+        gap = min(gap, _ask(_clear, region, columns, meets).min(initial=np.inf))
+    return int(prediction), float(gap), int(inside[0]) if inside.size else -1
+
+
+def _holds(region: Region, stored: Region):
+    """Whether the stored region contains the centre of the region, or rounding leaves it open."""
+    margin = rounding(stored.center.size, stored.center.dtype)
+    return contains(dataclasses.replace(stored, gap=stored.gap * (1 + margin)), region.center)
+
+
+def _clear(region: Region, stored: Region):
+    """A gap with which the region is disjoint from the stored one: the largest, or at least its own."""
+    return largest_outside(region, stored, enough=region.gap)
+
+
+@functools.partial(jax.jit, static_argnames="question")
+def _ask_padded(question, region: Region, stored: Region):
+    return jax.lax.map(lambda one: question(region, one), stored, batch_size=8)
+
+
+def _ask(question, region: Region, columns, places) -> np.ndarray:
+    """`question(region, stored)` for the stored regions at `places`."""
+    answers = [np.zeros(0, bool if question is _holds else np.float64)]
+    for start in range(0, places.size, _PAIRS[-1]):
+        some = places[start : start + _PAIRS[-1]]
+        padded = np.resize(some, next(size for size in _PAIRS if size >= some.size))
+        stored = _region(region.norm, columns, padded)
+        answers.append(np.asarray(_ask_padded(question, region, stored))[: some.size])
+    return np.concatenate(answers)

@@ -1,0 +1,136 @@
+"""Results as tables: a line per input, Cohen's columns first, so that existing analysis scripts read them."""
+
+import datetime
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ancer_jax.certification import ABSTAIN
+from ancer_jax.metrics import round_down, round_up
+from ancer_jax.regions import Region, log_volume, proxy_radius, radius
+
+_COHEN = ("idx", "label", "predict", "radius", "correct", "time")
+COLUMNS = (
+    *_COHEN,
+    *("radius_proxy", "min_sigma", "gap", "p_lower", "count", "n", "log_volume", "method", "at_theta_max", "leakage"),
+)
+MEMORY_COLUMNS = (*COLUMNS, "changed", "answered_by")
+
+
+class Answer(NamedTuple):
+    """What the classifier with memory answers one input.
+
+    Attributes:
+      prediction: class or `ABSTAIN`.
+      gap: of the region that is left.
+      changed: whether class or gap differ from the certificate the input came with.
+      answered_by: id of an earlier input in whose region it lies, -1 if there is none.
+      leakage: that of the theta whose class is answered: the earlier input's if the class was changed.
+    """
+
+    prediction: int
+    gap: float
+    changed: bool
+    answered_by: int
+    leakage: float
+
+
+def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> float:
+    """Share of the reference images that theta sends to the predicted class; NaN if it was not measured."""
+    if settings["method"] == "fixed":
+        return 0.0  # all images have this theta
+    if settings["leakage"] is not None and prediction == ABSTAIN:
+        return 0.0
+    return float(leaked / references) if references else math.nan
+
+
+def write_table(
+    shards: Iterable[Mapping[str, np.ndarray]], settings: Mapping[str, Any], answers: Mapping[int, Answer] | None = None
+) -> str:
+    """The text of `results.tsv`: in order of ids, numbers rounded towards zero, leakage away from it.
+
+    Args:
+      shards: finished batches (`runs.Run.shards`).
+      settings: of the run.
+      answers: id -> answer; then it is the text of `results_memory.tsv`.
+    """
+    rows = sorted((row for shard in shards for row in _rows(shard, settings, answers)), key=lambda row: row[0])
+    header = COLUMNS if answers is None else MEMORY_COLUMNS
+    return "\n".join(["\t".join(header), *("\t".join(map(str, row)) for row in rows)]) + "\n"
+
+
+def _rows(shard, settings, answers):
+    search = settings.get("anisotropic", settings.get("isotropic"))
+    norm = {"l2": 2, "l1": 1}[settings["norm"]]
+    center = np.zeros(settings["data"]["image_shape"])
+    for row, id_ in enumerate(shard["ids"]):
+        one = {name: column[row] for name, column in shard.items()}
+        theta, prediction, gap = one["theta"], one["predictions"], one["gap"]
+        leakage = leakage_share(settings, one["leaked"], one["references"], prediction)
+        extra = ()
+        if answers is not None:
+            prediction, gap, changed, answered_by, leakage = answers[int(id_)]
+            extra = (int(changed), answered_by)
+        region = Region(center, theta, gap, norm)
+        at_bound = np.mean(theta >= np.float32(search["theta_max"])) if search else 0.0
+        yield (
+            int(id_),
+            int(one["labels"]),
+            int(prediction),
+            round_down(radius(region), 6),
+            int(prediction == one["labels"]),
+            datetime.timedelta(seconds=float(one["seconds"])),
+            round_down(proxy_radius(region), 6),
+            round_down(theta.min(), 6),
+            round_down(gap, 6),
+            round_down(one["p_lower"], 8),
+            int(one["counts"]),
+            settings["certify"]["n"],
+            round_down(log_volume(region), 3),
+            settings["method"],
+            round_down(at_bound, 4),
+            round_up(leakage, 4),
+            *extra,
+        )
+
+
+def read_results(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a results file, by `parse_results`.
+
+    Raises:
+      ValueError: if the file is not such a table or is empty.
+    """
+    try:
+        return parse_results(epath.Path(path).read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_results(text: str, path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a results table: ours, Cohen's, or ANCER's (at least idx, label, predict, radius, correct).
+
+    Where there is no column `radius_proxy`, the noise was isotropic and the radius stands in for it.
+
+    Raises:
+      ValueError: naming `path`, if the text is not such a table or is empty.
+    """
+    lines = text.splitlines()
+    header, rows = (lines[0].split("\t") if lines else []), [line.split("\t") for line in lines[1:] if line]
+    missing = [name for name in _COHEN[:5] if name not in header]
+    if missing:
+        raise ValueError(f"{path}: not a results table, no column {missing[0]!r}")
+    if not rows:
+        raise ValueError(f"{path}: there are no results yet")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: line {number} has {len(row)} columns instead of {len(header)}")
+    columns = {}
+    for name, values in zip(header, zip(*rows, strict=True), strict=True):
+        try:
+            columns[name] = np.array(values, dtype=str if name in ("time", "method") else np.float64)
+        except ValueError as error:
+            raise ValueError(f"{path}: column {name!r}: {error}") from None
+    return {"radius_proxy": columns["radius"]} | columns

@@ -1,0 +1,603 @@
+import copy
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ancer_jax import memory as module
+from ancer_jax.certification import ABSTAIN
+from ancer_jax.memory import classify, empty, insert, insert_batch
+from ancer_jax.regions import Region, contains
+from tests import geometry
+
+both_norms = pytest.mark.parametrize("norm", [2, 1])
+nobody = lambda x: -99
+
+
+def fill(norm, *answers):
+    """The memory after inserting (centre, theta, gap, class) in turn, and what it answered."""
+    memory, infos = empty(norm), []
+    for center, theta, gap, prediction in answers:
+        memory, info = insert(memory, Region(np.asarray(center, float), theta, gap, norm), prediction)
+        infos.append(info)
+    return memory, infos
+
+
+def row(regions, i):
+    """One of several regions, theta per coordinate."""
+    center = regions.center[i]
+    return Region(center, np.broadcast_to(np.float64(regions.theta[i]), center.shape), regions.gap[i], regions.norm)
+
+
+def outside(a, b):
+    """Largest gap of a that leaves b alone."""
+    if b.gap == 0:
+        return geometry.distance(b.center, a.center, a.theta, a.norm)
+    return geometry.outside(a.center, a.theta, b.center, b.gap * b.theta, a.norm)
+
+
+def inside(a, b):
+    """Largest gap of a within b."""
+    return geometry.inside(a.center, a.theta, b.center, b.gap * b.theta, a.norm) if b.gap else 0.0
+
+
+def depth(a, b):
+    """How far from b's centre that of a is, in units of b's gap; 1 is the surface."""
+    away = geometry.distance(a.center, b.center, b.theta, a.norm)
+    return away / b.gap if b.gap else (math.inf if away else 0.0)
+
+
+def check_step(region, prediction, stored, classes, info):
+    """Class, size and `changed` of one answer, from the rules and independent geometry; what is stored is given."""
+    depths = np.array([depth(region, b) for b in stored])
+    on_surface = np.abs(depths - 1).min(initial=math.inf)
+    if on_surface < 1e-9:  # rounding decides
+        return
+    holding = [i for i in np.flatnonzero(depths < 1) if classes[i] != prediction]
+    if holding:
+        answer, largest = classes[holding[0]], max(inside(region, stored[i]) for i in holding)
+        assert info.inside in holding
+    else:
+        answer = prediction
+        largest = min(
+            (outside(region, b) for b, c in zip(stored, classes, strict=True) if c != answer), default=math.inf
+        )
+    loss = 1e-6 + 1e-12 / on_surface
+    assert info.prediction == answer
+    assert min(region.gap, largest) * (1 - loss) <= info.region.gap <= min(region.gap, largest)
+    assert info.changed == (answer != prediction or info.region.gap != region.gap)
+    assert (info.inside >= 0) == (depths < 1).any()
+    assert info.inside < 0 or depths[info.inside] < 1
+
+
+def check_invariants(memory, rng):
+    regions = [row(memory.regions, i) for i in range(len(memory))]
+    for a, class_a in zip(regions, memory.predictions, strict=True):
+        rays = geometry.directions(rng, 5, a.center.size, a.norm)
+        points = a.center + a.gap * a.theta * rays * rng.choice([1 - 1e-9, 0.5, 0], (len(rays), 1))
+        assert contains(a, a.center)
+        for b, class_b in zip(regions, memory.predictions, strict=True):
+            if class_a != class_b:
+                assert a.gap < outside(a, b)
+                assert (geometry.distance(points, b.center, b.theta, b.norm) > b.gap).all()
+        for point in points[:: len(points) // 3]:
+            assert contains(a, point)
+            assert classify(memory, point, nobody) == class_a
+
+
+@st.composite
+def crowds(draw):
+    """(norm, answers): so close to each other that most must shrink; duplicates, points and abstentions among them."""
+    d = draw(st.sampled_from([1, 2, 4]))
+    number = st.one_of(st.integers(-2, 2), st.floats(-2, 2, width=32))
+    size = st.one_of(st.sampled_from([0.5, 1.0, 2.0]), st.floats(0.125, 8, width=32))
+    centers = draw(st.lists(st.lists(number, min_size=d, max_size=d), min_size=1, max_size=10))
+    answers = []
+    for center in draw(st.lists(st.sampled_from(centers), min_size=2, max_size=10)):
+        prediction = draw(st.integers(ABSTAIN, 2))
+        theta = draw(st.one_of(size, st.lists(size, min_size=d, max_size=d).map(np.array)))
+        gap = 0.0 if prediction == ABSTAIN else draw(st.one_of(st.just(0.0), size))
+        answers.append((center, theta, gap, prediction))
+    return draw(st.sampled_from([2, 1])), answers
+
+
+@given(crowds(), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
+    norm, answers = crowd
+    memory, infos = fill(norm, *answers)
+    stored = [row(memory.regions, i) for i in range(len(answers))]
+    for i, (center, theta, gap, prediction) in enumerate(answers):
+        center = np.asarray(center, float)
+        given_region = Region(center, np.broadcast_to(theta, center.shape), gap, norm)
+        check_step(given_region, prediction, stored[:i], memory.predictions[:i], infos[i])
+        np.testing.assert_array_equal(stored[i].center, center)
+        np.testing.assert_array_equal(stored[i].theta, given_region.theta)
+        assert (stored[i].gap, memory.predictions[i]) == (infos[i].region.gap, infos[i].prediction)
+    check_invariants(memory, np.random.default_rng(seed))
+
+
+@given(crowds(), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_a_batch_is_answered_one_after_another(crowd, block):
+    norm, answers = crowd
+    memory, infos = fill(norm, *answers)
+    center, gap = (np.array([answer[i] for answer in answers], float) for i in (0, 2))
+    theta = np.stack([np.broadcast_to(answer[1], center.shape[1:]) for answer in answers])
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BATCH", block)
+        regions = Region(center, theta, gap, norm)
+        batched, info = insert_batch(empty(norm), regions, [answer[3] for answer in answers], progress=told.append)
+    assert sum(told) == len(answers)
+    np.testing.assert_array_equal(batched.predictions, memory.predictions)
+    np.testing.assert_array_equal(batched.regions.gap, memory.regions.gap)
+    for i, one in enumerate(infos):
+        assert (info.prediction[i], info.region.gap[i], info.changed[i], info.inside[i]) == (
+            *(one.prediction, one.region.gap, one.changed, one.inside),
+        )
+
+
+def random_answers(rng, count, d, norm, dtype=np.float32):
+    regions = Region(
+        *(dtype(rng.uniform(low, 1, size)) for low, size in ((0, (count, d)), (0.1, (count, d)), (0, count))), norm
+    )
+    return regions, rng.integers(0, 3, count)
+
+
+def some(regions, places):
+    return jax.tree.map(lambda value: value[places], regions)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.predictions, b.predictions)
+    for value, other in zip(jax.tree.leaves(a.regions), jax.tree.leaves(b.regions), strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+@both_norms
+def test_more_neighbours_than_are_asked_at_once(norm):
+    regions, classes = random_answers(np.random.default_rng(0), 300, 2, norm)
+    memory, _ = insert_batch(empty(norm), regions, classes)
+    one_by_one = empty(norm)
+    for i in range(300):
+        one_by_one, _ = insert(one_by_one, some(regions, i), classes[i])
+    assert_same(memory, one_by_one)
+    stored = [row(memory.regions, i) for i in range(300)]
+    for i in range(280, 300):
+        for j in range(i):
+            if memory.predictions[i] != memory.predictions[j]:
+                assert stored[i].gap < outside(stored[i], stored[j])
+
+
+# --- named cases
+
+
+@both_norms
+def test_balls_of_radius_2_at_distance_3(norm):
+    memory, (first, second) = fill(norm, ([0, 0], 1.0, 2.0, 0), ([3, 0], 1.0, 2.0, 1))
+    assert (first.prediction, first.region.gap, first.changed) == (0, 2, False)
+    assert (second.prediction, second.changed, second.inside) == (1, True, -1)
+    assert 1 - 1e-6 < second.region.gap < 1
+    assert classify(memory, np.array([2.0, 0]), nobody) == 0
+    _, (_, second) = fill(norm, ([0, 0], 1.0, 2.0, 0), ([3, 0], 1.0, 2.0, 0))
+    assert (second.region.gap, second.changed) == (2, False)
+
+
+@both_norms
+def test_tangent_regions_of_different_classes_part(norm):
+    memory, (_, second) = fill(norm, ([0, 0], 1.0, 2.0, 0), ([3, 0], 0.5, 2.0, 1))
+    assert 2 - 2e-6 < second.region.gap < 2
+    assert second.changed
+    assert classify(memory, np.array([2.0, 0]), nobody) == 0
+    assert classify(memory, np.array([2.0001, 0]), nobody) == 1
+
+
+@both_norms
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_input_just_inside_one_of_two_touching_regions(norm, dtype):
+    memory, _ = fill(norm, ([0.0, 0], 1.0, 1.0, 0), ([2.5, 0], 1.0, 2.0, 1))
+    for x, prediction in ((0.999999, 0), (1.0, 0), (1.000001, 1)):
+        x = np.array([x, 0]).astype(dtype)
+        assert classify(memory, x, nobody) == prediction
+        for given_class in (0, 1):
+            _, info = insert(memory, Region(x, 1.0, 0.5, norm), given_class)
+            assert info.prediction == prediction
+            assert 0 < info.region.gap < 1e-5 or prediction == given_class or x[0] == 1
+
+
+@both_norms
+def test_an_input_just_outside_keeps_its_class(norm):
+    memory, _ = fill(norm, (np.zeros(300), 1.0, 1.0, 0))
+    x = np.eye(300)[0] * (1 + 1e-6)
+    _, info = insert(memory, Region(x, 1.0, 1.0, norm), 1)
+    assert (info.prediction, info.inside) == (1, -1)
+    assert info.region.gap == pytest.approx(1e-6, rel=1e-3)
+
+
+@both_norms
+def test_concentric_regions_of_different_classes(norm):
+    theta = np.array([1.0, 2.0])
+    for gap, largest in ((0.5, 0.5), (2.0, 1.0)):  # within the first, and around it
+        _, (_, info) = fill(norm, ([1, 1], theta, 1.0, 4), ([1, 1], theta, gap, 7))
+        assert (info.prediction, info.changed, info.inside) == (4, True, 0)
+        assert largest * (1 - 1e-6) < info.region.gap <= largest
+    _, (_, info) = fill(norm, ([1, 1], theta, 1.0, 4), ([1, 1], theta[::-1], 2.0, 7))
+    assert info.region.gap == pytest.approx(0.5, rel=1e-6)
+
+
+@both_norms
+def test_duplicates(norm):
+    answer = ([1.0, 1], 1.0, 1.0, 4)
+    memory, (_, info) = fill(norm, answer, answer)
+    assert (info.prediction, info.region.gap, info.changed, info.inside) == (4, 1, False, 0)
+    assert len(memory) == 2
+
+
+@both_norms
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1e-3, 1.0, 1e20, 1e30, 1e100])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_duplicates_of_any_scale_are_recognised(norm, scale, offset):
+    center = offset + scale * np.array([1.0, -3, 0.3])
+    memory, (_, info) = fill(norm, (center, 1.0, 0.0, 4), (center, 1.0, 0.0, 7))
+    assert (info.prediction, info.inside) == (4, 0)
+    assert classify(memory, center, nobody) == 4
+
+
+@both_norms
+def test_an_input_inside_two_regions_of_one_class(norm):
+    memory, (*_, info) = fill(norm, ([0, 0], 1.0, 2.0, 0), ([1, 0], 1.0, 2.0, 0), ([1.5, 0], 1.0, 9.0, 1))
+    assert (info.prediction, info.changed, info.inside) == (0, True, 1)
+    assert 1.5 - 2e-6 < info.region.gap < 1.5  # inside the second, 0.5 inside the first
+    _, info = insert(memory, Region(np.array([0.5, 0]), 1.0, 9.0, norm), 0)
+    assert (info.prediction, info.region.gap, info.changed) == (0, 9, False)
+
+
+@both_norms
+def test_an_abstention_inside_a_stored_region_gets_its_class(norm):
+    memory, (_, info) = fill(norm, ([0, 0], 1.0, 2.0, 5), ([1, 0], 1.0, 0.0, ABSTAIN))
+    assert (info.prediction, info.region.gap, info.changed, info.inside) == (5, 0, True, 0)
+    assert memory.predictions.tolist() == [5, 5]
+
+
+@both_norms
+@pytest.mark.parametrize("first", [ABSTAIN, 1])
+def test_a_region_does_not_swallow_an_earlier_point(norm, first):
+    memory, (_, info) = fill(norm, ([1, 0], 1.0, 0.0, first), ([0, 0], 0.5, 9.0, 0))
+    assert (info.prediction, info.changed) == (0, True)
+    assert 2 - 2e-6 < info.region.gap < 2
+    assert classify(memory, np.array([1.0, 0]), nobody) == first
+    assert classify(memory, np.array([0.9999, 0]), nobody) == 0
+    _, (_, info) = fill(norm, ([1, 0], 1.0, 0.0, 0), ([0, 0], 0.5, 9.0, 0))
+    assert not info.changed
+
+
+@both_norms
+def test_points_at_one_place_get_the_first_class(norm):
+    memory, infos = fill(norm, *(([1, 0], 1.0, 0.0, prediction) for prediction in (ABSTAIN, 3, ABSTAIN)))
+    assert [info.prediction for info in infos] == [ABSTAIN] * 3
+    assert [info.changed for info in infos] == [False, True, False]
+    assert [info.inside for info in infos] == [-1, 0, 0]
+    memory, info = insert(memory, Region(np.array([1.0, 0]), 1.0, 5.0, 2), 3) if norm == 2 else (memory, infos[0])
+    assert (info.prediction, info.region.gap) == (ABSTAIN, 0)
+    assert classify(memory, np.array([1, 0]), nobody) == ABSTAIN
+
+
+@both_norms
+def test_the_order_decides(norm):
+    large, small = ([0, 0], 1.0, 2.0, 0), ([1, 0], 1.0, 0.1, 1)
+    _, (_, info) = fill(norm, large, small)
+    assert info.prediction == 0
+    _, (_, info) = fill(norm, small, large)
+    assert info.prediction == 0
+    assert info.region.gap == pytest.approx(0.9)
+
+
+def test_outside_all_regions_the_fallback_answers():
+    memory, _ = fill(2, ([0, 0], 1.0, 1.0, 3))
+    assert classify(memory, np.array([0.5, 0]), nobody) == 3
+    assert classify(memory, np.array([1.5, 0]), lambda x: int(x[0] * 2)) == 3
+    assert classify(empty(2), np.zeros(2), lambda x: 8) == 8
+
+
+# --- a value
+
+
+@both_norms
+def test_continuing_twice_leaves_a_memory_as_it_was(norm):
+    rng = np.random.default_rng(1)
+    regions, classes = random_answers(rng, 60, 2, norm)
+    memory, _ = insert_batch(empty(norm), some(regions, slice(20)), classes[:20])
+    before = copy.deepcopy(memory)
+    continuations = []
+    for places in (slice(20, 40), slice(40, 60)):  # the first may share arrays, the second may not overwrite them
+        for columns in ([places], range(places.start, places.stop)):
+            one = memory
+            for place in columns:
+                place = place if isinstance(place, slice) else slice(place, place + 1)
+                one, _ = insert_batch(one, some(regions, place), classes[place])
+            continuations.append(one)
+        assert_same(memory, before)
+    assert_same(continuations[0], continuations[1])
+    assert_same(continuations[2], continuations[3])
+    for one, places in zip(continuations[::2], (slice(40), np.r_[:20, 40:60]), strict=True):
+        assert_same(one, insert_batch(empty(norm), some(regions, places), classes[places])[0])
+    fresh, _ = insert_batch(before, some(regions, slice(20, 40)), classes[20:40])
+    assert_same(fresh, continuations[0])
+
+
+def test_stored_values_cannot_be_written_and_inputs_are_copied():
+    center = np.zeros(2, np.float32)
+    memory, info = insert(empty(2), Region(center, 1.0, 1.0, 2), 3)
+    center[:] = 7
+    info.region.center[...] = 9
+    assert classify(memory, np.zeros(2), nobody) == 3
+    for values in (*jax.tree.leaves(memory.regions), memory.predictions):
+        with pytest.raises(ValueError, match="read-only"):
+            values[...] = 0
+
+
+def test_an_interrupted_batch_leaves_a_memory_as_it_was(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 4)
+    regions, classes = random_answers(np.random.default_rng(2), 20, 2, 2)
+    memory, _ = insert_batch(empty(2), some(regions, slice(8)), classes[:8])
+    before = copy.deepcopy(memory)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        insert_batch(memory, some(regions, slice(12, 20)), classes[12:20], progress=interrupt)
+    assert_same(memory, before)
+    again, _ = insert_batch(memory, some(regions, slice(8, 20)), classes[8:20])
+    assert_same(again, insert_batch(empty(2), regions, classes)[0])
+
+
+def test_an_empty_memory():
+    memory = empty(1)
+    assert len(memory) == memory.size == 0
+    assert memory.predictions.shape == memory.regions.gap.shape == (0,)
+    assert len(memory.regions.center) == 0
+    for start in (memory, fill(1, ([0, 0], 1.0, 1.0, 3))[0]):
+        nothing = Region(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), 1)
+        after, info = insert_batch(start, nothing, np.zeros(0, int))
+        assert len(after) == len(start)
+        assert info.prediction.shape == info.changed.shape == info.inside.shape == (0,)
+
+
+def test_stored_regions_can_be_inserted_again():
+    memory, _ = fill(2, ([0, 0], 1.0, 2.0, 0), ([3, 0], 1.0, 2.0, 1))
+    again, info = insert_batch(empty(2), memory.regions, memory.predictions)
+    assert_same(again, memory)
+    assert not info.changed.any()
+
+
+# --- inputs
+
+
+@both_norms
+def test_arrays_of_any_library_and_type_give_the_same(norm):
+    rng = np.random.default_rng(3)
+    regions, classes = random_answers(rng, 40, 2, norm)
+    expected, _ = insert_batch(empty(norm), regions, classes)
+    for library, dtype in ((np, np.float64), (jnp, jnp.float32)):
+        converted = jax.tree.map(lambda value, kind=(library, dtype): kind[0].asarray(value, kind[1]), regions)
+        assert_same(insert_batch(empty(norm), converted, library.asarray(classes))[0], expected)
+    far = Region(np.array([1e3 + 0.1, 0]), np.array([0.1, 0.3]), 0.1, norm)  # not float32
+    memory, _ = insert(empty(norm), far, 0)
+    memory, _ = insert_batch(memory, regions, classes)
+    np.testing.assert_array_equal(memory.regions.gap[1:], expected.regions.gap)
+    np.testing.assert_array_equal(memory.predictions[1:], expected.predictions)
+
+
+def test_images_integers_and_python_numbers():
+    memory, info = insert(empty(2), Region(np.zeros((2, 2), np.uint8), 1, 3, 2), 4)
+    assert info.region.gap == 3
+    memory, info = insert(memory, Region(jnp.ones((2, 2)) * 4, jnp.ones((2, 2)), jnp.float32(9), 2), jnp.int32(5))
+    assert info.region.gap == pytest.approx(5, rel=1e-6)
+    assert memory.regions.center.shape == memory.regions.theta.shape == (2, 2, 2)
+    assert memory.shape == (2, 2)
+    _, info = insert(empty(1), Region(0.5, 1.0, 1.0, 1), 0)
+    assert not info.changed
+    memory, _ = insert(empty(2), Region(np.zeros((2, 2)), 0.5, 1.0, 2), 4)
+    assert memory.regions.theta.shape == (1, 1, 1)
+
+
+GOOD = {"center": np.zeros(2), "theta": 1.0, "gap": 1.0, "norm": 2, "prediction": 3}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"norm": 1}, "holds regions of the l2 norm, got one of the l1 norm"),
+        ({"center": np.zeros(3)}, r"holds inputs of shape \[2\], got \[3\]"),
+        ({"theta": np.ones(3)}, r"do not fit together: .*\[1, 3\]"),
+        ({"gap": np.ones(2)}, "do not fit together"),
+        ({"prediction": np.zeros(2, int)}, "do not fit together"),
+        ({"prediction": 1.5}, "prediction must be a class or ABSTAIN .* got 1.5"),
+        ({"prediction": -2}, "prediction must be a class or ABSTAIN .* got -2"),
+        ({"center": np.array([0, math.nan])}, "center is out of range: nan"),
+        ({"theta": 0.0}, "theta is out of range: 0.0"),
+        ({"theta": np.array([1, -1.0])}, "theta is out of range: -1.0"),
+        ({"theta": math.inf}, "theta is out of range: inf"),
+        ({"gap": -0.5}, "gap is out of range: -0.5"),
+        ({"gap": math.nan}, "gap is out of range: nan"),
+        ({"gap": math.inf}, "gap is out of range: inf"),
+        ({"prediction": ABSTAIN}, "gap of an abstention is out of range: 1.0"),
+    ],
+)
+def test_bad_answers_are_refused(wrong, message):
+    memory, _ = fill(2, ([5, 5], 1.0, 1.0, 0))
+    values = GOOD | wrong
+    prediction = values.pop("prediction")
+    with pytest.raises(ValueError, match=message):
+        insert(memory, Region(**values), prediction)
+    assert len(memory) == 1
+    insert(memory, Region(GOOD["center"], GOOD["theta"], GOOD["gap"], 2), GOOD["prediction"])
+
+
+def test_bad_norms_and_inputs_are_refused():
+    with pytest.raises(ValueError, match="norm must be 2 or 1, got 3"):
+        empty(3)
+    memory, _ = fill(2, ([5, 5], 1.0, 1.0, 0))
+    with pytest.raises(ValueError, match=r"shape \[2\], got \[3\]"):
+        classify(memory, np.zeros(3), nobody)
+    with pytest.raises(ValueError, match="nan"):
+        classify(memory, np.array([0, math.nan]), nobody)
+
+
+# --- the filter
+
+
+def exact_square(a, b):
+    """Squared distances of all pairs, with the exponents and the digits of long double."""
+    return ((a[:, None].astype(np.longdouble) - b.astype(np.longdouble)) ** 2).sum(-1)
+
+
+def places(rng, kind, count, d):
+    spread = rng.normal(size=(count, d))
+    return {
+        "unit": spread,
+        "offset": 1000 + 1e-4 * spread,
+        "float64": 1000 + 1e-9 * spread,
+        "images": (rng.random((count, d)) < 0.1) * rng.random((count, d)),
+        "all scales": spread * 10.0 ** rng.uniform(-30, 3, (count, 1)),
+        "tiny": 1e-25 * spread,
+        "large": 1e19 * spread,
+        "overflow": 1e30 * spread,
+        "beyond float32": 1e60 * spread,
+    }[kind]
+
+
+KINDS = ["unit", "offset", "float64", "images", "all scales", "tiny", "large", "overflow", "beyond float32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [1, 3, 1000])
+def test_the_filter_drops_no_pair_that_meets(kind, d):
+    rng = np.random.default_rng(d)
+    a, b = places(rng, kind, 40, d), places(rng, kind, 60, d)
+    b[:30] = a[:30] * (1 + np.float32(1e-7) * rng.integers(0, 3, (30, 1)))  # near duplicates, and duplicates
+    square = exact_square(a, b)
+    for size in ("pair", "sum", 0):  # radii with which pairs just meet
+        reach = np.zeros(60) if size == 0 else np.float64(np.sqrt(square[rng.integers(40, size=60), np.arange(60)]))
+        own = np.zeros(40) if size != "sum" else np.full(40, np.median(reach))
+        reach = np.abs(reach - np.median(own)) if size == "sum" else reach
+        memory = empty(2)
+        stored = module._rows(memory, Region(b, np.ones(60), reach, 2), np.zeros(60, int))
+        rows = module._rows(memory, Region(a, np.ones(40), own, 2), np.zeros(40, int))
+        may_meet, may_lie_in = module._near(rows, stored, 60)
+        assert may_meet[square <= (own[:, None] + reach.astype(np.longdouble)) ** 2].all()
+        assert may_lie_in[square <= reach.astype(np.longdouble) ** 2].all()
+
+
+def test_the_filter_drops_most_pairs_that_are_far_apart():
+    regions, classes = random_answers(np.random.default_rng(5), 100, 500, 2)
+    rows = module._rows(
+        empty(2), some(Region(regions.center, regions.theta, regions.gap / 100, 2), slice(None)), classes
+    )
+    may_meet, may_lie_in = module._near(rows, rows, 100)
+    assert (may_meet | may_lie_in).sum() == 100  # each with itself
+
+
+# --- attacks in many dimensions
+
+
+def crowd_of_images(rng, clusters, members, norm, d=3072):
+    """Near-duplicates of different classes with regions that are far too large; the clusters are mixed."""
+    count = clusters * members
+    away = rng.normal(size=(count, d)) * (rng.random((count, 1)) < rng.choice([0.02, 1.0], (count, d)))
+    away *= (10 ** rng.uniform(-3, 0, count) / np.linalg.norm(away, ord=norm, axis=1))[:, None]
+    cluster = rng.permutation(np.arange(count) % clusters)
+    center = np.float32(rng.random((clusters, d))[cluster] + away)
+    theta = np.float32(10 ** rng.uniform(-1, 1, (count, d)))
+    gap = 10 ** rng.uniform(-2.5, 0.5, count)
+    prediction = rng.integers(ABSTAIN, 4, count)
+    return Region(center, theta, np.where(prediction == ABSTAIN, 0, gap), norm), prediction, cluster
+
+
+def worst_overlap(memory, cluster, rng, pairs):
+    """The smallest max of both normalised distances over all points that the attacks found, for different classes."""
+    regions, classes, norm, worst = memory.regions, memory.predictions, memory.norm, math.inf
+    closest = []
+    for members in (np.flatnonzero((cluster == c) & (memory.regions.gap > 0)) for c in range(cluster.max() + 1)):
+        center, axes = np.float64(regions.center[members]), regions.theta[members] * regions.gap[members, None]
+        for i, own in enumerate(members):
+            other = np.flatnonzero(classes[members] != classes[own])
+            if not other.size:
+                continue
+            rays = geometry.directions(rng, 1, center.shape[1], norm)[[0, 1, rng.integers(2, 2000)]]
+            rays = np.concatenate([rays, (center[other[:1]] - center[i]) / axes[i]])
+            points = center[i] + axes[i] * (rays / geometry.length(rays, norm)[:, None])
+            distances = geometry.distance(points[:, None], center[other], axes[other], norm)
+            worst = min(worst, np.maximum(distances, 1).min())
+            d = np.abs(center[i] - center[other])
+            for share in (0.1, 0.5, 0.9):  # a lower bound of how clearly the two are separated, to choose pairs
+                if norm == 2:
+                    s = (d**2 / (axes[i] ** 2 / share + axes[other] ** 2 / (1 - share))).sum(-1)
+                else:
+                    s = (np.minimum(share / axes[i], (1 - share) / axes[other]) * d).sum(-1)
+                closest.append(np.stack([s, np.full(other.size, own), members[other]], -1))
+    closest = np.concatenate(closest)
+    closest = np.unique(closest[closest[:, 0].argsort()][: 4 * pairs, 1:].astype(int), axis=0)[:pairs]
+    for start in range(0, len(closest), 50):
+        i, j = closest[start : start + 50].T
+        a, b = (np.float64(regions.center[k]) for k in (i, j))
+        theta_a, theta_b = (np.float64(regions.theta[k]) for k in (i, j))
+        alpha, beta = (regions.gap[k][:, None] * theta for k, theta in ((i, theta_a), (j, theta_b)))
+        in_b = geometry.nearest(a, theta_a, b, beta, norm)  # alternating projections
+        for _ in range(2):
+            in_a = geometry.nearest(in_b, theta_b, a, alpha, norm)
+            for points in (in_b, in_a, (in_a + in_b) / 2):
+                larger = np.maximum(*(geometry.distance(points, *r, norm) for r in ((a, alpha), (b, beta))))
+                worst = min(worst, larger.min())
+            in_b = geometry.nearest(in_a, theta_a, b, beta, norm)
+    return worst
+
+
+def worst_escape(memory, infos, places, rng):
+    """How far regions reach in those that they were placed in; 1 is the surface."""
+    regions, worst = memory.regions, 0.0
+    for i in places:
+        a, b = row(regions, i), row(regions, infos.inside[i])
+        assert memory.predictions[i] == memory.predictions[infos.inside[i]]
+        if a.gap:
+            worst = max(worst, geometry.farthest(rng, a.center, a.theta, a.gap, b.center, b.gap * b.theta, a.norm))
+    return worst
+
+
+def attack(norm, clusters, members, pairs, swallowed):
+    rng = np.random.default_rng(norm)
+    regions, classes, cluster = crowd_of_images(rng, clusters, members, norm)
+    memory, info = insert_batch(empty(norm), regions, classes)
+    assert (memory.regions.gap <= regions.gap).all()
+    placed = np.flatnonzero(info.prediction != classes)
+    shrunk = info.changed & (info.prediction == classes)
+    print(f"p={norm}: {len(classes)} answers, {len(placed)} placed in others, {shrunk.sum()} shrunk", end="; ")
+    assert len(placed) > 0.2 * len(classes)
+    assert shrunk.sum() > 0.2 * len(classes)
+    overlap = worst_overlap(memory, cluster, rng, pairs)
+    escape = worst_escape(memory, info, rng.permutation(placed)[:swallowed], rng)
+    print(f"overlap 1 + {overlap - 1:.1e}, escape 1 - {1 - escape:.1e}")
+    assert overlap > 1
+    assert escape <= 1
+    for i in rng.permutation(len(classes))[:20]:
+        a = row(memory.regions, i)
+        ray = geometry.directions(rng, 1, a.center.size, norm)[0]
+        point = a.center + a.theta * a.gap * ray * (1 - 1e-9)
+        assert classify(memory, point, nobody) == memory.predictions[i]
+
+
+@both_norms
+def test_attacks_find_no_contradiction(norm):
+    attack(norm, clusters=8, members=40, pairs=100, swallowed=40)
+
+
+@pytest.mark.slow
+@both_norms
+def test_attacks_find_no_contradiction_among_ten_thousand(norm):
+    attack(norm, clusters=200, members=50, pairs=2000, swallowed=2000)
