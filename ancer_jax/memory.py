@@ -30,6 +30,7 @@ from ancer_jax.regions import Region, contains, float64_on_the_host, largest_ins
 _BATCH = 256
 # Pairs of regions that are compared by one call: few shapes, so that little is compiled.
 _PAIRS = (8, 64)
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,8 +240,8 @@ def _rows(memory: Memory, regions: Region, predictions) -> dict[str, np.ndarray]
         raise ValueError(f"prediction must be a class or ABSTAIN (-1), got {prediction.min(initial=0)}")
     for name, value, valid in (
         ("center", center, np.isfinite(center)),
-        ("theta", theta, np.isfinite(theta) & (theta > 0)),
-        ("gap", gap, np.isfinite(gap) & (gap >= 0)),
+        ("theta", theta, (theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)),
+        ("gap", gap, (gap >= 0) & (gap <= _FLOAT32.max)),
         ("gap of an abstention", gap, (gap == 0) | (prediction != ABSTAIN)),
     ):
         if not valid.all():
@@ -268,7 +269,7 @@ def _near(rows, columns, end: int):
     """[m, end] whether each row's region may meet, and whether its centre may lie in, each of the first stored ones.
 
     Both regions lie in l2 balls around their centres (for p = 1, too), with the largest semi-axis as radius. Squared
-    distances come from a float32 matrix product, less a bound of its error.
+    distances come from a float32 matrix product, less a bound of its error (the second part: of what underflows).
     """
     stored = {name: columns[name][:end] for name in ("center", "square", "reach")}
     a, b = (value["center"].astype(np.float32, copy=False) for value in (rows, stored))
@@ -276,6 +277,7 @@ def _near(rows, columns, end: int):
     with np.errstate(over="ignore", invalid="ignore"):
         product = (a @ b.T).astype(np.float64)
         error = rounding(a.shape[1], np.float32) * (length_a + length_b) ** 2
+        error += 4 * a.shape[1] * _FLOAT32.tiny * (1 + length_a + length_b)
         square = rows["square"][:, None] + stored["square"] - 2 * product - error
         reach = rows["reach"][:, None]
         return ~(square > (reach + stored["reach"]) ** 2), ~(square > stored["reach"] ** 2)
@@ -284,16 +286,18 @@ def _near(rows, columns, end: int):
 def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, float, int]:
     """(class, gap, place of a stored region that contains it or -1) for the input in `row`."""
     region, prediction, gap = _region(norm, columns, row), columns["prediction"][row], columns["gap"][row]
-    inside = may_lie_in[_ask(_holds, region, columns, may_lie_in)]
-    others = inside[columns["prediction"][inside] != prediction]
+    meets = may_meet[columns["prediction"][may_meet] != prediction]
+    gaps = _ask(_clear, region, columns, meets)
+    # Only where nothing was proven to lie between them can the other region contain the centre.
+    doubtful = meets[gaps == 0]
+    others = doubtful[_ask(_holds, region, columns, doubtful)]
     if others.size:
-        gaps = _ask(largest_inside, region, columns, others)
-        place = others[gaps.argmax()]
-        return int(columns["prediction"][place]), float(min(gap, gaps.max())), int(place)
-    if gap > 0:
-        meets = may_meet[columns["prediction"][may_meet] != prediction]
-        gap = min(gap, _ask(_clear, region, columns, meets).min(initial=np.inf))
-    return int(prediction), float(gap), int(inside[0]) if inside.size else -1
+        inner = _ask(largest_inside, region, columns, others)
+        place = others[inner.argmax()]
+        return int(columns["prediction"][place]), float(min(gap, inner.max())), int(place)
+    own = may_lie_in[columns["prediction"][may_lie_in] == prediction]
+    own = own[_ask(_holds, region, columns, own)]
+    return int(prediction), float(min(gap, gaps.min(initial=np.inf))), int(own[0]) if own.size else -1
 
 
 def _holds(region: Region, stored: Region):

@@ -42,7 +42,8 @@ class SearchConfig:
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
       theta_max: upper bound of every coordinate of theta (never below `theta_init`); None means 4 times `theta_init`;
         `inf` is no bound.
-      leakage_weight: how much of the soft leakage (`leakage.soft_leakage`) is taken off the objective; 0 is none.
+      leakage_weight: how much of the soft leakage (`leakage.soft_leakage`) is taken off the objective; 0 is none. With
+        weights of 20 and more the isotropic search, plain gradient ascent, can overshoot.
       leakage_batch: references per step.
 
     Raises:

@@ -7,7 +7,7 @@ import json
 
 import record
 
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_up
 
 README = record.RESULTS.parent / "README.md"
 BEGIN, END = "<!-- table: python benchmarks/table.py -->", "<!-- end of table -->"
@@ -52,6 +52,26 @@ def lines():
                 found,
             )
             yield f"demo, {r['norm']}: seconds from start to table", f"{r['seconds']:.0f}", "<= 300", "", found
+    if found := load("reconcile"):
+        for r in found["results"]["rows"]:
+            what = f"l{r['norm']}: seconds for {r['count']:,} regions of 3,072 coordinates, {r['case']}"
+            figure = f"{r['seconds']:.1f} ({r['exact_share']:.1%} of pairs tested, {r['peak_gib']:.2f} GiB)"
+            yield what, figure, "<= 60" if r["case"] == "apart" else "<= 600", "reconcile", found
+        for r in found["results"]["inserts"]:
+            what = f"l{r['norm']}: ms for one more insertion, {r['stored']:,} stored, {r['case']}"
+            yield what, f"{r['ms_per_insert']:.1f}", "", "reconcile", found
+    if found := load("hard_cases"):
+        for r in found["results"]:
+            what = f"{r['case']}, {r['norm']}: regions changed; images given another's class, of {r['images']}"
+            yield what, f"{r['changed']}; {r['overruled']}", "", "hard_cases", found
+    if found := load("leakage"):
+        for r in found["results"]["rows"]:
+            if r["method"] != "fixed":
+                what = f"{r['norm']}, {r['noise']}: ACR-tilde after memory; mean leakage"
+                figure = f"{round_down(r['acr_tilde'], 3)}; {round_up(r['mean_leakage'], 3)}"
+                yield what, figure, "", "leakage", found
+        if cost := found["results"].get("cost"):
+            yield f"leakage / certification, n = {cost['n']:,}", f"{cost['ratio']:.3f}", "<= 0.15", "leakage", found
     if found := load("kill"):
         yield "20 SIGKILLs: shards and table as without", found["results"]["passed"], "True", "kill", found
     if found := load("convolution"):

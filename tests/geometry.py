@@ -67,12 +67,16 @@ def leaves_at(directions, a, theta, b, beta, norm):
     return high
 
 
-def directions(rng, count, d, norm):
-    """Random points of the unit sphere of the norm; its vertices among them."""
-    dense, sparse = rng.normal(size=(2, count, d))
-    sparse *= rng.random((count, d)) < 0.3
-    v = np.concatenate([dense, sparse[np.abs(sparse).sum(-1) > 0], np.eye(d), -np.eye(d)])
+def rays(rng, count, d, norm):
+    """Random points of the unit sphere of the norm, every second one with few coordinates that are not 0."""
+    v = rng.normal(size=(count, d))
+    v[1::2] *= rng.random(v[1::2].shape) < 0.3
+    v[np.arange(count), rng.integers(d, size=count)] += 1e-3
     return v / length(v, norm)[:, None]
+
+
+def rays_and_axes(rng, count, d, norm):
+    return np.concatenate([rays(rng, count, d, norm), np.eye(d), -np.eye(d)])
 
 
 def farthest(rng, a, theta, gap, b, beta, norm, steps=100):
@@ -85,8 +89,8 @@ def farthest(rng, a, theta, gap, b, beta, norm, steps=100):
     if norm == 1:
         base = np.abs(offset / beta)
         return (base.sum() + np.maximum(np.abs(offset + axes), np.abs(offset - axes)) / beta - base).max()
-    longest = np.eye(a.size)[[(theta / beta).argmax()] * 2] * np.array([[1.0], [-1.0]])
-    u = np.concatenate([directions(rng, 1, a.size, 2)[:1], longest, [offset * theta + 1e-300]])
+    longest = (np.arange(a.size) == (theta / beta).argmax()) * np.array([[1.0], [-1.0]])
+    u = np.concatenate([rays(rng, 1, a.size, 2), longest, [offset * theta + 1e-300]])
     for _ in range(steps):
         u = u / length(u, 2)[:, None]
         u = axes * (offset + axes * u) / beta**2 + 1e-300

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ancer_jax import memory as module
 from ancer_jax.certification import ABSTAIN
-from ancer_jax.memory import classify, empty, insert, insert_batch
+from ancer_jax.memory import classify, empty, insert, insert_batch, restore
 from ancer_jax.regions import Region, contains
 from tests import geometry
 
@@ -27,46 +27,51 @@ def fill(norm, *answers):
     return memory, infos
 
 
-def row(regions, i):
-    """One of several regions, theta per coordinate."""
-    center = regions.center[i]
-    return Region(center, np.broadcast_to(np.float64(regions.theta[i]), center.shape), regions.gap[i], regions.norm)
+def stored_in(memory):
+    """All stored regions, theta per coordinate."""
+    regions = memory.regions
+    theta = regions.theta.reshape(len(memory), *(-1,) * (regions.center.ndim - 1))
+    return Region(regions.center, np.broadcast_to(theta, regions.center.shape), regions.gap, memory.norm)
+
+
+def some(regions, places):
+    return jax.tree.map(lambda value: np.asarray(value)[places], regions)
+
+
+def semi_axes(regions):
+    return np.where(regions.gap > 0, regions.gap, 1.0)[..., None] * regions.theta
 
 
 def outside(a, b):
-    """Largest gap of a that leaves b alone."""
-    if b.gap == 0:
-        return geometry.distance(b.center, a.center, a.theta, a.norm)
-    return geometry.outside(a.center, a.theta, b.center, b.gap * b.theta, a.norm)
+    """Largest gap of a that leaves b alone; b may be many regions."""
+    to_point = geometry.distance(b.center, a.center, a.theta, a.norm)
+    return np.where(b.gap > 0, geometry.outside(a.center, a.theta, b.center, semi_axes(b), a.norm), to_point)
 
 
 def inside(a, b):
     """Largest gap of a within b."""
-    return geometry.inside(a.center, a.theta, b.center, b.gap * b.theta, a.norm) if b.gap else 0.0
+    return np.where(b.gap > 0, geometry.inside(a.center, a.theta, b.center, semi_axes(b), a.norm), 0.0)
 
 
 def depth(a, b):
-    """How far from b's centre that of a is, in units of b's gap; 1 is the surface."""
-    away = geometry.distance(a.center, b.center, b.theta, a.norm)
-    return away / b.gap if b.gap else (math.inf if away else 0.0)
+    """How far a's centre is from that of b in units of b's gap; 1 is the surface."""
+    away = geometry.distance(a.center, b.center, semi_axes(b), a.norm)
+    return np.where((b.gap > 0) | (away == 0), away, math.inf)
 
 
-def check_step(region, prediction, stored, classes, info):
-    """Class, size and `changed` of one answer, from the rules and independent geometry; what is stored is given."""
-    depths = np.array([depth(region, b) for b in stored])
-    on_surface = np.abs(depths - 1).min(initial=math.inf)
-    if on_surface < 1e-9:  # rounding decides
+def check_answer(region, prediction, stored, classes, info):
+    """Class, size and `changed` of an answer, from the rules and independent geometry, given what was stored before."""
+    depths = depth(region, stored)
+    surface = np.abs(depths - 1).min(initial=math.inf)
+    if surface < 1e-9:  # rounding decides
         return
-    holding = [i for i in np.flatnonzero(depths < 1) if classes[i] != prediction]
-    if holding:
-        answer, largest = classes[holding[0]], max(inside(region, stored[i]) for i in holding)
+    holding = np.flatnonzero((depths < 1) & (classes != prediction))
+    if holding.size:
+        answer, largest = classes[holding[0]], inside(region, some(stored, holding)).max()
         assert info.inside in holding
     else:
-        answer = prediction
-        largest = min(
-            (outside(region, b) for b, c in zip(stored, classes, strict=True) if c != answer), default=math.inf
-        )
-    loss = 1e-6 + 1e-12 / on_surface
+        answer, largest = prediction, outside(region, some(stored, classes != prediction)).min(initial=math.inf)
+    loss = 1e-6 + 1e-12 / surface
     assert info.prediction == answer
     assert min(region.gap, largest) * (1 - loss) <= info.region.gap <= min(region.gap, largest)
     assert info.changed == (answer != prediction or info.region.gap != region.gap)
@@ -75,18 +80,17 @@ def check_step(region, prediction, stored, classes, info):
 
 
 def check_invariants(memory, rng):
-    regions = [row(memory.regions, i) for i in range(len(memory))]
-    for a, class_a in zip(regions, memory.predictions, strict=True):
-        rays = geometry.directions(rng, 5, a.center.size, a.norm)
-        points = a.center + a.gap * a.theta * rays * rng.choice([1 - 1e-9, 0.5, 0], (len(rays), 1))
+    """Regions of different classes have no point in common; answers inside a region are its class."""
+    stored, classes = stored_in(memory), memory.predictions
+    rays = geometry.rays_and_axes(rng, 5, stored.center.shape[1], memory.norm)
+    for i, prediction in enumerate(classes):
+        a, others = some(stored, i), some(stored, classes != prediction)
         assert contains(a, a.center)
-        for b, class_b in zip(regions, memory.predictions, strict=True):
-            if class_a != class_b:
-                assert a.gap < outside(a, b)
-                assert (geometry.distance(points, b.center, b.theta, b.norm) > b.gap).all()
-        for point in points[:: len(points) // 3]:
-            assert contains(a, point)
-            assert classify(memory, point, nobody) == class_a
+        assert (a.gap < outside(a, others)).all()
+        points = a.center + a.gap * a.theta * rays * rng.choice([1 - 1e-9, 0.5], (len(rays), 1))
+        assert (geometry.distance(points[:, None], others.center, others.theta, a.norm) > others.gap).all()
+        for point in (a.center, *points[:: len(points) // 2]):
+            assert classify(memory, point, nobody) == prediction
 
 
 @st.composite
@@ -106,23 +110,23 @@ def crowds(draw):
 
 
 @given(crowds(), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
     norm, answers = crowd
     memory, infos = fill(norm, *answers)
-    stored = [row(memory.regions, i) for i in range(len(answers))]
+    stored = stored_in(memory)
     for i, (center, theta, gap, prediction) in enumerate(answers):
         center = np.asarray(center, float)
-        given_region = Region(center, np.broadcast_to(theta, center.shape), gap, norm)
-        check_step(given_region, prediction, stored[:i], memory.predictions[:i], infos[i])
-        np.testing.assert_array_equal(stored[i].center, center)
-        np.testing.assert_array_equal(stored[i].theta, given_region.theta)
-        assert (stored[i].gap, memory.predictions[i]) == (infos[i].region.gap, infos[i].prediction)
+        region = Region(center, np.broadcast_to(theta, center.shape), gap, norm)
+        check_answer(region, prediction, some(stored, slice(i)), memory.predictions[:i], infos[i])
+        np.testing.assert_array_equal(stored.center[i], center)
+        np.testing.assert_array_equal(stored.theta[i], region.theta)
+        assert (stored.gap[i], memory.predictions[i]) == (infos[i].region.gap, infos[i].prediction)
     check_invariants(memory, np.random.default_rng(seed))
 
 
 @given(crowds(), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_batch_is_answered_one_after_another(crowd, block):
     norm, answers = crowd
     memory, infos = fill(norm, *answers)
@@ -149,10 +153,6 @@ def random_answers(rng, count, d, norm, dtype=np.float32):
     return regions, rng.integers(0, 3, count)
 
 
-def some(regions, places):
-    return jax.tree.map(lambda value: value[places], regions)
-
-
 def assert_same(a, b):
     np.testing.assert_array_equal(a.predictions, b.predictions)
     for value, other in zip(jax.tree.leaves(a.regions), jax.tree.leaves(b.regions), strict=True):
@@ -167,11 +167,10 @@ def test_more_neighbours_than_are_asked_at_once(norm):
     for i in range(300):
         one_by_one, _ = insert(one_by_one, some(regions, i), classes[i])
     assert_same(memory, one_by_one)
-    stored = [row(memory.regions, i) for i in range(300)]
-    for i in range(280, 300):
-        for j in range(i):
-            if memory.predictions[i] != memory.predictions[j]:
-                assert stored[i].gap < outside(stored[i], stored[j])
+    stored = stored_in(memory)
+    for i in (64, 65, 200, 256, 299):
+        before = some(stored, np.flatnonzero(memory.predictions[:i] != memory.predictions[i]))
+        assert (stored.gap[i] < outside(some(stored, i), before)).all()
 
 
 # --- named cases
@@ -199,24 +198,31 @@ def test_tangent_regions_of_different_classes_part(norm):
 
 @both_norms
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_an_input_just_inside_one_of_two_touching_regions(norm, dtype):
-    memory, _ = fill(norm, ([0.0, 0], 1.0, 1.0, 0), ([2.5, 0], 1.0, 2.0, 1))
-    for x, prediction in ((0.999999, 0), (1.0, 0), (1.000001, 1)):
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_input_just_inside_one_of_two_touching_regions(norm, dtype, first):
+    left, right = ([0, 0], 1.0, 1.0 + first, 0), ([2.5, 0], 1.0, 2.5 - first, 1)
+    memory, _ = fill(norm, *((left, right), (right, left))[first])
+    for x, prediction in ((0.999999, 0), (1.0, first), (1.000001, 1)):
         x = np.array([x, 0]).astype(dtype)
         assert classify(memory, x, nobody) == prediction
         for given_class in (0, 1):
-            _, info = insert(memory, Region(x, 1.0, 0.5, norm), given_class)
-            assert info.prediction == prediction
-            assert 0 < info.region.gap < 1e-5 or prediction == given_class or x[0] == 1
+            for gap in (0.5, 0):
+                _, info = insert(memory, Region(x, 1.0, gap, norm), given_class)
+                assert info.prediction == prediction
+                assert info.region.gap == pytest.approx(min(gap, abs(x[0] - 1)), rel=1e-2, abs=1e-9)
+        _, info = insert(memory, Region(x, 1.0, 0, norm), ABSTAIN)
+        assert info.prediction == prediction
 
 
 @both_norms
 def test_an_input_just_outside_keeps_its_class(norm):
     memory, _ = fill(norm, (np.zeros(300), 1.0, 1.0, 0))
     x = np.eye(300)[0] * (1 + 1e-6)
-    _, info = insert(memory, Region(x, 1.0, 1.0, norm), 1)
-    assert (info.prediction, info.inside) == (1, -1)
-    assert info.region.gap == pytest.approx(1e-6, rel=1e-3)
+    for gap in (1.0, 0):
+        _, info = insert(memory, Region(x, 1.0, gap, norm), 1)
+        assert (info.prediction, info.inside) == (1, -1)
+        assert info.region.gap == pytest.approx(min(gap, 1e-6), rel=1e-3)
+    assert classify(memory, x, nobody) == nobody(x)
 
 
 @both_norms
@@ -376,6 +382,20 @@ def test_stored_regions_can_be_inserted_again():
     assert not info.changed.any()
 
 
+@both_norms
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_restored_memory_continues_like_the_first(norm, dtype):
+    regions, classes = random_answers(np.random.default_rng(4), 40, 2, norm, dtype)
+    memory, _ = insert_batch(empty(norm), some(regions, slice(20)), classes[:20])
+    restored = restore(memory.regions, memory.predictions)
+    assert_same(restored, memory)
+    rest = some(regions, slice(20, 40)), classes[20:]
+    assert_same(insert_batch(restored, *rest)[0], insert_batch(memory, *rest)[0])
+    assert len(restore(empty(norm).regions, empty(norm).predictions)) == 0
+    with pytest.raises(ValueError, match="gap is out of range: -1"):
+        restore(Region(np.zeros((1, 2)), np.ones(1), -np.ones(1), norm), np.zeros(1, int))
+
+
 # --- inputs
 
 
@@ -404,7 +424,7 @@ def test_images_integers_and_python_numbers():
     _, info = insert(empty(1), Region(0.5, 1.0, 1.0, 1), 0)
     assert not info.changed
     memory, _ = insert(empty(2), Region(np.zeros((2, 2)), 0.5, 1.0, 2), 4)
-    assert memory.regions.theta.shape == (1, 1, 1)
+    assert memory.regions.theta.shape == (1,)
 
 
 GOOD = {"center": np.zeros(2), "theta": 1.0, "gap": 1.0, "norm": 2, "prediction": 3}
@@ -431,13 +451,14 @@ GOOD = {"center": np.zeros(2), "theta": 1.0, "gap": 1.0, "norm": 2, "prediction"
     ],
 )
 def test_bad_answers_are_refused(wrong, message):
+    """Each would be accepted but for one value."""
     memory, _ = fill(2, ([5, 5], 1.0, 1.0, 0))
     values = GOOD | wrong
     prediction = values.pop("prediction")
+    region = jax.tree.map(lambda value: np.asarray(value)[None], Region(**values))
     with pytest.raises(ValueError, match=message):
-        insert(memory, Region(**values), prediction)
+        insert_batch(memory, region, np.asarray(prediction)[None])
     assert len(memory) == 1
-    insert(memory, Region(GOOD["center"], GOOD["theta"], GOOD["gap"], 2), GOOD["prediction"])
 
 
 def test_bad_norms_and_inputs_are_refused():
@@ -524,15 +545,17 @@ def worst_overlap(memory, cluster, rng, pairs):
     """The smallest max of both normalised distances over all points that the attacks found, for different classes."""
     regions, classes, norm, worst = memory.regions, memory.predictions, memory.norm, math.inf
     closest = []
-    for members in (np.flatnonzero((cluster == c) & (memory.regions.gap > 0)) for c in range(cluster.max() + 1)):
+    for members in (np.flatnonzero((cluster == c) & (regions.gap > 0)) for c in range(cluster.max() + 1)):
         center, axes = np.float64(regions.center[members]), regions.theta[members] * regions.gap[members, None]
         for i, own in enumerate(members):
             other = np.flatnonzero(classes[members] != classes[own])
             if not other.size:
                 continue
-            rays = geometry.directions(rng, 1, center.shape[1], norm)[[0, 1, rng.integers(2, 2000)]]
-            rays = np.concatenate([rays, (center[other[:1]] - center[i]) / axes[i]])
-            points = center[i] + axes[i] * (rays / geometry.length(rays, norm)[:, None])
+            towards = (center[other[:1]] - center[i]) / axes[i]
+            rays = np.concatenate(
+                [geometry.rays(rng, 2, *towards[0].shape, norm), towards / geometry.length(towards, norm)]
+            )
+            points = center[i] + axes[i] * rays
             distances = geometry.distance(points[:, None], center[other], axes[other], norm)
             worst = min(worst, np.maximum(distances, 1).min())
             d = np.abs(center[i] - center[other])
@@ -559,14 +582,12 @@ def worst_overlap(memory, cluster, rng, pairs):
     return worst
 
 
-def worst_escape(memory, infos, places, rng):
+def worst_escape(memory, info, places, rng):
     """How far regions reach in those that they were placed in; 1 is the surface."""
-    regions, worst = memory.regions, 0.0
-    for i in places:
-        a, b = row(regions, i), row(regions, infos.inside[i])
-        assert memory.predictions[i] == memory.predictions[infos.inside[i]]
-        if a.gap:
-            worst = max(worst, geometry.farthest(rng, a.center, a.theta, a.gap, b.center, b.gap * b.theta, a.norm))
+    assert (memory.predictions[places] == memory.predictions[info.inside[places]]).all()
+    stored, worst = stored_in(memory), 0.0
+    for a, b in ((some(stored, i), some(stored, info.inside[i])) for i in places if memory.regions.gap[i] > 0):
+        worst = max(worst, geometry.farthest(rng, a.center, a.theta, a.gap, b.center, b.gap * b.theta, a.norm))
     return worst
 
 
@@ -578,17 +599,16 @@ def attack(norm, clusters, members, pairs, swallowed):
     placed = np.flatnonzero(info.prediction != classes)
     shrunk = info.changed & (info.prediction == classes)
     print(f"p={norm}: {len(classes)} answers, {len(placed)} placed in others, {shrunk.sum()} shrunk", end="; ")
-    assert len(placed) > 0.2 * len(classes)
-    assert shrunk.sum() > 0.2 * len(classes)
+    assert min(len(placed), shrunk.sum()) > 0.15 * len(classes)
+    assert len(placed) + shrunk.sum() > 0.5 * len(classes)
     overlap = worst_overlap(memory, cluster, rng, pairs)
     escape = worst_escape(memory, info, rng.permutation(placed)[:swallowed], rng)
     print(f"overlap 1 + {overlap - 1:.1e}, escape 1 - {1 - escape:.1e}")
     assert overlap > 1
     assert escape <= 1
     for i in rng.permutation(len(classes))[:20]:
-        a = row(memory.regions, i)
-        ray = geometry.directions(rng, 1, a.center.size, norm)[0]
-        point = a.center + a.theta * a.gap * ray * (1 - 1e-9)
+        a = some(stored_in(memory), i)
+        point = a.center + a.theta * a.gap * geometry.rays(rng, 1, a.center.size, norm)[0] * (1 - 1e-9)
         assert classify(memory, point, nobody) == memory.predictions[i]
 
 
@@ -600,4 +620,4 @@ def test_attacks_find_no_contradiction(norm):
 @pytest.mark.slow
 @both_norms
 def test_attacks_find_no_contradiction_among_ten_thousand(norm):
-    attack(norm, clusters=200, members=50, pairs=2000, swallowed=2000)
+    attack(norm, clusters=200, members=50, pairs=1000, swallowed=500)

@@ -188,7 +188,7 @@ def test_outside_and_inside_are_the_largest_gaps(pair, seed):
     assert_just_below(largest_outside(a, b), reference("outside", a, b))
     assert_just_below(largest_inside(a, b), reference("inside", a, b))
     theta, beta = np.broadcast_to(a.theta, a.center.shape), semi_axes(b)
-    rays = geometry.directions(np.random.default_rng(seed), 500, a.center.size, a.norm)
+    rays = geometry.rays_and_axes(np.random.default_rng(seed), 500, a.center.size, a.norm)
     if depth(a, b) < 1:
         exits = geometry.leaves_at(rays, a.center, theta, b.center, beta, a.norm).min()
         assert largest_inside(a, b) <= exits
@@ -288,11 +288,11 @@ def ball(center, gap, theta=1.0, norm=2):
 
 @pytest.mark.parametrize("norm", [2, 1])
 def test_balls_of_radius_2_at_distance_3_overlap(norm):
-    for a, b in ((ball([0, 0], 2.0, norm=norm), ball([3, 0], 2.0, norm=norm)),):
-        assert not disjoint(a, b)
-        assert separation(a, b) == pytest.approx(0.75**norm)
-        assert_just_below(largest_outside(a, b), 1)
-        assert largest_inside(a, b) == 0
+    a, b = ball([0, 0], 2.0, norm=norm), ball([3, 0], 2.0, norm=norm)
+    assert not disjoint(a, b)
+    assert separation(a, b) == pytest.approx(0.75**norm)
+    assert_just_below(largest_outside(a, b), 1)
+    assert largest_inside(a, b) == 0
 
 
 @pytest.mark.parametrize("norm", [2, 1])
@@ -352,6 +352,23 @@ def test_very_unequal_sizes(norm, size_a, size_b):
         )
         assert_just_below(largest_outside(a, b), reference("outside", a, b))
         assert_just_below(largest_inside(a, b), reference("inside", a, b))
+
+
+@pytest.mark.parametrize("norm", [2, 1])
+@pytest.mark.parametrize("size", [1e-12, 1e-60, 1e-100, 1e-300])
+def test_a_tiny_region_leaves_almost_as_much_as_a_point(norm, size):
+    a, b = ball([0, 0], 1.0, norm=norm), ball([3, 4], size, norm=norm)
+    assert_just_below(largest_outside(a, b), 5 if norm == 2 else 7)
+    if size >= 1e-12:  # float32, too, where squares are tiny earlier
+        assert jax.jit(largest_outside)(*jax.tree.map(jnp.float32, (a, b))) == pytest.approx(
+            5 if norm == 2 else 7, rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("norm", [2, 1])
+@pytest.mark.parametrize(("size", "compute"), [(1e-19, jax.jit(separation)), (1e-154, separation)], ids=["32", "64"])
+def test_separation_is_not_too_large_where_squares_underflow(norm, size, compute):
+    assert not compute(ball([0.0], size, norm=norm), ball([2.5 * size], 2 * size, norm=norm)) > (5 / 6) ** norm * 1.001
 
 
 @pytest.mark.parametrize("norm", [2, 1])
