@@ -34,23 +34,25 @@ def _ellipsoid_dual_jvp(margin, primals, tangents):
 def _climb(e, w, start, enough, margin):
     """(value, lambda) of `ellipsoid_dual`."""
     tiny = 8 * jnp.finfo(e.dtype).eps
+    scale = w.max()  # without units, lambda w neither overflows nor vanishes
+    w, start = w / scale, start * scale
 
     def step(lam, r):
         h, slope = jnp.sum(e * r**2), jnp.sum(e * w * r**3)
-        return jnp.maximum(h * (jnp.sqrt(h) - 1) / jnp.where(slope > 0, slope, 1.0), 0.0)
+        return jnp.maximum(h / jnp.where(slope > 0, slope, 1.0) * (jnp.sqrt(h) - 1), 0.0)
 
     def climb(state):
         i, lam, move, _, _ = state
         lam = lam + move
         r = 1 / (1 + lam * w - jnp.where(lam < 0, tiny, 0.0))
         total = jnp.sum(e * r) * (1 - margin * jnp.sign(lam))
-        value, move = lam * (total - 1) - jnp.abs(lam) * tiny, step(lam, r)
+        value, move = (lam * (total - 1) - jnp.abs(lam) * tiny) / scale, step(lam, r)
         return i + 1, lam, move, value, (value >= enough**2) | (move <= 1e-6 * jnp.abs(lam))
 
     zero = jnp.zeros((), e.dtype)
     move = jnp.where(start < 0, zero, step(start, 1.0))
     state = jax.lax.while_loop(lambda s: (s[0] < 60) & ~s[4], climb, (0, start, move, zero, False))
-    return state[3], state[1]
+    return state[3], state[1] / scale
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -64,21 +66,28 @@ def knapsack_dual(p, q, enough, margin):
       enough: a value that need not be improved on.
       margin: relative error of sums, taken off (static).
     """
-    return _cut(p, q, enough, margin)[0]
+    return _cut(p, q, enough, margin)
 
 
 @knapsack_dual.defjvp
 def _knapsack_dual_jvp(margin, primals, tangents):
     p, q, enough = primals
-    value, lam = _cut(p, q, enough, margin)
-    return value, jnp.sum(jnp.where(lam * q >= p, tangents[0], lam * tangents[1]))
+    # The maximum is where the cheapest shares `filled` of q add up to all but 1; one of them may be a part.
+    cost = jnp.where(q > 0, p / jnp.where(q > 0, q, 1.0), jnp.inf)
+    order = jnp.argsort(cost)
+    before = jnp.cumsum(q[order]) - q[order]
+    share = jnp.clip((jnp.sum(q) - 1 - before) / jnp.where(q[order] > 0, q[order], 1.0), 0.0, 1.0)
+    filled = jnp.zeros_like(q).at[order].set(jnp.where(q[order] > 0, share, 0.0))
+    lam = jnp.max(jnp.where(filled > 0, cost, 0.0))
+    slope = jnp.sum(filled * tangents[0]) + lam * jnp.sum((1 - filled) * tangents[1])
+    return _cut(p, q, enough, margin), jnp.where(lam > 0, slope, 0.0)
 
 
 def _cut(p, q, enough, margin):
-    """(value, lambda) of `knapsack_dual`."""
+    """The value of `knapsack_dual`."""
 
     def unfinished(state):
-        i, _, _, (best, _), above = state
+        i, _, _, best, above = state
         return (i < 200) & (best < enough) & (above - best > max(1e-9, 4 * margin) * above)
 
     def cut(state):
@@ -89,10 +98,9 @@ def _cut(p, q, enough, margin):
         height, slope = jnp.sum(jnp.where(clipped, p, 0.0)), jnp.sum(jnp.where(clipped, 0.0, q))
         value, here = (height + lam * slope) * (1 - margin) - lam, (height, slope - 1)
         keep = lambda condition, new, old: jax.tree.map(functools.partial(jnp.where, condition), new, old)
-        best = keep(value > best[0], (value, lam), best)
-        return i + 1, keep(slope > 1, here, left), keep(slope > 1, right, here), best, above
+        return i + 1, keep(slope > 1, here, left), keep(slope > 1, right, here), jnp.maximum(best, value), above
 
     zero = jnp.zeros((), p.dtype)
     left, right = (zero, jnp.sum(q) - 1), (jnp.sum(p), -jnp.ones((), p.dtype))
     above = jnp.where(left[1] > 0, right[0], zero)  # no more than all of p; nothing if the slope falls from 0
-    return jax.lax.while_loop(unfinished, cut, (0, left, right, (zero, zero), above))[3]
+    return jax.lax.while_loop(unfinished, cut, (0, left, right, zero, above))[3]

@@ -124,8 +124,8 @@ def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tu
     Returns:
       The memory with one more answer, and the answer.
 
-    Guarantee: the invariants at the head of this module. A region that must shrink is within 1e-6 relative of the
-    largest that is allowed.
+    Guarantee: the invariants at the head of this module. A region that must shrink is smaller than the largest that is
+    allowed by less than 1e-6 of itself and rounding (1e-13 of the other region, for each thousand coordinates).
 
     Raises:
       ValueError: if norm or shape differ from what is stored, or a value makes no sense.
@@ -237,7 +237,7 @@ def _rows(memory: Memory, regions: Region, predictions) -> dict[str, np.ndarray]
         shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap, prediction))
         raise ValueError(f"center, theta, gap and prediction do not fit together: their shapes are {shapes}")
     if not np.issubdtype(prediction.dtype, np.integer) or (prediction < ABSTAIN).any():
-        raise ValueError(f"prediction must be a class or ABSTAIN (-1), got {prediction.min(initial=0)}")
+        raise ValueError(f"prediction must be a class or ABSTAIN (-1), got {prediction.min()}")
     for name, value, valid in (
         ("center", center, np.isfinite(center)),
         ("theta", theta, (theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)),
@@ -272,15 +272,16 @@ def _near(rows, columns, end: int):
     distances come from a float32 matrix product, less a bound of its error (the second part: of what underflows).
     """
     stored = {name: columns[name][:end] for name in ("center", "square", "reach")}
-    a, b = (value["center"].astype(np.float32, copy=False) for value in (rows, stored))
     length_a, length_b = np.sqrt(rows["square"])[:, None], np.sqrt(stored["square"])
     with np.errstate(over="ignore", invalid="ignore"):
+        a, b = (value["center"].astype(np.float32, copy=False) for value in (rows, stored))
         product = (a @ b.T).astype(np.float64)
         error = rounding(a.shape[1], np.float32) * (length_a + length_b) ** 2
         error += 4 * a.shape[1] * _FLOAT32.tiny * (1 + length_a + length_b)
         square = rows["square"][:, None] + stored["square"] - 2 * product - error
         reach = rows["reach"][:, None]
-        return ~(square > (reach + stored["reach"]) ** 2), ~(square > stored["reach"] ** 2)
+        known = np.isfinite(product)
+        return ~(known & (square > (reach + stored["reach"]) ** 2)), ~(known & (square > stored["reach"] ** 2))
 
 
 def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, float, int]:
@@ -302,7 +303,7 @@ def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, fl
 
 def _holds(region: Region, stored: Region):
     """Whether the stored region contains the centre of the region, or rounding leaves it open."""
-    margin = rounding(stored.center.size, stored.center.dtype)
+    margin = rounding(stored.center.size, np.float64)  # of the computation; what is stored may be float32
     return contains(dataclasses.replace(stored, gap=stored.gap * (1 + margin)), region.center)
 
 

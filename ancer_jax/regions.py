@@ -148,7 +148,8 @@ def _pair(a: Region, b: Region):
     """(|difference of the centres|, theta of a, theta of b), flat, and `rounding` of them."""
     _, center_a, theta_a, _ = _parts(a)
     _, center_b, theta_b, _ = _parts(b)
-    difference = jnp.abs(jnp.ravel(center_a - center_b))
+    difference = jnp.ravel(center_a - center_b)
+    difference *= jnp.sign(difference)  # its absolute value, with derivative 0 at 0
     return difference, jnp.ravel(theta_a), jnp.ravel(theta_b), rounding(difference.size, difference.dtype)
 
 
@@ -166,7 +167,8 @@ def separation(a: Region, b: Region):
       ValueError: if norms or shapes differ.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
-    alpha, beta = theta_a * a.gap, theta_b * b.gap
+    distance = jnp.where(d > 0, d, 1.0)
+    alpha, beta = theta_a / distance * a.gap, theta_b / distance * b.gap  # in units of d, so that squares do not vanish
 
     def total(values):
         return jnp.sum(jnp.where(d > 0, values, 0.0))
@@ -174,8 +176,8 @@ def separation(a: Region, b: Region):
     def slope(tau):  # of s at t = tau / (1 + tau), times a positive number
         if a.norm == 2:
             q = alpha**2 + beta**2 * tau
-            return total(d * (alpha + beta * tau) / q * (d * (alpha - beta * tau) / q))
-        return total(jnp.where(beta * tau < alpha, d / alpha, -d / beta))
+            return total((alpha + beta * tau) / q * ((alpha - beta * tau) / q))
+        return total(jnp.where(beta * tau < alpha, 1 / alpha, -1 / beta))
 
     def halve(_, ends):
         low, high = ends
@@ -187,9 +189,9 @@ def separation(a: Region, b: Region):
     ends = jnp.clip(ratio.min(), -80.0, 80.0), jnp.clip(ratio.max(), -80.0, 80.0)
     tau = jnp.exp(jax.lax.fori_loop(0, 60, halve, ends)[0])
     if a.norm == 2:
-        s = total(d**2 * (tau / (1 + tau)) / (alpha**2 + beta**2 * tau))
+        s = total((tau / (1 + tau)) / (alpha**2 + beta**2 * tau))
     else:
-        s = total(jnp.minimum(tau / alpha, 1 / beta) * d) / (1 + tau)
+        s = total(jnp.minimum(tau / alpha, 1 / beta)) / (1 + tau)
     return s * (1 - margin)
 
 
@@ -216,7 +218,8 @@ def largest_outside(a: Region, b: Region, *, enough=math.inf):
       a, b: regions of one norm and shape.
       enough: an answer of at least this may be given early, below the largest.
 
-    Guarantee: below the exact value by 2^-32 of it and rounding, never above; 0 if the centre of a lies in b.
+    Guarantee: below the exact value by 2^-32 of it and rounding, never above; 0 if the centre of a lies in b, or
+    where numbers overflow.
     Differentiable under jit and grad.
 
     Raises:
@@ -229,11 +232,11 @@ def largest_outside(a: Region, b: Region, *, enough=math.inf):
     if a.norm == 2:
         e, w = (d * inverse) ** 2, (theta_a * inverse) ** 2
         gap = _root(ellipsoid_dual(e, w, jnp.zeros((), e.dtype), enough, margin))
-        point = jnp.sqrt(jnp.sum((d / theta_a) ** 2))
+        point = _root(jnp.sum((d / theta_a) ** 2))
     else:
         gap = knapsack_dual(d / theta_a, d * inverse, enough, margin)
         point = jnp.sum(d / theta_a)
-    return jnp.where(gap_b > 0, gap, point * (1 - margin)) * (1 - _slack(margin))
+    return _finite(jnp.where(gap_b > 0, gap, point * (1 - margin))) * (1 - _slack(margin))
 
 
 @_exact
@@ -261,12 +264,17 @@ def largest_inside(a: Region, b: Region):
         gap = jnp.where((start > 0) & (jnp.sum(e) < 1), _root(dual), 0.0)
     else:
         gap = jnp.maximum(1 - jnp.sum(d / beta) * (1 + margin) - margin, 0.0) * jnp.min(beta / theta_a)
-    return jnp.where(b.gap > 0, gap, 0.0) * (1 - _slack(margin))
+    return _finite(jnp.where(b.gap > 0, gap, 0.0)) * (1 - _slack(margin))
 
 
 def _slack(margin: float) -> float:
     """How much smaller answers are made, relatively, so that they stay right when they are computed again."""
     return max(2.0**-32, 2 * margin)
+
+
+def _finite(gap):
+    """0 instead of what overflowed."""
+    return jnp.where(jnp.isfinite(gap), gap, 0.0)
 
 
 def _root(square):

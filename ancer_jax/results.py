@@ -1,6 +1,7 @@
 """Results as tables: a line per input, Cohen's columns first, so that existing analysis scripts read them."""
 
 import datetime
+import fractions
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -35,16 +36,16 @@ class Answer(NamedTuple):
     gap: float
     changed: bool
     answered_by: int
-    leakage: float
+    leakage: fractions.Fraction | float
 
 
-def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> float:
+def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> fractions.Fraction | float:
     """Share of the reference images that theta sends to the predicted class; NaN if it was not measured."""
     if settings["method"] == "fixed":
-        return 0.0  # all images have this theta
+        return fractions.Fraction(0)  # all images have this theta
     if settings["leakage"] is not None and prediction == ABSTAIN:
-        return 0.0
-    return float(leaked / references) if references else math.nan
+        return fractions.Fraction(0)
+    return fractions.Fraction(int(leaked), int(references)) if references else math.nan
 
 
 def write_table(

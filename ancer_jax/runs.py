@@ -16,7 +16,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import filelock
@@ -92,51 +92,61 @@ class Run:
 
     def memory_table(self) -> str | None:
         """The text of `results_memory.tsv`; None if the finished inputs have not been reconciled."""
-        answers = self._answers()
-        return None if answers is None else write_table(self.shards(), self.settings, answers)
+        shards = list(self.shards())  # once: another process may be adding to them
+        answers = self._answers(shards)
+        return None if answers is None else write_table(shards, self.settings, answers)
 
-    def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Arrays of all finished inputs, in order of ids."""
-        shards = [{name: shard[name] for name in ("ids", *names)} for shard in self.shards()]
+    def columns(self, *names: str, of: Iterable[Mapping[str, np.ndarray]] | None = None) -> dict[str, np.ndarray]:
+        """Arrays of all finished inputs (or those in the shards `of`), in order of ids."""
+        shards = [{name: shard[name] for name in ("ids", *names)} for shard in (self.shards() if of is None else of)]
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
         order = np.argsort(columns["ids"])
         return {name: column[order] for name, column in columns.items()}
 
     def export(self) -> epath.Path:
         """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
-        _write(self.path / RESULTS, self.table().encode())
         text, path = self.memory_table(), self.path / RESULTS_MEMORY
+        path.unlink(missing_ok=True)  # first: the two tables are never of different inputs
+        _write(self.path / RESULTS, self.table().encode())
         if text is not None:
             _write(path, text.encode())
-        else:
-            path.unlink(missing_ok=True)
         return self.path / RESULTS
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
-        save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, key=np.array(self.key))
+        made_from = np.array(self._made_from(self.shards(), len(ids)))
+        save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, made_from=made_from)
 
     def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
-        """What `write_memory` stored; None if that does not begin with the first finished inputs, in order of ids."""
-        stored = self._stored("ids", "inside")
-        done = sorted(self.done())[: 0 if stored is None else len(stored["ids"])]
-        if stored is None or stored["ids"].tolist() != done:
-            return None
-        return load_memory(self.path), stored["ids"], stored["inside"]
-
-    def _stored(self, *names: str) -> dict[str, np.ndarray] | None:
-        """Arrays of this run's memory; None if there is none that can be read: it is derived and will be made again."""
+        """What `write_memory` stored; None if it was not made from the first finished inputs, in order of ids, as they
+        are now, or cannot be read: it is derived, and will be made again.
+        """
+        stored = self._stored(self.shards(), "ids", "inside")
         try:
-            arrays = _read_arrays(self.path / MEMORY, (*names, "key"))
+            return None if stored is None else (load_memory(self.path), stored["ids"], stored["inside"])
+        except ValueError:
+            return None
+
+    def _stored(self, shards, *names: str) -> dict[str, np.ndarray] | None:
+        """Arrays of the memory, if it was made from the first inputs in the shards, as they are."""
+        try:
+            arrays = _read_arrays(self.path / MEMORY, (*names, "ids", "made_from"))
         except (OSError, ValueError):
             return None
-        return arrays if str(arrays["key"]) == self.key else None
+        return arrays if str(arrays["made_from"]) == self._made_from(shards, len(arrays["ids"])) else None
 
-    def _answers(self) -> dict[int, Answer] | None:
-        after = self._stored("ids", "inside", "gap", "prediction")
-        if after is None or after["ids"].tolist() != sorted(self.done()):
+    def _made_from(self, shards, count: int) -> str:
+        """Hash of this run's settings and of the certificates of its first `count` inputs."""
+        digest = hashlib.sha256(f"memory 1 {self.key}".encode())
+        for column in self.columns("predictions", "gap", "theta", of=shards).values():
+            digest.update(np.ascontiguousarray(column[:count]).tobytes())
+        return digest.hexdigest()
+
+    def _answers(self, shards) -> dict[int, Answer] | None:
+        after = self._stored(shards, "inside", "gap", "prediction")
+        if after is None or len(after["ids"]) != sum(len(shard["ids"]) for shard in shards):
             return None
-        before = self.columns("predictions", "gap", "leaked", "references")
+        before = self.columns("predictions", "gap", "leaked", "references", of=shards)
         answers: dict[int, Answer] = {}
         for row, id_ in enumerate(before["ids"]):
             was, prediction, inside = before["predictions"][row], after["prediction"][row], int(after["inside"][row])

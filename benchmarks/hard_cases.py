@@ -3,8 +3,8 @@
 python benchmarks/hard_cases.py [--case CASE ...]
 
 Near-duplicates: the closest bundled Fashion-MNIST test images of different predicted classes are blended, and of each
-pair the two blends just left and right of where the network changes its mind are certified with ANCER noise: their
-regions overlap, and the memory has to cut them.
+pair two blends just left and right of where the smoothed classifier changes its mind are certified with ANCER noise:
+their regions overlap, and the memory has to cut them.
 
 Runaway: isotropic noise without an upper bound (`theta_max = inf`). For some image the search finds noise that erases
 everything, its region is huge, true and worthless, and images that come after it lie inside and get its class.
@@ -17,19 +17,21 @@ import argparse
 import sys
 import tempfile
 
+import jax
 import numpy as np
 import record
 
 import ancer_jax as aj
 from ancer_jax import report
 from ancer_jax.data import Dataset, load_dataset, select
+from ancer_jax.leakage import reference_classes
 
 SEED = 0
 RADII = [0.0, 0.25, 0.5, 1.0, 2.0]
 
 
-def near_duplicates(classifier, pairs=10, blends=41, step=3):
-    """Two blends of each of the closest pairs of different predicted classes."""
+def near_duplicates(classifier, law, theta, pairs=10, blends=41):
+    """Two blends of each of the closest pairs of different predicted classes, three steps of a fortieth apart."""
     whole = load_dataset("fashion-mnist-subset")
     flat = whole.images.reshape(len(whole), -1)
     classes = np.asarray(classifier(whole.images)).argmax(axis=1)
@@ -38,15 +40,20 @@ def near_duplicates(classifier, pairs=10, blends=41, step=3):
     distance[np.tril_indices(len(flat))] = np.inf
     distance[classes[:, None] == classes] = np.inf
     images, labels = [], []
-    for place in np.argsort(distance, axis=None)[:pairs]:
+    for place in np.argsort(distance, axis=None):
         i, j = np.unravel_index(place, distance.shape)
         share = np.linspace(0, 1, blends, dtype=np.float32)[:, None]
         line = ((1 - share) * flat[i] + share * flat[j]).reshape(-1, *whole.images.shape[1:])
-        found = np.asarray(classifier(line)).argmax(axis=1)
-        change = np.flatnonzero(found[1:] != found[:-1])[0]
-        for k in (max(change - step + 1, 0), min(change + step, blends - 1)):
+        keys = jax.random.split(jax.random.key(SEED), blends)
+        found = reference_classes(keys, classifier, law, line, theta, num_samples=200, chunk=200)
+        changes = np.flatnonzero(found[1:] != found[:-1])
+        if not changes.size:  # under noise both ends have one class
+            continue
+        for k in (max(changes[0] - 1, 0), min(changes[0] + 2, blends - 1)):
             images.append(line[k])
             labels.append(whole.labels[i if share[k, 0] < 0.5 else j])
+        if len(images) == 2 * pairs:
+            break
     return Dataset("near-duplicates", np.arange(len(images)), np.stack(images), np.array(labels), whole.num_classes)
 
 
@@ -54,12 +61,14 @@ def certify(case, norm, folder):
     bundled = aj.load_bundled(norm)
     settings = {"norm": norm, "theta": bundled.theta, "certify": aj.CertifyConfig(n=10_000), "seed": SEED}
     if case == "near-duplicates":
-        dataset = near_duplicates(bundled.classifier)
+        law = aj.GaussianL2() if norm == "l2" else aj.UniformL1()
+        dataset = near_duplicates(bundled.classifier, law, bundled.theta)
         config = aj.RunConfig(method="ancer", isotropic=aj.IsotropicConfig(steps=100), **settings)
     else:
         whole = load_dataset("fashion-mnist-subset")
-        dataset = select(whole, skip=len(whole) // 100, max_images=100)
-        config = aj.RunConfig(method="isotropic", isotropic=aj.IsotropicConfig(theta_max=float("inf")), **settings)
+        dataset = select(whole, skip=len(whole) // 50, max_images=50)
+        search = aj.IsotropicConfig(steps=300, theta_max=float("inf"))
+        config = aj.RunConfig(method="isotropic", isotropic=search, **settings)
     out = f"{folder}/{case}-{norm}"
     aj.certify_dataset(bundled.classifier, dataset, config, out=out)
     results = report.load_results(out)

@@ -27,15 +27,15 @@ from ancer_jax.metrics import average_certified_radius
 
 SEED = 0
 BAR = 0.15
-WEIGHTS = (0.0, 1.0, 5.0, 20.0, 80.0)
+WEIGHTS = {"l2": (0.0, 1.0, 5.0, 20.0, 80.0), "l1": (0.0, 5.0, 20.0)}
 LIMIT = 0.1
 
 
-def settings(theta):
+def settings(norm, theta):
     """(name, changes of the run's configuration) of every point."""
     for factor in (0.75, 1.0, 1.25, 1.5):
         yield f"fixed {factor * theta:g}", {"method": "fixed", "theta": factor * theta}
-    for method, weights in (("isotropic", (0.0, 5.0)), ("ancer", WEIGHTS)):
+    for method, weights in (("isotropic", (0.0, 5.0)), ("ancer", WEIGHTS[norm])):
         for weight in weights:
             yield f"{method}, weight {weight:g}", {"method": method, "weight": weight}
         yield f"{method}, limit {LIMIT:g}", {"method": method, "leakage_limit": LIMIT}
@@ -151,7 +151,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for norm in options.norm:
             bundled = aj.load_bundled(norm)
-            for name, changes in settings(bundled.theta):
+            for name, changes in settings(norm, bundled.theta):
                 folder = options.runs or temporary
                 rows.append(run(norm, dataset, bundled.classifier, bundled.theta, name, changes, folder))
                 print(rows[-1], flush=True)

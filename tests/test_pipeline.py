@@ -234,6 +234,28 @@ def test_a_lost_memory_is_made_again(crowd, tmp_path, damage):
     assert load_memory(run).regions.gap.tolist() == load_memory(crowd).regions.gap.tolist()
 
 
+def test_a_memory_of_certificates_that_were_made_again_is_not_used(crowd, tmp_path):
+    """A shard that was deleted and computed again (elsewhere, say) may hold another theta."""
+    run = shutil.copytree(crowd, tmp_path / "run")
+    (shard,) = (run / "shards").iterdir()
+    with np.load(shard) as arrays:
+        changed = dict(arrays)
+    changed["theta"] = changed["theta"] * np.float32(3)
+    np.savez(shard, **changed)
+    assert read_run(run).memory_table() is None and read_run(run).read_memory() is None
+
+
+def test_a_memory_with_a_flipped_bit_is_made_again(crowd, tmp_path):
+    run = shutil.copytree(crowd, tmp_path / "run")
+    content = bytearray((run / "memory.npz").read_bytes())
+    content[content.find(CROWD.images[0].tobytes()[:16]) + 5] ^= 1
+    (run / "memory.npz").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="no memory that can be read"):
+        load_memory(run)
+    certify_dataset(BUMPS, CROWD, WILD, out=run)
+    assert load_memory(run).regions.center.tolist() == CROWD.images.tolist()
+
+
 def test_a_stale_table_after_memory_does_not_stay(crowd, tmp_path):
     certify_dataset(BUMPS, take(CROWD, [0, 1]), WILD, out=tmp_path / "run")
     certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run", reconcile=False)

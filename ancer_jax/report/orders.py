@@ -1,5 +1,8 @@
 """How much the figures of the classifier with memory depend on the order in which the inputs came."""
 
+import fractions
+from typing import Any
+
 import numpy as np
 from etils import epath
 
@@ -10,7 +13,7 @@ from ancer_jax.report.tables import format_table
 from ancer_jax.runs import read_run
 
 
-def order_figures(path: epath.PathLike, order: np.ndarray | None = None) -> dict[str, float | int]:
+def order_figures(path: epath.PathLike, order: np.ndarray | None = None) -> dict[str, Any]:
     """Accuracy, ACR, ACR-tilde and number of changed regions of a run, had its inputs come in another order.
 
     Args:
@@ -35,7 +38,7 @@ def order_figures(path: epath.PathLike, order: np.ndarray | None = None) -> dict
         for center, theta, gap in zip(given.center, given.theta, info.region.gap, strict=True)
     ]
     return {
-        "accuracy": float(correct.mean()),
+        "accuracy": fractions.Fraction(int(correct.sum()), len(correct)),
         "ACR": average_certified_radius([radius(region) for region in one_by_one], correct),
         "ACR-tilde": average_certified_radius([proxy_radius(region) for region in one_by_one], correct),
         "regions changed": int(info.changed.sum()),

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import fractions
+import statistics
 
 import numpy as np
 import tabulate
@@ -83,8 +84,9 @@ def summary_table(results: list[Results], radii: list[float], leakage_limit: flo
     """GitHub-style tables: a line per run with its main figures; certified accuracy at `radii`; for data-dependent
     noise what the memory changed, and how much of the certificates the noise carries.
 
-    Every figure is over all images of its run and rounded down (leakage up); abstentions and wrong answers count as
-    radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before" are after it.
+    Every figure is over all images of its run, what is certified rounded down (leakage up); abstentions and wrong
+    answers count as radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before" are
+    after it.
     """
     figures = [
         {
@@ -126,7 +128,7 @@ def _memory(results: Results) -> dict[str, str]:
     if before is None:
         return row | {"inside an earlier region": str(int(inside.sum()))}
     had = shrunk & (before["gap"] > 0)
-    kept = after["gap"][had] / before["gap"][had]
+    kept = after["gap"][had] / (before["gap"][had] + 1e-6)  # what the column may have rounded off
     overruled = after["predict"] != before["predict"]
     row["size kept by those, median (least)"] = (
         f"{round_down(np.median(kept), 3)} ({round_down(kept.min(), 3)})" if kept.size else "-"
@@ -142,13 +144,16 @@ def _memory(results: Results) -> dict[str, str]:
 
 
 def _leakage(results: Results, limit: float) -> dict[str, str]:
-    """Distribution of leakage, and the main figures with every theta above the limit counted as certifying nothing."""
+    """Distribution of leakage over the inputs that were answered, and the main figures with every theta above the limit
+    counted as certifying nothing.
+    """
     leakage, row = results["leakage"], {"run": _name(results)}
-    known = leakage[~np.isnan(leakage)]
+    # The column's decimals are exact; as binary numbers some would be rounded up once more.
+    known = [fractions.Fraction(str(value)) for value in leakage[~np.isnan(leakage) & (results["predict"] != -1)]]
     kept = results.correct & (leakage <= limit)
-    for name, figure in (("median", np.median), ("mean", np.mean), ("largest", np.max)):
-        row[name] = round_up(figure(known), 3) if known.size else "not measured"
-    row[f"above {limit:g}"] = f"{int((leakage > limit).sum())} of {known.size}"
+    for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
+        row[name] = round_up(figure(known), 3) if known else "not measured"
+    row[f"above {limit:g}"] = f"{int((leakage > limit).sum())} of {len(known)}"
     row["accuracy without"] = _share(kept)
     row["ACR without"] = round_down(average_certified_radius(results["radius"], kept), 3)
     row["ACR-tilde without"] = round_down(average_certified_radius(results["radius_proxy"], kept), 3)
