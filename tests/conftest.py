@@ -7,5 +7,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jaxtyping
+from hypothesis import HealthCheck, settings
 
 jaxtyping.install_import_hook("ancer_jax", "beartype.beartype")
+
+# How fast examples come says how busy the machine is, not whether the code is right.
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")

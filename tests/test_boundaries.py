@@ -47,7 +47,7 @@ def test_a_shrunk_region_is_answered_up_to_its_border(norm):
 def test_numbers_whose_products_overflow_are_not_far_apart(norm):
     center = np.full((2, 1), 1e25, np.float32) * np.float32([[1], [-1]])
     regions = Region(center, np.full(2, 1e20, np.float32), np.full(2, 1e6), norm)
-    memory, info = insert_batch(empty(norm), regions, np.array([0, 1]))
+    _, info = insert_batch(empty(norm), regions, np.array([0, 1]))
     assert info.prediction.tolist() == [0, 0]
 
 
