@@ -85,8 +85,8 @@ def summary_table(results: list[Results], radii: list[float], leakage_limit: flo
     noise what the memory changed, and how much of the certificates the noise carries.
 
     Every figure is over all images of its run, what is certified rounded down (leakage up); abstentions and wrong
-    answers count as radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before" are
-    after it.
+    answers count as radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before"
+    are after it.
     """
     figures = [
         {
