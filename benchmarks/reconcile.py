@@ -2,7 +2,7 @@
 
 python benchmarks/reconcile.py [--count 10000]
 
-Apart: uniform random images, whose regions the distance filter clears at once. Crowded: the images lie around 18
+Apart: uniform random images, whose regions the distance filter clears at once. Crowded: the images lie around 17
 points, so that over 5 % of the pairs (of different classes, within reach of each other) need the exact test. Both for
 l2 and l1 with anisotropic theta. Every case runs in a process of its own, whose peak memory is stored. Then the cost
 of one more insertion into memories of growing size. Exits with status 1 if a bar is missed: 60 s apart, 600 s
@@ -35,8 +35,8 @@ def regions(case, norm, count, rng):
         center = rng.random((count, D), np.float32)
     else:
         # A few directions in which a region is long defeat the filter, but not the exact test.
-        points = rng.random((18, D), np.float32)
-        center = points[rng.integers(18, size=count)] + 0.08 * rng.standard_normal((count, D), np.float32)
+        points = rng.random((17, D), np.float32)
+        center = points[rng.integers(17, size=count)] + 0.08 * rng.standard_normal((count, D), np.float32)
         theta[np.arange(count)[:, None], rng.integers(D, size=(count, 3))] = 8
     return Region(center, theta, rng.uniform(0.3, 1.5 if norm == 2 else 1.0, count), norm)
 
