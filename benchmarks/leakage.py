@@ -33,7 +33,7 @@ LIMIT = 0.1
 
 def settings(norm, theta):
     """(name, changes of the run's configuration) of every point."""
-    for factor in (0.75, 1.0, 1.25, 1.5):
+    for factor in (0.75, 1.0, 1.25, 1.5, 2.0):
         yield f"fixed {factor * theta:g}", {"method": "fixed", "theta": factor * theta}
     for method, weights in (("isotropic", (0.0, 5.0)), ("ancer", WEIGHTS[norm])):
         for weight in weights:
@@ -125,12 +125,13 @@ def draw(rows):
             for row in curve:
                 label = row["noise"].split()[-1]
                 place = (row["mean_leakage"], row["acr_tilde"])
-                axis.annotate(label, place, textcoords="offset points", xytext=(6, -3), fontsize=7, color=color)
+                side = {"xytext": (-7, -3), "ha": "right"} if method == "fixed" else {"xytext": (0, 7), "ha": "center"}
+                axis.annotate(label, place, textcoords="offset points", fontsize=7, color=color, **side)
             for row in (row for row in points if "limit" in row["noise"]):
                 star = {"marker": "*", "markersize": 12, "color": color, "linestyle": "none"}
                 axis.plot(row["mean_leakage"], row["acr_tilde"], label=f"{method}, limit {LIMIT:g}", **star)
         axis.set(xlabel="mean leakage", ylabel="ACR-tilde after memory", title=norm)
-        axis.set_xlim(left=-0.01)
+        axis.margins(x=0.15)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
