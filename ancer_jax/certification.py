@@ -37,8 +37,9 @@ class CertifyConfig:
 
     def __post_init__(self):
         for name in ("n0", "n"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} must be at least 1 and below 2^31, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be an int, at least 1 and below 2^31, got {value!r}")
         bounds.check_alpha(self.alpha)
 
 

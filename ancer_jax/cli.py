@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -146,15 +147,18 @@ class Certify:
         execution = Execution(self.batch_size, self.chunk, self.devices)
         title = f"{self.method} {sigma:g}"
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
-        with (
-            tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar,
-            tqdm.tqdm(total=len(dataset), unit="image", desc=f"{title}, memory", delay=2) as second,
-        ):
+        with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
+            answered = 0
 
             def progress(images: int) -> None:
                 if bar.delay:  # the first call: images that an earlier process finished say nothing about speed
                     bar.delay, bar.initial = 0, images
                 bar.update(images)
+
+            def reconciled(images: int) -> None:
+                nonlocal answered
+                answered += images
+                bar.set_postfix_str(f"{answered} through the memory")
 
             certify_dataset(
                 classifier,
@@ -164,7 +168,7 @@ class Certify:
                 execution=execution,
                 reconcile=self.memory,
                 progress=progress,
-                reconciled=second.update,
+                reconciled=reconciled,
             )
 
 
@@ -222,11 +226,15 @@ class Report:
             raise ValueError("name at least one run directory or TSV file")
         if self.orders < 0:
             raise ValueError(f"--orders must not be negative, got {self.orders}")
+        if not 0 <= self.leakage_limit <= 1:
+            raise ValueError(f"--leakage-limit must be in [0, 1], got {self.leakage_limit}")
+        if not all(0 <= radius < math.inf for radius in self.radii or ()):
+            raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
+        with_memory = [run for run in self.runs if (epath.Path(run) / MEMORY).exists()]
+        if self.orders and not with_memory:
+            raise ValueError("--orders needs a run directory with a memory")
         _report(list(self.runs), self.out, self.radii, self.leakage_limit)
         if self.orders:
-            with_memory = [run for run in self.runs if (epath.Path(run) / MEMORY).exists()]
-            if not with_memory:
-                raise ValueError("--orders needs a run directory with a memory")
             print("\nIn order of ids (and the range over random orders)\n")
             print(report.order_table(with_memory, orders=self.orders))
 
@@ -258,6 +266,8 @@ def _report(
 ) -> None:
     """Print the table of the runs; with `out`, draw the pictures there."""
     results = [report.load_results(run) for run in runs]
+    if len({r.name for r in results}) < len(runs):
+        results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
     notes = [] if out is None else _draw(runs, results, epath.Path(out))
     print(report.summary_table(results, list(radii or _RADII), leakage_limit), *notes, sep="\n\n")
 
@@ -295,7 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
     previous = signal.signal(signal.SIGINT, _stop)
     try:
-        command.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
+            command.run()
     except (ValueError, OSError) as error:
         print(f"ancer-jax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -46,7 +46,7 @@ class Memory:
     norm: int
     shape: tuple[int, ...] | None
     size: int
-    _columns: "_Columns"
+    _columns: "_Columns" = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return self.size
@@ -130,7 +130,8 @@ def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tu
     Raises:
       ValueError: if norm or shape differ from what is stored, or a value makes no sense.
     """
-    batch = jax.tree.map(lambda value: np.asarray(value)[None], region)
+    center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
+    batch = Region(center, theta, gap, region.norm)
     memory, info = insert_batch(memory, batch, np.asarray(prediction)[None])
     return memory, jax.tree.map(lambda value: value[0], info)
 
@@ -236,7 +237,12 @@ def _rows(memory: Memory, regions: Region, predictions) -> dict[str, np.ndarray]
     if theta.shape not in ((count,), center.shape) or gap.shape != (count,) or prediction.shape != (count,):
         shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap, prediction))
         raise ValueError(f"center, theta, gap and prediction do not fit together: their shapes are {shapes}")
-    if not np.issubdtype(prediction.dtype, np.integer) or (prediction < ABSTAIN).any():
+    for name, value in (("center", center), ("theta", theta), ("gap", gap)):
+        if not np.can_cast(value.dtype, np.float64, "same_kind"):
+            raise ValueError(f"{name} must be real numbers, got {value.dtype}")
+    if not np.issubdtype(prediction.dtype, np.integer):
+        raise ValueError(f"prediction must be an integer, got {prediction.dtype}")
+    if (prediction < ABSTAIN).any():
         raise ValueError(f"prediction must be a class or ABSTAIN (-1), got {prediction.min()}")
     for name, value, valid in (
         ("center", center, np.isfinite(center)),

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -72,8 +73,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be in 0..2^31 - 1, got {self.seed}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be an int in 0..2^31 - 1, got {self.seed!r}")
         if self.guard_samples < 1:
             raise ValueError(f"guard_samples must be at least 1, got {self.guard_samples}")
         for name in ("isotropic", "anisotropic"):
@@ -85,6 +86,8 @@ class RunConfig:
                 raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
         if self.leakage_limit is not None and not 0 <= self.leakage_limit <= 1:
             raise ValueError(f"leakage_limit must be in [0, 1], got {self.leakage_limit}")
+        if self.leakage_limit is not None and not self.data_dependent:
+            raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
         penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
         if self.leakage is None and (penalty > 0 or self.leakage_limit is not None):
             raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")
@@ -144,7 +147,8 @@ def certify_dataset(
       out: run directory, new or unfinished. More images may be added to a run, other settings may not.
       execution: how to compute it.
       reconcile: with method "isotropic" or "ancer", whether all finished images of the run go through a memory, in
-        order of ids, at the end. It writes `memory.npz` and `results_memory.tsv`.
+        order of ids, at the end. It writes `memory.npz` and `results_memory.tsv`. A memory that these images do not
+        continue (lower ids came in, or it was saved there by hand) is kept under another name, with a warning.
       progress: called after each batch with the number of images that were finished.
       reconciled: called with the number of images that went through the memory since the last call.
 
@@ -184,7 +188,14 @@ def certify_dataset(
 def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
     """Put every finished image through the memory in order of ids, continuing a memory that is stored."""
     columns = run.columns("predictions", "gap", "theta")
-    state, ids, inside = run.read_memory() or (memory.empty(norm), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    stored = run.read_memory()
+    if stored is None and (names := run.set_memory_aside()):
+        warnings.warn(
+            f"{names[0]} is not of the first images of this run as they are now (images with lower ids were added, "
+            f"say): it was renamed to {names[1].name}, and a new one was made, whose answers may differ",
+            stacklevel=3,
+        )
+    state, ids, inside = stored or (memory.empty(norm), np.zeros(0, np.int64), np.zeros(0, np.int64))
     new = {name: column[len(ids) :] for name, column in columns.items()}
     if not len(new["ids"]):
         return

@@ -29,12 +29,19 @@ class Region:
       theta: [] or [*d], positive noise parameter, in the units of the input.
       gap: [], size in units of theta; 0 is the single point `center`.
       norm: 2 or 1 (static).
+
+    Raises:
+      ValueError: if `norm` is something else.
     """
 
     center: Any
     theta: Any
     gap: Any
     norm: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        if self.norm not in (2, 1):
+            raise ValueError(f"norm must be 2 or 1, got {self.norm!r}")
 
 
 def array_library(*values) -> ModuleType:
@@ -127,6 +134,10 @@ def _exact(function):
             return function(a, b, **options)
         with float64_on_the_host():
             a, b = jax.tree.map(lambda value: np.asarray(value, np.float64), (a, b))
+            for region in (a, b):
+                if not ((region.theta > 0).all() and (region.gap >= 0).all()):
+                    low = f"{region.theta.min()} and {region.gap.min()}"
+                    raise ValueError(f"theta must be positive and gap not negative, got {low}")
             return np.asarray(jitted(a, b, **options))[()]
 
     return wrapper

@@ -128,10 +128,22 @@ def parse_results(text: str, path: epath.PathLike) -> dict[str, np.ndarray]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(f"{path}: line {number} has {len(row)} columns instead of {len(header)}")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}: two columns have one name")
     columns = {}
     for name, values in zip(header, zip(*rows, strict=True), strict=True):
         try:
             columns[name] = np.array(values, dtype=str if name in ("time", "method") else np.float64)
         except ValueError as error:
             raise ValueError(f"{path}: column {name!r}: {error}") from None
-    return {"radius_proxy": columns["radius"]} | columns
+    columns = {"radius_proxy": columns["radius"]} | columns
+    for name, valid in (
+        ("radius", (columns["radius"] >= 0) & np.isfinite(columns["radius"])),
+        ("radius_proxy", (columns["radius_proxy"] >= 0) & np.isfinite(columns["radius_proxy"])),
+        ("correct", columns["correct"] == (columns["predict"] == columns["label"])),
+        ("idx", np.isin(np.arange(len(rows)), np.unique(columns["idx"], return_index=True)[1])),
+    ):
+        if not valid.all():
+            row = valid.argmin()
+            raise ValueError(f"{path}: line {row + 2}: {name} cannot be {columns[name][row]:g}")
+    return columns

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import zipfile
 import zlib
@@ -119,7 +120,7 @@ class Run:
 
     def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
         """What `write_memory` stored; None if it was not made from the first finished inputs, in order of ids, as they
-        are now, or cannot be read: it is derived, and will be made again.
+        are now, or cannot be read.
         """
         stored = self._stored(self.shards(), "ids", "inside")
         try:
@@ -141,6 +142,16 @@ class Run:
         for column in self.columns("predictions", "gap", "theta", of=shards).values():
             digest.update(np.ascontiguousarray(column[:count]).tobytes())
         return digest.hexdigest()
+
+    def set_memory_aside(self) -> tuple[epath.Path, epath.Path] | None:
+        """Rename a memory that is not, or no longer, this run's; its name and the new one, or None if there is none."""
+        file = self.path / MEMORY
+        if not file.exists():
+            return None
+        names = (self.path / f"memory_replaced_{i}.npz" for i in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        file.replace(aside)
+        return file, aside
 
     def _answers(self, shards) -> dict[int, Answer] | None:
         after = self._stored(shards, "inside", "gap", "prediction")
@@ -205,6 +216,8 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
       ValueError: if there is no readable `config.json`.
     """
     config = epath.Path(path) / "config.json"
+    if not config.exists():
+        raise ValueError(f"{path} is not a run directory: there is no config.json")
     try:
         settings = json.loads(config.read_text())["settings"]
         if not isinstance(settings, dict):
@@ -218,11 +231,13 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     """Write a memory, with its inputs, to an npz file.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: if it cannot be written, or is a folder.
     """
     regions = memory.regions
     arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
     path = epath.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
     named: dict[str, Any] = arrays | more
     _write(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
 
@@ -241,14 +256,20 @@ def load_memory(path: epath.PathLike) -> Memory:
         arrays = _read_arrays(file, ("norm", "center", "theta", "gap", "prediction"))
         regions = Region(arrays["center"], arrays["theta"], arrays["gap"], int(arrays["norm"]))
         return memory.restore(regions, arrays["prediction"])
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise ValueError(f"{file}: there is no memory; runs with fixed noise, or unfinished, have none") from None
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: no memory that can be read ({error})") from None
 
 
 def _read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+        with file.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise ValueError("truncated, or not an npz file")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in names}
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(error) from None
 
@@ -266,8 +287,14 @@ def _refuse_other_settings(path, there, asked):
     flat = [dict(_flatten(settings)) for settings in (there, asked)]
     differ = [name for name in sorted({*flat[0], *flat[1]}) if flat[0].get(name) != flat[1].get(name)]
     if differ:
-        text = "; ".join(f"{name} is {flat[0].get(name)} there and {flat[1].get(name)} here" for name in differ)
-        raise ValueError(f"the run {path} was made with other settings: {text}")
+        text = "; ".join(
+            f"{name} is {_short(flat[0].get(name))} there, {_short(flat[1].get(name))} here" for name in differ
+        )
+        raise ValueError(f"the run {path} was made with other settings ({text}); a new run needs a new directory")
+
+
+def _short(value) -> str:
+    return text if len(text := str(value)) < 40 else f"{text[:12]}..."
 
 
 def _flatten(tree, prefix=""):
@@ -289,4 +316,6 @@ def _write(path: epath.Path, content: bytes | Callable[[IO[bytes]], object]) -> 
                 content(file)
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error

@@ -211,10 +211,10 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--alpha", "1"), "alpha .*1"),
         (("--alpha", "2"), "alpha .*2"),
         (("--alpha", "nan"), "alpha .*nan"),
-        (("--n", "0"), "n must be at least 1.*, got 0"),
-        (("--n", "-5"), "n must be at least 1.*, got -5"),
+        (("--n", "0"), "n must be an int, at least 1.*, got 0"),
+        (("--n", "-5"), "n must be an int, at least 1.*, got -5"),
         (("--n", "2147483648"), "n must be .*got 2147483648"),
-        (("--n0", "0"), "n0 must be at least 1.*, got 0"),
+        (("--n0", "0"), "n0 must be an int, at least 1.*, got 0"),
         (("--sigma", "0"), "theta must be positive and finite as float32, got 0"),
         (("--sigma", "-1"), "theta must be positive and finite as float32, got -1"),
         (("--sigma", "nan"), "theta must be positive and finite as float32, got nan"),
@@ -224,7 +224,7 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--theta-max", "nan"), "theta_max must be positive, got nan"),
         (("--skip", "0"), "skip must be at least 1, got 0"),
         (("--max", "0"), "max must be at least 1, got 0"),
-        (("--seed", "-1"), "seed must be in .*got -1"),
+        (("--seed", "-1"), "seed must be an int in .*got -1"),
         (("--iso-steps", "0"), "steps must be at least 1, got 0"),
         (("--ancer-lr", "0"), "learning_rate must be positive, got 0"),
         (("--ancer-samples", "0"), "num_samples must be at least 1, got 0"),
@@ -292,8 +292,8 @@ def test_a_run_with_other_settings_is_one_line_and_stays(here, capsys):
     cli.main(_toy(n="10"))
     before = (here / "run" / "results.tsv").read_bytes()
     capsys.readouterr()
-    assert "certify.n is 10 there and 20 here" in _error(capsys, _toy(n="20"))
-    assert "theta is 0.25 there and 0.5 here" in _error(capsys, _toy(n="10", sigma="0.5"))
+    assert "certify.n is 10 there, 20 here" in _error(capsys, _toy(n="20"))
+    assert "theta is 0.25 there, 0.5 here" in _error(capsys, _toy(n="10", sigma="0.5"))
     assert (here / "run" / "results.tsv").read_bytes() == before
 
 
@@ -378,7 +378,14 @@ def test_report_compares_runs_and_files(here, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: there is no such run or file"),
-        (["empty"], "not the settings of a run"),
+        (["empty"], "empty is not a run directory"),
+        (["toy.tsv", "--leakage-limit", "2"], r"--leakage-limit must be in \[0, 1\], got 2.0"),
+        (["toy.tsv", "--radii", "0", "nan"], "--radii must be finite"),
+        (["toy.tsv", "--orders", "2"], "--orders needs a run directory with a memory"),
+        (["negative.tsv"], "negative.tsv: line 3: radius cannot be -5"),
+        (["wrong.tsv"], "wrong.tsv: line 3: correct cannot be 1"),
+        (["twice.tsv"], "twice.tsv: line 3: idx cannot be 0"),
+        (["column.tsv"], "column.tsv: two columns have one name"),
         (["picture.png"], "picture.png: cannot be read"),
         (["toy.npz"], "toy.npz: (cannot be read|not a results table)"),
         (["plugin.py"], "plugin.py: not a results table, no column 'idx'"),
@@ -388,6 +395,11 @@ def test_report_compares_runs_and_files(here, capsys):
 def test_report_of_something_else_is_one_line(here, capsys, arguments, message):
     (here / "empty").mkdir()
     (here / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    lines = "idx\tlabel\tpredict\tradius\tcorrect\n0\t3\t3\t0.5\t1\n"
+    for name, line in (("toy", "1\t3\t3\t0\t1"), ("negative", "1\t3\t3\t-5\t1"), ("wrong", "1\t3\t2\t0\t1")):
+        (here / f"{name}.tsv").write_text(lines + line)
+    (here / "twice.tsv").write_text(lines + "0\t3\t3\t0.5\t1")
+    (here / "column.tsv").write_text(lines.replace("\n", "\tradius\n", 1).replace("1\n", "1\t0.5\n"))
     assert re.search(message, _error(capsys, ["report", *arguments]))
     assert not (here / "report").exists()
 
@@ -396,7 +408,7 @@ def test_without_memory_the_label_says_so(here, capsys):
     cli.main(_toy(*_SEARCH, "--no-memory", "--no-leakage", method="isotropic"))
     printed = capsys.readouterr().out
     assert NOT_RECONCILED in printed
-    assert "Memory (before" not in printed and "not measured" in printed
+    assert "Memory (before" not in printed and "Leakage" not in printed
     assert not (here / "run" / "memory.npz").exists()
     # The memory is no setting of the run: it can be had later.
     cli.main(_toy(*_SEARCH, "--no-leakage", method="isotropic"))

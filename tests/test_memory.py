@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ancer_jax import memory as module
@@ -88,8 +88,10 @@ def check_invariants(memory, rng):
         assert contains(a, a.center)
         assert (a.gap < outside(a, others)).all()
         points = a.center + a.gap * a.theta * rays * rng.choice([1 - 1e-9, 0.5], (len(rays), 1))
+        # Rounding moves those of a region that is tiny beside its centre out of it.
+        points = points[geometry.distance(points, a.center, a.theta, a.norm) <= a.gap]
         assert (geometry.distance(points[:, None], others.center, others.theta, a.norm) > others.gap).all()
-        for point in (a.center, *points[:: len(points) // 2]):
+        for point in (a.center, *points[:: len(points) // 2 or 1]):
             assert classify(memory, point, nobody) == prediction
 
 
@@ -111,6 +113,7 @@ def crowds(draw, dimensions):
 
 
 @given(crowds([1, 2, 4]), st.integers(0, 2**32))
+@example((2, [([0, 1], 0.5, 0.0, 2), ([0, 0], 0.5, 2.0, 0), ([0, 1], 0.5, 0.5, 2)]), 2)
 @settings(max_examples=60, deadline=None)
 def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
     norm, answers = crowd
@@ -441,7 +444,9 @@ GOOD = {"center": np.zeros(2), "theta": 1.0, "gap": 1.0, "norm": 2, "prediction"
         ({"theta": np.ones(3)}, r"do not fit together: .*\[1, 3\]"),
         ({"gap": np.ones(2)}, "do not fit together"),
         ({"prediction": np.zeros(2, int)}, "do not fit together"),
-        ({"prediction": 1.5}, "prediction must be a class or ABSTAIN .* got 1.5"),
+        ({"prediction": 1.5}, "prediction must be an integer, got float64"),
+        ({"prediction": "1"}, "prediction must be an integer, got <U1"),
+        ({"center": np.zeros(2, complex)}, "center must be real numbers, got complex128"),
         ({"prediction": -2}, "prediction must be a class or ABSTAIN .* got -2"),
         ({"center": np.array([0, math.nan])}, "center is out of range: nan"),
         ({"theta": 0.0}, "theta is out of range: 0.0"),
@@ -467,8 +472,9 @@ def test_bad_answers_are_refused(wrong, message):
 
 
 def test_bad_norms_and_inputs_are_refused():
-    with pytest.raises(ValueError, match="norm must be 2 or 1, got 3"):
-        empty(3)
+    for make in (empty, lambda norm: Region(np.zeros(2), 1.0, 1.0, norm)):
+        with pytest.raises(ValueError, match="norm must be 2 or 1, got 3"):
+            make(3)
     memory, _ = fill(2, ([5, 5], 1.0, 1.0, 0))
     with pytest.raises(ValueError, match=r"shape \[2\], got \[3\]"):
         classify(memory, np.zeros(3), nobody)

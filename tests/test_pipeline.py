@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import shutil
 
@@ -101,7 +102,7 @@ def test_only_settings_that_the_method_uses_name_the_run():
         ({"method": "best"}, "method must be one of fixed, isotropic, ancer"),
         ({"theta": 0.0}, "theta must be positive and finite as float32, got 0.0"),
         ({"theta": float("inf")}, "theta must be positive and finite"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "seed must be an int in"),
         ({"guard": "on"}, "guard must be one of"),
         ({"guard_samples": 0}, "guard_samples must be at least 1"),
         ({"isotropic": IsotropicConfig(theta_max=0.1)}, "theta_max must be at least theta = 0.25, got 0.1"),
@@ -209,10 +210,14 @@ def test_the_memory_of_a_run_serves(crowd):
 
 @pytest.mark.parametrize("first", [[0, 1, 2, 3, 4], [1, 4, 8, 11]])
 def test_images_may_come_later(crowd, tmp_path, first):
-    """In id order the memory continues; where ids come in between, it starts again: either way the same tables."""
+    """In id order the memory continues; where ids come in between, it starts again, and says so: either way the same
+    tables.
+    """
     certify_dataset(BUMPS, take(CROWD, first), WILD, out=tmp_path / "run")
     assert len(tables(tmp_path / "run")[1].splitlines()) == 1 + len(first)
-    certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run")
+    renamed = pytest.warns(UserWarning, match=r"renamed to memory_replaced_1\.npz")
+    with contextlib.nullcontext() if first[:2] == [0, 1] else renamed:
+        certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run")
     for text, expected in zip(tables(tmp_path / "run"), tables(crowd), strict=True):
         assert untimed(text) == untimed(expected)
 
@@ -229,9 +234,21 @@ def test_a_lost_memory_is_made_again(crowd, tmp_path, damage):
     else:
         file.unlink()
     assert read_run(run).memory_table() is None
-    certify_dataset(BUMPS, CROWD, WILD, out=run)
+    with contextlib.nullcontext() if damage == "delete" else pytest.warns(UserWarning, match="was renamed"):
+        certify_dataset(BUMPS, CROWD, WILD, out=run)
     assert tables(run) == tables(crowd)
     assert load_memory(run).regions.gap.tolist() == load_memory(crowd).regions.gap.tolist()
+
+
+def test_answers_that_were_added_by_hand_are_kept(crowd, tmp_path):
+    run = shutil.copytree(crowd, tmp_path / "run")
+    more, _ = memory.insert(load_memory(run), Region(np.full((3, 3, 1), 9.0), 1.0, 0.0, 2), 1)
+    for name in ("memory_replaced_1.npz", "memory_replaced_2.npz"):
+        save_memory(more, run / "memory.npz")
+        with pytest.warns(UserWarning, match=f"renamed to {name}"):
+            certify_dataset(BUMPS, CROWD, WILD, out=run)
+        assert len(load_memory(run / name)) == 13
+    assert tables(run) == tables(crowd)
 
 
 def test_a_memory_of_certificates_that_were_made_again_is_not_used(crowd, tmp_path):
@@ -252,7 +269,8 @@ def test_a_memory_with_a_flipped_bit_is_made_again(crowd, tmp_path):
     (run / "memory.npz").write_bytes(bytes(content))
     with pytest.raises(ValueError, match="no memory that can be read"):
         load_memory(run)
-    certify_dataset(BUMPS, CROWD, WILD, out=run)
+    with pytest.warns(UserWarning, match="was renamed"):
+        certify_dataset(BUMPS, CROWD, WILD, out=run)
     assert load_memory(run).regions.center.tolist() == CROWD.images.tolist()
 
 
@@ -295,4 +313,6 @@ def test_a_penalty_or_a_limit_needs_a_measure():
         with pytest.raises(ValueError, match="needs leakage to be measured"):
             RunConfig(method="isotropic", leakage=None, **change)
     with pytest.raises(ValueError, match=r"leakage_limit must be in \[0, 1\], got 2"):
-        RunConfig(leakage_limit=2.0)
+        RunConfig(method="ancer", leakage_limit=2.0)
+    with pytest.raises(ValueError, match="for methods that search theta"):
+        RunConfig(leakage_limit=0.5)

@@ -400,6 +400,9 @@ def test_regions_that_do_not_fit_are_refused(question):
         question(a, ball([1, 0], 1.0, norm=1))
     with pytest.raises(ValueError, match=r"one shape, got \[2\] and \[3\]"):
         question(a, ball([1, 0, 0], 1.0))
+    for bad in (ball([1, 0], 1.0, np.array([1, -0.5])), ball([1, 0], -0.5)):
+        with pytest.raises(ValueError, match=r"theta must be positive and gap not negative, got .*-0\.5"):
+            question(a, bad)
 
 
 # --- traced

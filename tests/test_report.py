@@ -36,6 +36,7 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
         "leakage": {"num_references": 20, "num_samples": 8},
         "data": {"image_shape": [4, 5, channels]},
         "isotropic": {"theta_max": 1.0},
+        "anisotropic": {"theta_max": 1.0},
     }
     n = len(ids)
     with open_run(path, settings, {}) as run:
@@ -190,7 +191,7 @@ def test_load_results_of_a_run_directory(tmp_path):
 def test_load_results_names_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="nowhere: there is no such run or file"):
         report.load_results(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="not the settings of a run"):
+    with pytest.raises(ValueError, match="is not a run directory"):
         report.load_results(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"picture\.png: cannot be read"):

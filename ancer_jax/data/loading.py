@@ -54,7 +54,11 @@ def _load_bundled(split: str) -> Dataset:
 
 def _load_npz(path: epath.Path) -> Dataset:
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        file = io.BytesIO(path.read_bytes())
+        if not zipfile.is_zipfile(file):
+            raise ValueError("truncated, or another kind of file")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable npz file ({error})") from error

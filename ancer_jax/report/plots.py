@@ -20,13 +20,18 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
     ):
         end = max(r[column].max() for r in results) * 1.05 or 1.0
         at = np.linspace(0, end, 400)
+        fixed = [r for r in results if not r.data_dependent]
         for i, r in enumerate(results):
             name = r.name if r.reconciled else f"{r.name} *"
             accuracy = certified_accuracy(r[column], r.correct, at)
             width = 2.4 if r.data_dependent else 1.4
-            style = {"linestyle": _STYLES[i % len(_STYLES)], "color": f"C{i % 10}", "linewidth": width}
+            color = f"C{i % 10}"
+            if 0 < len(fixed) < len(results):  # fixed noise is what the others are compared with
+                others = [other for other in results if other.data_dependent]
+                color = f"C{others.index(r) % 10}" if r.data_dependent else str(0.7 - 0.5 * fixed.index(r) / len(fixed))
+            style = {"linestyle": _STYLES[i % len(_STYLES)], "color": color, "linewidth": width}
             axis.plot(at, accuracy, drawstyle="steps-pre", label=name, **style)
-        axis.set(xlabel=label.strip(), xlim=(0, end), ylim=(0, 1))
+        axis.set(xlabel=label.strip(), xlim=(0, end), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     sizes = sorted({len(r.correct) for r in results})
     axes[0, 0].set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
@@ -61,6 +66,7 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    bound = np.float32(run.settings["anisotropic"]["theta_max"])
     figure, axes = _figure(2, len(found), (1.6 * len(found) + 1, 3.8))
     scale = Normalize(0, max(theta.max() for _, theta, *_ in found))
     for column, (i, theta, label, prediction, gap) in enumerate(found):
@@ -70,7 +76,8 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
         answer = "abstains" if prediction < 0 else f"predicts {prediction}"
         axes[0, column].set_title(f"#{i}, label {label}\n{answer}", fontsize=8)
         axes[1, column].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
-        axes[1, column].set_title(f"theta {theta.min():.2f}..{theta.max():.2f}\ngap {round_down(gap, 2)}", fontsize=8)
+        title = f"{theta.min():.2f}..{theta.max():.2f}, gap {round_down(gap, 2)}"
+        axes[1, column].set_title(f"{title}\nat the bound {np.mean(theta >= bound):.0%}", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label="theta (image units)")

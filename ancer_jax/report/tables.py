@@ -113,7 +113,8 @@ def summary_table(results: list[Results], radii: list[float], leakage_limit: flo
     parts = [format_table(figures), "Certified accuracy at", format_table(accuracies)]
     if memories := [_memory(r) for r in results if "changed" in r.columns]:
         parts += ["Memory (before -> after)", format_table(memories)]
-    if leakages := [_leakage(r, leakage_limit) for r in results if r.data_dependent and "leakage" in r.columns]:
+    measured = [r for r in results if r.data_dependent and np.isfinite(r.columns.get("leakage", np.nan)).any()]
+    if leakages := [_leakage(r, leakage_limit) for r in measured]:
         title = f"Leakage to the image's class, and figures without the thetas that leak more than {leakage_limit:g}"
         parts += [title, format_table(leakages)]
     return "\n\n".join([*parts, *_notes(results)])
@@ -152,11 +153,11 @@ def _leakage(results: Results, limit: float) -> dict[str, str]:
     known = [fractions.Fraction(str(value)) for value in leakage[~np.isnan(leakage) & (results["predict"] != -1)]]
     kept = results.correct & (leakage <= limit)
     for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
-        row[name] = round_up(figure(known), 3) if known else "not measured"
+        row[name] = round_up(figure(known), 3) if known else "-"
     row[f"above {limit:g}"] = f"{int((leakage > limit).sum())} of {len(known)}"
-    row["accuracy without"] = _share(kept)
-    row["ACR without"] = round_down(average_certified_radius(results["radius"], kept), 3)
-    row["ACR-tilde without"] = round_down(average_certified_radius(results["radius_proxy"], kept), 3)
+    row["accuracy without leaky"] = _share(kept)
+    row["ACR without leaky"] = round_down(average_certified_radius(results["radius"], kept), 3)
+    row["ACR-tilde without leaky"] = round_down(average_certified_radius(results["radius_proxy"], kept), 3)
     return row
 
 
