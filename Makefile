@@ -9,7 +9,7 @@ demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

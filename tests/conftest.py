@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import jaxtyping
+import pytest
 from hypothesis import HealthCheck, settings
 
 jaxtyping.install_import_hook("ancer_jax", "beartype.beartype")
@@ -14,3 +16,15 @@ jaxtyping.install_import_hook("ancer_jax", "beartype.beartype")
 # How fast examples come says how busy the machine is, not whether the code is right.
 settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ours")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of the plumbing: programs are compiled in half the time, and run slower. Nothing that was compiled one
+    way is used with what is compiled the other way: last bits may differ.
+    """
+    for quick in (True, False):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quick)
+        if quick:
+            yield

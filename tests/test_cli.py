@@ -15,6 +15,8 @@ from ancer_jax.data import BUNDLED_SUBSET, load_dataset
 from ancer_jax.report import NOT_RECONCILED
 from ancer_jax.runs import read_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _PLUGIN = """
 import jax.numpy as jnp
 from ancer_jax import from_function

@@ -10,6 +10,8 @@ from ancer_jax.leakage import LeakageConfig, leakage, make_references, reference
 from ancer_jax.smoothing import Stage, probs_of_each
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEYS = jax.random.split(jax.random.key(0), 12)
 IMAGES = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 ELSEWHERE = np.full(3, 9, np.float32)

@@ -30,6 +30,8 @@ from ancer_jax.results import parse_results
 from ancer_jax.runs import read_run
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 D = 9
 DATASET = Dataset(
     "points",

@@ -21,6 +21,8 @@ from ancer_jax.metrics import average_certified_radius, certified_accuracy
 from ancer_jax.results import COLUMNS, read_results
 from ancer_jax.runs import open_run, read_run, read_settings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _SETTINGS = {
     "norm": "l2",
     "method": "ancer",
