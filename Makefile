@@ -14,7 +14,7 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/extras
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -32,6 +32,11 @@ $(VENV)/package: pyproject.toml constraints.txt
 
 $(VENV)/installed: $(VENV)/package
 	$(INSTALL) ".[dev]"
+	touch $@
+
+# What some tests skip without: PyTorch to compare with, real weights and pictures.
+$(VENV)/extras: $(VENV)/installed
+	$(INSTALL) ".[dev,torch,pictures]"
 	touch $@
 
 clean:

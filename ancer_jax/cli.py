@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import tqdm
 import tyro
 from etils import epath
@@ -19,8 +20,11 @@ from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.data.pictures import Crop
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
+from ancer_jax.models.checkpoints import Trained, image_shape, is_network, load_network, make_network, save_network
+from ancer_jax.models.torch_import import convert_torch, read_torch
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
 from ancer_jax.runs import MEMORY, read_run
@@ -34,11 +38,16 @@ class Certify:
     """Find theta, certify every image, and store the results in a run directory; started again, it continues."""
 
     data: str = BUNDLED_SUBSET
-    """Data set: fashion-mnist-subset (bundled), an npz file (images, labels[, ids]), or a folder of idx files."""
-    split: Literal["test", "train"] = "test"
-    """Which part of the data set."""
+    """Data set: fashion-mnist-subset (bundled); tfds:NAME or tfds:NAME@FOLDER (prepared TensorFlow data set); an npz
+    file (images, labels[, ids]); or a folder of idx files, of CIFAR-10's binary files, or of a folder of pictures for
+    each class."""
+    split: str = "test"
+    """Which part of the data set: test or train; for tfds and pictures whatever there is."""
+    crop: Crop = "none"
+    """What is done to pictures: nothing, or imagenet: the shorter side to 256, then the central 224 x 224."""
     classifier: str = "bundled"
-    """Base classifier: bundled, or module:function of a function without arguments that returns a Classifier."""
+    """Base classifier: bundled; the folder of a network (of convert or train); or module:function, of a function
+    without arguments that returns a Classifier."""
     norm: Literal["l2", "l1"] = "l2"
     """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020)."""
     method: Method = "ancer"
@@ -46,7 +55,8 @@ class Certify:
     2022)."""
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
-    l2, half-width of the uniform noise for l1. Default: what the bundled classifier was trained with (0.25, 0.5)."""
+    l2, half-width of the uniform noise for l1. Default: what the bundled classifier (0.25, 0.5), or the network in the
+    folder, was trained with."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
     """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
     ancer as its scripts do (theta = sigma / sqrt(3))."""
@@ -109,7 +119,7 @@ class Certify:
     def run(self) -> None:
         """Certify, then print the table of this run."""
         classifier, sigma = _classifier(self.classifier, self.norm, self.sigma)
-        dataset = select(load_dataset(self.data, split=self.split), skip=self.skip, max_images=self.max)
+        dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
         _report([out], None)
@@ -206,6 +216,46 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a PyTorch checkpoint into the folder of a network, which certify takes as its classifier."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """PyTorch file (read with weights_only: code in it is refused, never run), or safetensors file."""
+    network: str
+    """Which network it is of: cifar_resnet110 and cifar_resnet20 (Cohen et al. 2019), imagenet_resnet50 (torchvision),
+    ancer_resnet18 (Eiras et al. 2022), wrn_40_2 (Yang et al. 2020), cifar_resnet18, efficientnet_lite0."""
+    out: str
+    """New folder."""
+    num_classes: int | None = None
+    """Number of classes; default: that of the network's usual data set (10, 1000)."""
+    norm: Literal["l2", "l1"] = "l2"
+    """What noise it was trained with: l2 Gaussian, l1 uniform."""
+    sigma: float | None = None
+    """Noise theta it was trained with, in units of pixels in [0, 1]; certify's default."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in its normalisation; default: the usual one. A checkpoint with another is refused."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
+    image_size: int | None = None
+    """Height and width of its images; default: those of the network's usual data set (32, 224)."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its layers; another one is another base classifier."""
+
+    def run(self) -> None:
+        """Read, convert, store."""
+        asked = {name: getattr(self, name) for name in ("num_classes", "mean", "std", "compute_dtype")}
+        attributes = {name: value for name, value in asked.items() if value is not None}
+        network, shape = make_network(self.network, **attributes), image_shape(self.network)
+        if self.image_size is not None:
+            shape = (self.image_size, self.image_size, shape[-1])
+        variables = convert_torch(network, read_torch(self.checkpoint), shape)
+        history = {"converted_from": epath.Path(self.checkpoint).name}
+        save_network(Trained(self.network, attributes, variables, shape, self.norm, self.sigma, history), self.out)
+        count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        print(f"{self.out}: {self.network}, {count:,} parameters, {network.num_classes} classes")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Compare runs: a table of certified accuracy, curves and theta maps as PNG."""
 
@@ -244,11 +294,20 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
     if name == "bundled":
         bundled = load_bundled(norm)
         return bundled.classifier, bundled.theta if sigma is None else sigma
+    if is_network(name):
+        trained = load_network(name)
+        known = trained.theta if trained.norm == norm else None
+        sigma = known if sigma is None else sigma
+        if sigma is None:
+            raise ValueError(f"--sigma is needed: {name} does not say what {norm} noise it was trained with")
+        return trained.classifier, sigma
     module, colon, function = name.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
         hint = "; did you mean 'bundled'?" if near else ""
-        raise ValueError(f"--classifier {name!r} is neither bundled nor module:function{hint}")
+        raise ValueError(
+            f"--classifier {name!r} is neither bundled, nor the folder of a network, nor module:function{hint}"
+        )
     if sigma is None:
         raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")
     try:
@@ -295,20 +354,20 @@ def _images_of(run: str):
     for split in ("test", "train"):
         dataset = load_dataset(BUNDLED_SUBSET, split=split)
         if dataset.fingerprint == read_run(run).settings["data"]["fingerprint"]:
-            return {int(i): image for i, image in zip(dataset.ids, dataset.images, strict=True)}
+            return {int(i): dataset.images[row] for row, i in enumerate(dataset.ids)}
     return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
-    commands = {"demo": Demo, "certify": Certify, "report": Report}
+    commands = {"demo": Demo, "certify": Certify, "convert": Convert, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
     previous = signal.signal(signal.SIGINT, _stop)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
             command.run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"ancer-jax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

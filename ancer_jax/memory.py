@@ -139,7 +139,7 @@ def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tu
 def insert_batch(
     memory: Memory, regions: Region, predictions, *, progress: Callable[[int], object] = lambda inputs: None
 ) -> tuple[Memory, MemoryInfo]:
-    """`insert` one after another, in the order given, at less cost: the same answers.
+    """`insert` one after another, in the order given, at less cost: the same answers (gaps but for their last bits).
 
     Args:
       memory: what has been answered before.

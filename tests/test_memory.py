@@ -143,11 +143,11 @@ def test_a_batch_is_answered_one_after_another(crowd, block):
         batched, info = insert_batch(empty(norm), regions, [answer[3] for answer in answers], progress=told.append)
     assert sum(told) == len(answers)
     np.testing.assert_array_equal(batched.predictions, memory.predictions)
-    np.testing.assert_array_equal(batched.regions.gap, memory.regions.gap)
+    # One theta for all coordinates takes another program than one for each: the last bit may differ.
+    np.testing.assert_allclose(batched.regions.gap, memory.regions.gap, rtol=1e-14)
     for i, one in enumerate(infos):
-        assert (info.prediction[i], info.region.gap[i], info.changed[i], info.inside[i]) == (
-            *(one.prediction, one.region.gap, one.changed, one.inside),
-        )
+        assert (info.prediction[i], info.changed[i], info.inside[i]) == (one.prediction, one.changed, one.inside)
+        assert info.region.gap[i] == batched.regions.gap[i]
 
 
 def random_answers(rng, count, d, norm, dtype=np.float32):

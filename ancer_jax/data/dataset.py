@@ -2,10 +2,47 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyImages:
+    """Images that are read when rows are asked for: what stands in for the array of a data set too large for memory.
+
+    `images[rows]` is float32 [len(rows), height, width, channels], `images[i]` one image; values are in [0, 1], because
+    they are 8-bit pixels divided by 255.
+
+    Attributes:
+      read: place in the whole data set -> uint8 [height, width, channels].
+      rows: places of these images.
+      image_shape: height, width, channels.
+    """
+
+    read: Callable[[int], np.ndarray]
+    rows: np.ndarray
+    image_shape: tuple[int, int, int]
+    dtype = np.dtype(np.float32)
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of all images, were they read."""
+        return (len(self.rows), *self.image_shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        chosen = self.rows[rows]
+        images = np.stack([self.read(int(row)) for row in np.atleast_1d(chosen)])
+        return (images if np.ndim(chosen) else images[0]).astype(np.float32) / np.float32(255)
+
+    def only(self, rows) -> "LazyImages":
+        """The images in these rows, still unread."""
+        return dataclasses.replace(self, rows=self.rows[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +52,11 @@ class Dataset:
     Attributes:
       name: what the data are called in results.
       ids: int64 [n], increasing, in [0, 2^31); the index of the image in the upstream data set.
-      images: float32 [n, height, width, channels], in [0, 1].
+      images: float32 [n, height, width, channels], in [0, 1], or `LazyImages`.
       labels: int64 [n], in [0, num_classes).
       num_classes: number of classes of the data set.
-      fingerprint: hash of ids, labels and pixels; `select` and `take` keep that of the whole.
+      fingerprint: hash of ids, labels and pixels (of images that are read lazily: of what the reader gives instead);
+        `select` and `take` keep that of the whole.
       whole: what `select` and `take` have taken this from, at first; else itself.
 
     Raises:
@@ -27,10 +65,10 @@ class Dataset:
 
     name: str
     ids: Int[np.ndarray, " n"]
-    images: Float[np.ndarray, "n height width channels"]
+    images: Float[np.ndarray, "n height width channels"] | LazyImages
     labels: Int[np.ndarray, " n"]
     num_classes: int
-    fingerprint: str = dataclasses.field(default="", init=False)
+    fingerprint: str = ""
     whole: "Dataset" = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -51,21 +89,28 @@ class Dataset:
             raise ValueError(f"{self.name}: num_classes must be at least 2, got {self.num_classes}")
         if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
             raise ValueError(f"{self.name}: ids must be increasing and in 0..2^31 - 1")
+        if isinstance(images, np.ndarray):
+            self._check_pixels(images)
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            bad = labels.max() if labels.max() >= self.num_classes else labels.min()
+            raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")
+        digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
+        pixels = (
+            images.astype("<f4") if isinstance(images, np.ndarray) else np.frombuffer(self.fingerprint.encode(), "u1")
+        )
+        for array in (ids.astype("<i8"), labels.astype("<i8"), pixels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
+        object.__setattr__(self, "whole", self)
+
+    def _check_pixels(self, images):
         if not np.isfinite(images).all():
-            bad = ids[~np.isfinite(images).all(axis=(1, 2, 3))][0]
+            bad = self.ids[~np.isfinite(images).all(axis=(1, 2, 3))][0]
             raise ValueError(f"{self.name}: image {bad} has values that are not finite")
         low, high = images.min(), images.max()
         if low < 0 or high > 1:
             hint = " (divide 8-bit pixels by 255)" if low >= 0 else ""
             raise ValueError(f"{self.name}: pixels must be in [0, 1], found {low:g} to {high:g}{hint}")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            bad = labels.max() if labels.max() >= self.num_classes else labels.min()
-            raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")
-        digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
-        for array in (ids.astype("<i8"), labels.astype("<i8"), images.astype("<f4")):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        object.__setattr__(self, "fingerprint", digest.hexdigest())
-        object.__setattr__(self, "whole", self)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +131,8 @@ def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) ->
 
 def take(dataset: Dataset, rows) -> Dataset:
     """The images in the given rows (increasing)."""
-    part = dataclasses.replace(dataset, ids=dataset.ids[rows], images=dataset.images[rows], labels=dataset.labels[rows])
+    images = dataset.images[rows] if isinstance(dataset.images, np.ndarray) else dataset.images.only(rows)
+    part = dataclasses.replace(dataset, ids=dataset.ids[rows], images=images, labels=dataset.labels[rows])
     object.__setattr__(part, "fingerprint", dataset.fingerprint)
     object.__setattr__(part, "whole", dataset.whole)
     return part

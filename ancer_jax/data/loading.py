@@ -1,4 +1,4 @@
-"""Reading data sets: by name (bundled), from an npz file, or from a folder of idx files."""
+"""Reading data sets: by name (bundled, TFDS), from an npz file, or from a folder of idx, CIFAR or picture files."""
 
 import difflib
 import gzip
@@ -6,37 +6,51 @@ import importlib.resources
 import io
 import zipfile
 import zlib
+from typing import get_args
 
 import numpy as np
 from etils import epath
 
 from ancer_jax.data.dataset import Dataset
+from ancer_jax.data.pictures import Crop, load_class_folders
+from ancer_jax.data.tfds import load_tfds
 
 BUNDLED_SUBSET = "fashion-mnist-subset"
 _SPLITS = ("test", "train")
+_CIFAR_ROW = 1 + 3 * 32 * 32  # label, red, green and blue plane
 _IDX_PREFIX = {"test": "t10k", "train": "train"}
 
 
-def load_dataset(source: str, *, split: str = "test") -> Dataset:
+def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Dataset:
     """The data set `source`, as float32 images in [0, 1].
 
     Args:
-      source: `"fashion-mnist-subset"` (ships with the package: every 20th test image, every 30th training
-        image of Fashion-MNIST); the path of an `.npz` file with `images` (uint8, or float in [0, 1];
-        [n, h, w] or [n, h, w, c]), `labels` [n] and optionally `ids` [n]; or the path of a folder with
-        MNIST-style idx files (`t10k-images-idx3-ubyte[.gz]`, ...).
-      split: `"test"` or `"train"`; an npz file has one split only and ignores it.
+      source: `"fashion-mnist-subset"` (ships with the package: every 20th test image, every 30th training image of
+        Fashion-MNIST); `"tfds:NAME"` or `"tfds:NAME@FOLDER"`, a prepared TensorFlow data set (`data.tfds`); the path of
+        an `.npz` file with `images` (uint8, or float in [0, 1]; [n, h, w] or [n, h, w, c]), `labels` [n] and optionally
+        `ids` [n]; or the path of a folder, with MNIST-style idx files (`t10k-images-idx3-ubyte[.gz]`, ...), with
+        CIFAR-10's binary files (`test_batch.bin`, ...), or with a folder of pictures for each class (`data.pictures`).
+      split: `"test"` or `"train"` (for TFDS and pictures any split that is there); an npz file has one split only and
+        ignores it. Ids are places in the split: those of the upstream data set.
+      crop: what is done to the pictures of class folders and TFDS: `"none"`, or `"imagenet"`: the shorter side to 256,
+        the central 224 x 224.
 
     Raises:
       ValueError: if there is no such source, a file is damaged, or the arrays break `Dataset`'s rules.
     """
+    if crop not in get_args(Crop):
+        raise ValueError(f"crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
+    if source.startswith("tfds:"):
+        return load_tfds(source.removeprefix("tfds:"), split, crop)
+    path = epath.Path(source)
+    if path.is_dir() and not _has(path, "*-ubyte*") and not _has(path, "*.bin"):
+        return load_class_folders(path, split, crop)
     if split not in _SPLITS:
         raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
     if source == BUNDLED_SUBSET:
         return _load_bundled(split)
-    path = epath.Path(source)
     if path.is_dir():
-        return _load_idx(path, split)
+        return _load_cifar(path, split) if _has(path, "*.bin") else _load_idx(path, split)
     if path.exists():
         return _load_npz(path)
     near = difflib.get_close_matches(source, [BUNDLED_SUBSET], n=1, cutoff=0.3)
@@ -66,6 +80,25 @@ def _load_npz(path: epath.Path) -> Dataset:
     if missing:
         raise ValueError(f"{path}: the npz file has no array {' and no '.join(sorted(missing))}")
     return _dataset(path.name, found["images"], found["labels"], found.get("ids"), None)
+
+
+def _has(folder: epath.Path, pattern: str) -> bool:
+    return next(iter(folder.glob(pattern)), None) is not None
+
+
+def _load_cifar(folder: epath.Path, split: str) -> Dataset:
+    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    images, labels = [], []
+    for path in (folder / f"{name}.bin" for name in names):
+        if not path.exists():
+            raise ValueError(f"{folder}: there is no {path.name}")
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+        if data.size == 0 or data.size % _CIFAR_ROW:
+            raise ValueError(f"{path}: not a whole CIFAR-10 file, {data.size} bytes are no multiple of {_CIFAR_ROW}")
+        rows = data.reshape(-1, _CIFAR_ROW)
+        labels.append(rows[:, 0].astype(np.int64))
+        images.append(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return _dataset(folder.name, np.concatenate(images), np.concatenate(labels), None, 10)
 
 
 def _load_idx(folder: epath.Path, split: str) -> Dataset:

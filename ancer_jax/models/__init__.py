@@ -1,6 +1,17 @@
-"""Flax networks, one file per family, and the classifiers that ship with the package."""
+"""Flax networks, one file per family, where they come from and how they are stored."""
 
 from ancer_jax.models.bundled import BundledModel, load_bundled
-from ancer_jax.models.cnn import SmallCNN
+from ancer_jax.models.checkpoints import NETWORKS, Trained, load_network, make_network, save_network
+from ancer_jax.models.torch_import import convert_torch, read_torch
 
-__all__ = ["BundledModel", "SmallCNN", "load_bundled"]
+__all__ = [
+    "NETWORKS",
+    "BundledModel",
+    "Trained",
+    "convert_torch",
+    "load_bundled",
+    "load_network",
+    "make_network",
+    "read_torch",
+    "save_network",
+]

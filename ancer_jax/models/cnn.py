@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ancer_jax.models.convolution import convolution
 
@@ -18,22 +19,24 @@ class SmallCNN(nn.Module):
       num_classes: number of logits.
       features: channels of the three convolutions.
       hidden: width of the hidden layer.
-      mean, std: per-data-set constants of the normalisation (defaults: Fashion-MNIST's).
+      mean, std: of each channel, or of all (defaults: Fashion-MNIST's).
+      compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
     """
 
     num_classes: int = 10
     features: tuple[int, int, int] = (16, 32, 32)
     hidden: int = 64
-    mean: float = 0.286
-    std: float = 0.353
+    mean: float | tuple[float, ...] = 0.286
+    std: float | tuple[float, ...] = 0.353
+    compute_dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits [n, num_classes] of images [n, height, width, channels]."""
-        conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
-        x = (x - self.mean) / self.std
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits [n, num_classes] of images [n, height, width, channels]; `train` changes nothing."""
+        conv = functools.partial(nn.Conv, dtype=self.compute_dtype, conv_general_dilated=convolution)
+        x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         x = nn.relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
         x = nn.relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))
         x = nn.relu(conv(self.features[2], (3, 3))(x))
-        x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.compute_dtype)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes)(x.astype(jnp.float32))

@@ -20,8 +20,9 @@ def convolution(lhs, rhs, window_strides, padding, **options) -> jax.Array:
     special = ("lhs_dilation", "rhs_dilation", "feature_group_count")
     plain = all(options.get(name) in (None, (1, 1), 1) for name in special)
     if plain and jax.default_backend() == "cpu":
-        pads = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-        return _convolve(lhs, rhs, tuple(window_strides), tuple(pads))
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+        return _convolve(lhs, rhs, tuple(window_strides), tuple(padding))
     return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
 
 

@@ -1,0 +1,84 @@
+"""Folders of pictures, one for each class, read one picture at a time."""
+
+import hashlib
+import io
+from typing import Literal
+
+import numpy as np
+from etils import epath
+
+from ancer_jax.data.dataset import Dataset, LazyImages
+
+Crop = Literal["none", "imagenet"]
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_RESIZED, _CROPPED = 256, 224
+
+
+def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
+    """The pictures in `folder/<class>/`, or in `folder/<split>/<class>/` if there is a folder of that name.
+
+    Classes are numbered by the alphabet, pictures by class and then by name: torchvision's `ImageFolder` gives the same
+    labels, and ImageNet's ids are those of the usual scripts. Names and sizes of the files make the fingerprint.
+
+    Raises:
+      ValueError: if there are none, or `crop` is "none" and the first picture is not as large as the one that is read.
+    """
+    root = folder / split if (folder / split).is_dir() else folder
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        here = sorted((p for p in (root / name).iterdir() if p.suffix.lower() in _SUFFIXES), key=lambda path: path.name)
+        files += here
+        labels += [label] * len(here)
+    if not files:
+        raise ValueError(
+            f"{folder}: there are neither idx files, nor CIFAR-10 files, nor pictures in folders of classes"
+        )
+    shape = read_picture(files[0], crop).shape
+
+    def read(row: int) -> np.ndarray:
+        return same_shape(read_picture(files[row], crop), shape, files[row])
+
+    digest = hashlib.sha256(crop.encode())
+    for file in files:
+        digest.update(f"{file.parent.name}/{file.name} {file.stat().length}\n".encode())
+    rows = np.arange(len(files))
+    images = LazyImages(read, rows, shape)
+    return Dataset(folder.name, rows, images, np.array(labels), max(2, len(classes)), digest.hexdigest())
+
+
+def same_shape(image: np.ndarray, shape: tuple[int, ...], name) -> np.ndarray:
+    """The image, if it is of that shape."""
+    if image.shape != shape:
+        raise ValueError(
+            f"{name} is {list(image.shape)}, others are {list(shape)}: pictures of one size, or --crop imagenet"
+        )
+    return image
+
+
+def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:
+    """uint8 [height, width, 3] of a picture in a file.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    try:
+        return decode(file.read_bytes(), crop)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file}: not a picture that can be read ({error})") from None
+
+
+def decode(content: bytes, crop: Crop) -> np.ndarray:
+    """uint8 [height, width, 3] of a picture's bytes; as for ImageNet: the shorter side to 256 (bilinear), then the
+    central 224 x 224.
+    """
+    import PIL.Image
+
+    picture = PIL.Image.open(io.BytesIO(content)).convert("RGB")
+    if crop == "imagenet":
+        scale = _RESIZED / min(picture.size)
+        width, height = (max(_RESIZED, int(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR)
+        left, top = round((width - _CROPPED) / 2), round((height - _CROPPED) / 2)
+        picture = picture.crop((left, top, left + _CROPPED, top + _CROPPED))
+    return np.asarray(picture)

@@ -1,0 +1,63 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016), as RS4A and ANCER use them.
+
+Submodules have PyTorch's names with `_` for `.`, so that `torch_import` can find them.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from ancer_jax.models.resnet import CIFAR10_MEAN, CIFAR10_STD, dense, layers, normalise
+
+
+class PreActivationBlock(nn.Module):
+    """Batch norm, ReLU, 3x3 convolution, twice; where the width changes the shortcut takes the activated input."""
+
+    features: int
+    stride: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        """[n, h, w, c] -> [n, h / stride, w / stride, features]."""
+        y = nn.relu(self.norm(name="bn1")(x))
+        if x.shape[-1] != self.features:
+            x = self.conv(self.features, 1, self.stride, name="convShortcut")(y)
+        y = nn.relu(self.norm(name="bn2")(self.conv(self.features, 3, self.stride, name="conv1")(y)))
+        return x + self.conv(self.features, 3, 1, name="conv2")(y)
+
+
+class WideResNet(nn.Module):
+    """A WRN with its normalisation `(x - mean) / std` inside, so that noise and radii are in units of [0, 1] pixels.
+
+    Attributes:
+      depth: 6 n + 4.
+      widen_factor: width of the first stage in units of 16 channels.
+      num_classes: number of logits.
+      mean, std: of each channel.
+      compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
+    """
+
+    depth: int = 40
+    widen_factor: int = 2
+    num_classes: int = 10
+    mean: tuple[float, ...] = CIFAR10_MEAN
+    std: tuple[float, ...] = CIFAR10_STD
+    compute_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits [n, num_classes] of images [n, height, width, channels]."""
+        conv, norm = layers(self.compute_dtype, train)
+        x = normalise(x, self.mean, self.std).astype(self.compute_dtype)
+        x = conv(16, 3, 1, name="conv1")(x)
+        for i in range(3):
+            for j in range((self.depth - 4) // 6):
+                stride = 2 if i > 0 and j == 0 else 1
+                x = PreActivationBlock(
+                    16 * self.widen_factor * 2**i, stride, conv, norm, name=f"block{i + 1}_layer_{j}"
+                )(x)
+        x = nn.relu(norm(name="bn1")(x))
+        return dense(self.num_classes, x.mean(axis=(1, 2)))

@@ -1,0 +1,193 @@
+"""Data sets as they lie on disk: CIFAR-10's files, folders of pictures, TensorFlow data sets."""
+
+import importlib.util
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from ancer_jax import CertifyConfig, RunConfig, certify_dataset, from_function
+from ancer_jax.data import batches, load_dataset, select
+from ancer_jax.results import read_results
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (7, 32, 32, 3), np.uint8)
+LABELS = np.array([3, 0, 9, 3, 1, 0, 2])
+
+
+def brightness(variables, x):
+    mean = x.mean(axis=(1, 2))
+    return mean @ variables
+
+
+def write_cifar(folder, name, pixels, labels):
+    planes = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.bin").write_bytes(np.concatenate([labels[:, None].astype(np.uint8), planes], axis=1).tobytes())
+
+
+def write_pictures(folder, names, pixels):
+    for name, image in zip(names, pixels, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / name)
+
+
+def test_cifar_files(tmp_path):
+    write_cifar(tmp_path, "test_batch", PIXELS, LABELS)
+    for i in range(1, 6):
+        write_cifar(tmp_path, f"data_batch_{i}", PIXELS[i : i + 2], LABELS[i : i + 2])
+    test, train = (load_dataset(str(tmp_path), split=split) for split in ("test", "train"))
+    np.testing.assert_array_equal(test.images, PIXELS.astype(np.float32) / np.float32(255))
+    np.testing.assert_array_equal(test.labels, LABELS)
+    assert test.ids.tolist() == list(range(7)) and test.num_classes == 10
+    np.testing.assert_array_equal(train.labels, np.concatenate([LABELS[i : i + 2] for i in range(1, 6)]))
+    np.testing.assert_array_equal(train.images[8], test.images[5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:-5]),
+            r"test_batch\.bin: not a whole CIFAR-10 file, 21506 bytes",
+        ),
+        (lambda file: file.write_bytes(b""), r"test_batch\.bin: not a whole CIFAR-10 file, 0 bytes"),
+        (lambda file: file.write_bytes(b"\x0a" + file.read_bytes()[1:]), r"label 10 is outside 0\.\.9"),
+        (lambda file: file.rename(file.with_name("other.bin")), r"there is no test_batch\.bin"),
+    ],
+)
+def test_damaged_cifar_files(tmp_path, damage, message):
+    write_cifar(tmp_path, "test_batch", PIXELS, LABELS)
+    damage(tmp_path / "test_batch.bin")
+    with pytest.raises(ValueError, match=message):
+        load_dataset(str(tmp_path))
+
+
+def test_folders_of_pictures_are_numbered_as_torchvision_does(tmp_path):
+    """Classes by the alphabet, pictures by class and name; other files are left alone."""
+    names = ["n02/b.png", "n02/a.png", "n01/z.PNG", "n03/c.bmp"]
+    write_pictures(tmp_path / "val", names, PIXELS[:4])
+    (tmp_path / "val" / "n01" / "notes.txt").write_text("x")
+    (tmp_path / "val" / "list.txt").write_text("x")
+    data = load_dataset(str(tmp_path), split="val")
+    assert data.labels.tolist() == [0, 1, 1, 2] and data.ids.tolist() == [0, 1, 2, 3] and data.num_classes == 3
+    expected = PIXELS[[2, 1, 0, 3]].astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(data.images[np.arange(4)], expected)
+    np.testing.assert_array_equal(data.images[2], expected[2])
+    part = select(data, skip=2)
+    np.testing.assert_array_equal(part.images[[1]], expected[[2]])
+    assert part.whole is data and part.fingerprint == data.fingerprint
+    found = list(batches(part, 2))
+    np.testing.assert_array_equal(found[0]["image"], expected[[0, 2]])
+    assert load_dataset(str(tmp_path / "val")).fingerprint == data.fingerprint
+    write_pictures(tmp_path / "val", ["n03/d.png"], PIXELS[4:5])
+    assert load_dataset(str(tmp_path), split="val").fingerprint != data.fingerprint
+
+
+def test_pictures_are_read_when_they_are_needed(tmp_path):
+    write_pictures(tmp_path, ["a/0.png", "a/1.png", "b/2.png"], PIXELS[:3])
+    data = load_dataset(str(tmp_path))
+    (tmp_path / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    data.images[[0, 2]]
+    with pytest.raises(ValueError, match=r"a/1\.png: not a picture that can be read") as error:
+        data.images[[1]]
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_of_other_sizes_need_a_crop(tmp_path):
+    wide, tall = RNG.integers(0, 256, (300, 500, 3), np.uint8), RNG.integers(0, 256, (600, 400, 3), np.uint8)
+    write_pictures(tmp_path, ["a/0.png", "b/1.png"], [wide, tall])
+    with pytest.raises(ValueError, match=r"b/1\.png is \[600, 400, 3\], others are \[300, 500, 3\]: .*--crop imagenet"):
+        load_dataset(str(tmp_path)).images[[1]]
+    data = load_dataset(str(tmp_path), crop="imagenet")
+    assert data.images.shape == (2, 224, 224, 3)
+    resized = PIL.Image.fromarray(tall).resize((256, 384), PIL.Image.Resampling.BILINEAR)
+    expected = np.asarray(resized)[80:304, 16:240].astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(data.images[1], expected)
+
+
+def test_a_folder_with_nothing_to_read(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="neither idx files, nor CIFAR-10 files, nor pictures in folders of classes"):
+        load_dataset(str(tmp_path))
+
+
+def test_pictures_are_certified_like_arrays(tmp_path):
+    """A lazy data set and an array of the same pixels give the same table."""
+    names = [f"{label}/{i}.png" for i, label in enumerate([0, 0, 1, 1, 2])]
+    write_pictures(tmp_path / "pictures", names, PIXELS[:5, :4, :4])
+    np.savez(tmp_path / "a.npz", images=PIXELS[:5, :4, :4], labels=np.array([0, 0, 1, 1, 2]))
+    classifier = from_function(brightness, np.eye(3, dtype=np.float32), num_classes=3)
+    config = RunConfig(certify=CertifyConfig(10, 100))
+    columns = [
+        read_results(
+            certify_dataset(classifier, load_dataset(str(tmp_path / source)), config, out=tmp_path / f"run{i}")
+        )
+        for i, source in enumerate(("pictures", "a.npz"))
+    ]
+    for name, column in columns[0].items():
+        if name != "time":
+            np.testing.assert_array_equal(column, columns[1][name])
+
+
+# --- TensorFlow data sets
+
+
+@pytest.fixture(scope="module")
+def tfds():
+    return pytest.importorskip("tensorflow_datasets", reason="its data sets are what is read")
+
+
+@pytest.fixture(scope="module")
+def prepared(tfds, tmp_path_factory):
+    """Folder with a prepared `cifar10` of seven images, in ArrayRecord files, made without TensorFlow."""
+    folder = tmp_path_factory.mktemp("tfds")
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("3.0.2")
+        name = "cifar10"
+
+        def _info(self):
+            image, label = tfds.features.Image(shape=(32, 32, 3)), tfds.features.ClassLabel(num_classes=10)
+            features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "image": image, "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, (image, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
+                png = io.BytesIO()
+                PIL.Image.fromarray(image).save(png, "PNG")
+                png.seek(0)
+                yield f"test_{i:05d}", {"id": f"test_{i:05d}", "image": png, "label": int(label)}
+
+    Cifar10(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_and_the_authors_files_agree(prepared, tmp_path):
+    """Identical arrays, ids and labels, though the order on disk is another."""
+    write_cifar(tmp_path, "test_batch", PIXELS, LABELS)
+    ours, theirs = load_dataset(str(tmp_path)), load_dataset(f"tfds:cifar10@{prepared}")
+    np.testing.assert_array_equal(theirs.images[np.arange(7)], ours.images)
+    np.testing.assert_array_equal(theirs.labels, ours.labels)
+    np.testing.assert_array_equal(theirs.ids, ours.ids)
+    assert theirs.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("cifar11", "test", "tfds:cifar11, split test: not to be had .*cifar11"),
+        ("cifar10@{prepared}", "validation", "split validation: not to be had"),
+        ("cifar10@{empty}", "test", "tfds:cifar10@.*: this needs TensorFlow"),
+    ],
+)
+def test_tfds_that_is_not_there(prepared, tmp_path, name, split, message):
+    if "TensorFlow" in message and importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed, and would start a download")
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset("tfds:" + name.format(prepared=prepared, empty=tmp_path), split=split)
+    assert "\n" not in str(error.value)
