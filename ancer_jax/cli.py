@@ -28,8 +28,11 @@ from ancer_jax.models.torch_import import convert_torch, read_torch
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
 from ancer_jax.runs import MEMORY, read_run
+from ancer_jax.training import HISTORY, PRESETS, TrainingMethod, train
+from ancer_jax.training.loop import SETTINGS, STATE, TABLE
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
+CURVES = "training.png"
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
@@ -256,6 +259,98 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a network for smoothing; started again, it continues. Defaults are the method's published ones."""
+
+    out: str
+    """Folder of the network, for certify --classifier; it also holds what training goes on from."""
+    data: str = BUNDLED_SUBSET
+    """Data set, as in certify: its split train is trained on, its split test is measured."""
+    network: str = "small_cnn"
+    """small_cnn, cifar_resnet20, cifar_resnet110, cifar_resnet18, ancer_resnet18, wrn_40_2, imagenet_resnet50 or
+    efficientnet_lite0."""
+    method: TrainingMethod = "augmentation"
+    """augmentation (Cohen et al. 2019), smoothadv (Salman et al. 2019), macer (Zhai et al. 2020), consistency (Jeong &
+    Shin 2020) or stability (Yang et al. 2020)."""
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise; l1: uniform noise."""
+    sigma: float = 0.25
+    """Noise theta, in units of pixels in [0, 1]: standard deviation, or half-width of the uniform noise."""
+    epochs: int | None = None
+    """Times that every image is seen."""
+    batch_size: int | None = None
+    """Images per step, each with its noisy copies."""
+    copies: int | None = None
+    """Noisy copies of each image (m)."""
+    lr: float | None = None
+    """Learning rate of SGD, at the start."""
+    drop_every: int | None = None
+    """Epochs after which the learning rate falls to a tenth, again and again; 0 is a cosine to 0."""
+    weight: float | None = None
+    """Weight of the method's second term (macer, consistency, stability)."""
+    epsilon: float | None = None
+    """SmoothAdv: l2 radius of its attack, in units of pixels in [0, 1]."""
+    attack_steps: int | None = None
+    """SmoothAdv: its steps."""
+    warmup: int | None = None
+    """SmoothAdv: epochs in which the radius grows."""
+    shift: int | None = None
+    """Images are shifted at random by up to so many pixels."""
+    flip: bool = True
+    """Images are mirrored at random."""
+    crop: Crop = "none"
+    """What is done to pictures, as in certify."""
+    max: int | None = None
+    """Train on this many images at most."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's layers."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    def run(self) -> None:
+        """Train, store the network, draw its curves."""
+        train_set, test_set = (load_dataset(self.data, split=split, crop=self.crop) for split in ("train", "test"))
+        train_set = select(train_set, max_images=self.max)
+        preset = PRESETS[self.method]
+        asked = {
+            "epochs": self.epochs, "batch_size": self.batch_size, "copies": self.copies, "learning_rate": self.lr,
+            "weight": self.weight, "epsilon": self.epsilon, "attack_steps": self.attack_steps,
+            "warmup_epochs": self.warmup, "shift": self.shift,
+        }  # fmt: skip
+        changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        if self.drop_every is not None:
+            changes["drop_every"] = self.drop_every or None
+        config = dataclasses.replace(
+            preset, norm=self.norm, theta=self.sigma, flip=self.flip, seed=self.seed, **changes
+        )
+        attributes = {"num_classes": train_set.num_classes, "compute_dtype": self.compute_dtype}
+        total = config.epochs * (len(train_set) // config.batch_size)
+        with tqdm.tqdm(total=total, unit="step", desc=f"{self.network}, {self.method}", smoothing=0, delay=1e-6) as bar:
+
+            def progress(steps: int, figures: dict[str, float]) -> None:
+                if bar.delay:
+                    bar.delay, bar.initial = 0, steps
+                bar.update(steps)
+                if figures:
+                    bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
+
+            network = make_network(self.network, **attributes)
+            state = train(network, train_set, test_set, config, out=self.out, progress=progress)
+        if not is_network(self.out):
+            history = dataclasses.asdict(config) | {"data": self.data, "test_accuracy": float(state.history[-1, 5])}
+            trained = Trained(
+                self.network, attributes, state.variables, train_set.images.shape[1:], self.norm, self.sigma, history
+            )
+            save_network(trained, self.out, beside=(SETTINGS, STATE, TABLE, CURVES))
+        report.plot_training(dict(zip(HISTORY, state.history.T, strict=True)), epath.Path(self.out) / CURVES)
+        last = dict(zip(HISTORY, state.history[-1], strict=True))
+        print(
+            f"{self.out}: accuracy {last['test_accuracy']:.4f} of {len(test_set):,} test images under one draw of the"
+        )
+        print(f"noise; {TABLE} and {CURVES} show how it came to that")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Compare runs: a table of certified accuracy, curves and theta maps as PNG."""
 
@@ -360,7 +455,7 @@ def _images_of(run: str):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
-    commands = {"demo": Demo, "certify": Certify, "convert": Convert, "report": Report}
+    commands = {"demo": Demo, "certify": Certify, "train": Train, "convert": Convert, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
     previous = signal.signal(signal.SIGINT, _stop)
     try:

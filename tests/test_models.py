@@ -258,7 +258,7 @@ _SHORT["wrn_40_2"] = {"depth": 10, "widen_factor": 1}
 def test_every_network_is_a_sound_classifier(name):
     """Batch statistics are used, not computed, and logits are float32 in either dtype; training changes statistics."""
     attributes = {"num_classes": 3, **_SHORT.get(name, {})}
-    shape = (64, 64, 3) if NETWORKS[name].num_classes == 1000 or name == "ancer_resnet18" else image_shape(name)
+    shape = (48, 48, 3) if NETWORKS[name].num_classes == 1000 or name == "ancer_resnet18" else image_shape(name)
     x = np.random.default_rng(0).random(shape, np.float32)
     network = make_network(name, **attributes)
     variables = jax.jit(network.init)(jax.random.key(0), x[None])

@@ -5,7 +5,7 @@ are.
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -94,8 +94,8 @@ class Trained:
         return from_linen(self.network, self.variables, num_classes=self.network.num_classes)
 
 
-def save_network(trained: Trained, path: epath.PathLike) -> None:
-    """Store a network in a new folder.
+def save_network(trained: Trained, path: epath.PathLike, *, beside: Collection[str] = ()) -> None:
+    """Store a network in a new folder, or in one that holds nothing but the files and folders `beside`.
 
     Raises:
       ValueError: if there is something in the folder.
@@ -104,11 +104,11 @@ def save_network(trained: Trained, path: epath.PathLike) -> None:
     import orbax.checkpoint as ocp
 
     path = epath.Path(path).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_VARIABLES, *beside}):
         raise ValueError(f"{path} is there already: a network goes into a new folder")
     path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / _VARIABLES, trained.variables)
+        checkpointer.save(path / _VARIABLES, trained.variables, force=True)
     info = dataclasses.asdict(dataclasses.replace(trained, variables=None))
     del info["variables"]
     (path / _INFO).write_text(json.dumps(info, indent=2) + "\n")

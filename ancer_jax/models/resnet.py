@@ -117,13 +117,16 @@ def normalise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 
 
 def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions."""
+    """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions.
+
+    `convolution` is for derivatives inside loops, as theta searches are; a training step is none.
+    """
 
     def conv(features, size, stride, *, groups=1, name):
         pad = (size - 1) // 2
         return nn.Conv(
             features, (size, size), (stride, stride), [(pad, pad)] * 2, feature_group_count=groups, use_bias=False,
-            dtype=dtype, kernel_init=he_normal, conv_general_dilated=convolution, name=name,
+            dtype=dtype, kernel_init=he_normal, conv_general_dilated=None if train else convolution, name=name,
         )  # fmt: skip
 
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)

@@ -1,7 +1,7 @@
 """Tables and pictures, made from results only."""
 
 from ancer_jax.report.orders import order_figures, order_table
-from ancer_jax.report.plots import plot_certified_accuracy, plot_theta
+from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_training
 from ancer_jax.report.tables import (
     LEAKAGE_LIMIT,
     NOT_RECONCILED,
@@ -21,5 +21,6 @@ __all__ = [
     "order_table",
     "plot_certified_accuracy",
     "plot_theta",
+    "plot_training",
     "summary_table",
 ]

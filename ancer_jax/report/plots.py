@@ -86,6 +86,27 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
     return True
 
 
+def plot_training(history: dict[str, np.ndarray], path: epath.PathLike) -> None:
+    """Loss and accuracy under noise against epochs, of training and of test images, as PNG.
+
+    Args:
+      history: columns epoch, train_loss, train_accuracy, test_loss, test_accuracy.
+      path: PNG file.
+    """
+    figure, axes = _figure(1, 2, (9, 3.6))
+    for axis, what, label in (
+        (axes[0, 0], "loss", "loss (training: the method's own)"),
+        (axes[0, 1], "accuracy", "accuracy under noise"),
+    ):
+        for part, style in (("train", "C0-"), ("test", "C3--")):
+            axis.plot(history["epoch"], history[f"{part}_{what}"], style, marker=".", label=part)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.set_ylim(bottom=0, top=1.02 if what == "accuracy" else None)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _figure(rows, columns, size, **options):
     """A figure with a canvas of its own: no display, and no state shared with the user's matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,0 +1,5 @@
+"""Training base classifiers for smoothing: pure losses, and one linear loop."""
+
+from ancer_jax.training.loop import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, measure, train
+
+__all__ = ["HISTORY", "PRESETS", "TrainConfig", "TrainState", "TrainingMethod", "measure", "train"]

@@ -1,0 +1,300 @@
+"""Training a base classifier for smoothing: one linear loop, resumable to the bit."""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.data import Dataset
+from ancer_jax.training import losses
+
+TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained; `PRESETS` has each method's published settings for CIFAR-10.
+
+    Attributes:
+      method: the loss (`training.losses`).
+      norm, theta: the noise: "l2" (Gaussian) or "l1" (uniform), and its parameter, in units of [0, 1] pixels.
+      epochs, batch_size: images of a batch, without their noisy copies.
+      copies: noisy copies of each image (m).
+      learning_rate, momentum, nesterov, weight_decay: of SGD; the decay is on all parameters.
+      drop_every: epochs after which the learning rate falls to a tenth, again and again; None is a cosine to 0.
+      weight: of the method's second term (MACER, consistency, stability).
+      epsilon, attack_steps, warmup_epochs: SmoothAdv's l2 ball, its steps, and the epochs in which the ball grows.
+      shift: largest random shift, in pixels; 0 is none.
+      flip: whether images are mirrored at random.
+      seed: of initial parameters, order, noise and augmentation.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    method: TrainingMethod = "augmentation"
+    norm: Literal["l2", "l1"] = "l2"
+    theta: float = 0.25
+    epochs: int = 90
+    batch_size: int = 256
+    copies: int = 1
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    drop_every: int | None = 30
+    weight: float = 0.0
+    epsilon: float = 0.0
+    attack_steps: int = 0
+    warmup_epochs: int = 0
+    shift: int = 4
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in (("method", get_args(TrainingMethod)), ("norm", tuple(CERTIFICATES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "copies", "drop_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("theta", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("momentum", "weight_decay", "weight", "epsilon", "attack_steps", "warmup_epochs", "shift", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.method == "stability" and self.copies < 2:
+            raise ValueError(f"stability training compares noisy copies: copies must be at least 2, got {self.copies}")
+        if self.method == "macer" and self.norm != "l2":
+            raise ValueError("macer maximises the l2 radius of Gaussian noise: norm must be l2")
+
+
+PRESETS: dict[TrainingMethod, TrainConfig] = {
+    # Cohen et al. 2019, code/train.py
+    "augmentation": TrainConfig("augmentation"),
+    # Salman et al. 2019, table of hyperparameters: 10-step PGD, epsilon 64/255, warm-up of 10 epochs
+    "smoothadv": TrainConfig(
+        "smoothadv", epochs=150, drop_every=50, copies=2, epsilon=64 / 255, attack_steps=10, warmup_epochs=10
+    ),
+    # Zhai et al. 2020: 440 epochs, a tenth of the rate after 200 and 400
+    "macer": TrainConfig(
+        "macer", epochs=440, batch_size=64, copies=16, learning_rate=0.01, drop_every=200, weight=12.0
+    ),
+    # Jeong and Shin 2020
+    "consistency": TrainConfig("consistency", epochs=150, drop_every=50, copies=2, weight=10.0),
+    # Yang et al. 2020, src/train.py
+    "stability": TrainConfig(
+        "stability", epochs=120, batch_size=64, copies=2, nesterov=True, drop_every=None, weight=6.0
+    ),
+}
+
+SETTINGS, STATE, TABLE = "training.json", "state", "training.tsv"
+HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+
+
+class TrainState(NamedTuple):
+    """What training goes on from: the network's variables, the optimizer's state, and a row of HISTORY per epoch."""
+
+    variables: Any
+    optimizer: Any
+    history: np.ndarray
+
+
+def train(
+    network: nn.Module,
+    data: Dataset,
+    test: Dataset,
+    config: TrainConfig,
+    *,
+    out: epath.PathLike,
+    progress: Callable[[int, dict[str, float]], object] = lambda steps, figures: None,
+) -> TrainState:
+    """Train `network` on `data`, continuing what is in the folder `out`; after every epoch its state is stored there.
+
+    A run that was stopped at any moment and started again gives the same parameters and the same history (`seconds`
+    apart) as one that never was, on the same machine.
+
+    Args:
+      network: takes `train=True` and may have batch statistics.
+      data: images in [0, 1] to train on.
+      test: images for the loss and accuracy under one draw of the noise each, after every epoch.
+      config: how.
+      out: folder, new or of an unfinished training with the same settings.
+      progress: called after every step with the number of steps (at first those that are done already) and the newest
+        figures of HISTORY.
+
+    Raises:
+      ValueError: if the data do not fit the network or the batch, or `out` is of another training.
+      OSError: if `out` cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    steps = len(data) // config.batch_size
+    if steps == 0:
+        raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has only {len(data)} images")
+    optimizer = _optimizer(config, steps)
+    start, noise = jax.random.split(jax.random.key(config.seed))
+    variables = jax.jit(network.init)(start, data.images[:1])
+    out = epath.Path(out).resolve()
+    _same_training(out, network, data, config)
+    state = TrainState(variables, optimizer.init(variables["params"]), np.full((config.epochs, len(HISTORY)), np.nan))
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    with ocp.CheckpointManager(out / STATE, options=options) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            state = TrainState(**manager.restore(done, args=ocp.args.StandardRestore(state._asdict())))
+        progress(done * steps, _figures(state.history, done))
+        for epoch in range(done, config.epochs):
+            clock = time.perf_counter()
+            epsilon = config.epsilon * min(1.0, (epoch + 1) / max(config.warmup_epochs, 1))
+            sums = jnp.zeros(2)
+            for number, rows in enumerate(_order(config, epoch, len(data), steps)):
+                key = jax.random.fold_in(noise, epoch * steps + number)
+                variables, moments, figures = _step(
+                    *(state.variables, state.optimizer, key, data.images[rows], data.labels[rows], epsilon),
+                    **{"network": network, "config": config, "steps": steps},
+                )
+                state, sums = state._replace(variables=variables, optimizer=moments), sums + figures
+                progress(1, {})
+            loss, accuracy = np.asarray(sums / steps)
+            measured = measure(network, state.variables, test, config)
+            rate = _learning_rate(config, steps)(epoch * steps)
+            state.history[epoch] = (epoch + 1, rate, loss, accuracy, *measured, time.perf_counter() - clock)
+            manager.save(epoch + 1, args=ocp.args.StandardSave(state._asdict()))
+            manager.wait_until_finished()
+            (out / TABLE).write_text(_table(state.history[: epoch + 1]))
+            progress(0, _figures(state.history, epoch + 1))
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("network", "config", "steps"))
+def _step(variables, moments, key, images, labels, epsilon, *, network, config: TrainConfig, steps: int):
+    """One step of the optimizer: new variables, its new state, and (loss, accuracy) of the noisy copies."""
+    key_augment, key_noise = jax.random.split(key)
+    images = _augment(key_augment, images, config)
+    certificate = CERTIFICATES[config.norm]
+    noise = certificate.sample(key_noise, jnp.full((len(images), config.copies, *images.shape[1:]), config.theta))
+    if config.method == "smoothadv":
+        evaluate = lambda noisy: network.apply(variables, noisy)
+        attack = functools.partial(losses.attack, evaluate, epsilon=epsilon, steps=config.attack_steps)
+        images = jax.lax.stop_gradient(jax.vmap(attack)(images, labels, noise))
+    noisy = (images[:, None] + noise).reshape(-1, *images.shape[1:])
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params):
+        logits, changed = network.apply({"params": params, **rest}, noisy, train=True, mutable=list(rest))
+        logits = logits.reshape(len(images), config.copies, -1)
+        value = jax.vmap(functools.partial(_loss, config))(logits, labels).mean()
+        right = (logits.argmax(-1) == labels[:, None]).mean()
+        return value, (changed, jnp.stack([value, right]))
+
+    gradient, (changed, figures) = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, moments = _optimizer(config, steps).update(gradient, moments, variables["params"])
+    return {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
+
+
+def _loss(config: TrainConfig, logits, label):
+    match config.method:
+        case "macer":
+            return losses.macer(logits, label, config.theta, weight=config.weight)
+        case "consistency":
+            return losses.consistency(logits, label, weight=config.weight)
+        case "stability":
+            return losses.stability(logits, label, weight=config.weight)
+    return losses.augmentation(logits, label)
+
+
+def _augment(key, images, config: TrainConfig):
+    """Random shifts by up to `shift` pixels (black comes in) and reflections, each image its own."""
+    key_shift, key_flip = jax.random.split(key)
+    if config.shift:
+        pad = config.shift
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        shifts = jax.random.randint(key_shift, (len(images), 2), 0, 2 * pad + 1)
+        cut = lambda image, shift: jax.lax.dynamic_slice(image, (*shift, 0), images.shape[1:])
+        images = jax.vmap(cut)(padded, shifts)
+    if config.flip:
+        flip = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(flip, images[:, :, ::-1], images)
+    return images
+
+
+def measure(network, variables, test: Dataset, config: TrainConfig, *, batch_size: int = 500) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of the base classifier on `test`, each image under one draw of the noise."""
+    sums = np.zeros(2)
+    for start in range(0, len(test), batch_size):
+        rows = np.arange(start, start + batch_size)
+        inside = rows < len(test)
+        rows = np.where(inside, rows, 0)
+        key = jax.random.fold_in(jax.random.key(config.seed), start)
+        sums += _measure_batch(
+            network, variables, key, test.images[rows], test.labels[rows], inside, norm=config.norm, theta=config.theta
+        )
+    loss, accuracy = sums / len(test)
+    return float(loss), float(accuracy)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "norm", "theta"))
+def _measure_batch(network, variables, key, images, labels, inside, *, norm, theta):
+    logits = network.apply(variables, images + CERTIFICATES[norm].sample(key, jnp.full(images.shape, theta)))
+    losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.stack([(losses_ * inside).sum(), ((logits.argmax(-1) == labels) * inside).sum()])
+
+
+def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(_learning_rate(config, steps), config.momentum, nesterov=config.nesterov),
+    )
+
+
+def _learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    if config.drop_every is None:
+        return optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps)
+    drops = {epoch * steps: 0.1 for epoch in range(config.drop_every, config.epochs, config.drop_every)}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> Iterator[np.ndarray]:
+    """The rows of each batch of an epoch; what does not fill a batch is left out, other images every time."""
+    order = np.random.default_rng((config.seed, epoch)).permutation(count)
+    return iter(order[: steps * config.batch_size].reshape(steps, -1))
+
+
+def _figures(history, epochs: int) -> dict[str, float]:
+    return dict(zip(HISTORY, history[epochs - 1].tolist(), strict=True)) if epochs else {}
+
+
+def _table(history) -> str:
+    rows = [(int(row[0]), *(f"{value:.6g}" for value in row[1:])) for row in history]
+    return "\n".join("\t".join(map(str, row)) for row in [HISTORY, *rows]) + "\n"
+
+
+def _same_training(out: epath.Path, network, data: Dataset, config: TrainConfig) -> None:
+    """Refuse a folder of another training; note this one's settings."""
+    file = out / SETTINGS
+    settings = dataclasses.asdict(config) | {"network": repr(network), "data": [data.name, data.fingerprint, len(data)]}
+    settings = json.loads(json.dumps(settings))
+    if file.exists():
+        there = json.loads(file.read_text())
+        differ = [name for name in settings if settings[name] != there.get(name)]
+        if differ:
+            raise ValueError(f"{out} was trained with other settings: {', '.join(differ)} differ")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something else: name a new folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,107 @@
+"""Losses of the training methods of randomized smoothing, each for one image: pure functions of its noisy logits.
+
+`logits` are float [m, K], of m noisy copies of one image; `label` is its class. Means over a batch are `jax.vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.stats import norm
+from jaxtyping import Array, ArrayLike, Float, Int
+
+
+def augmentation(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
+    """Noise augmentation: the mean cross-entropy of the noisy copies.
+
+    References: Cohen et al. 2019 (arXiv 1902.02918), section 3.3; for uniform noise Yang et al. 2020 (arXiv
+    2002.08118).
+    """
+    return -jax.nn.log_softmax(logits)[:, label].mean()
+
+
+def macer(
+    logits: Float[ArrayLike, "m K"],
+    label: Int[ArrayLike, ""],
+    theta: Float[ArrayLike, ""],
+    *,
+    weight: float = 12.0,
+    inverse_temperature: float = 16.0,
+    margin: float = 8.0,
+) -> Float[Array, ""]:
+    """MACER: cross-entropy of the mean probability, and a hinge on the soft l2 radius where the answer is right.
+
+    `-log p_label + weight * theta / 2 * max(margin - xi, 0) [right]`, with `p` the mean softmax of the logits and
+    `xi = Phi^-1(q_1) - Phi^-1(q_2)` of the two largest entries of q, the mean softmax of the logits times
+    `inverse_temperature`. Where xi is not finite or above the margin there is no second term.
+
+    References: Zhai et al. 2020 (arXiv 2001.02378), section 4, and its code (defaults for CIFAR-10).
+    """
+    mean = jax.nn.softmax(logits).mean(axis=0)
+    sharp = jax.nn.softmax(inverse_temperature * jnp.asarray(logits)).mean(axis=0)
+    (first, second), _ = jax.lax.top_k(sharp, 2)
+    usable = (sharp.argmax() == label) & (first < 1) & (second > 0)
+    first, second = (jnp.where(usable, value, other) for value, other in ((first, 0.75), (second, 0.25)))
+    xi = norm.ppf(first) - norm.ppf(second)
+    hinge = jnp.where(usable & (xi <= margin), margin - xi, 0.0)
+    return -jnp.log(mean[label] + 1e-10) + weight * theta / 2 * hinge
+
+
+def consistency(
+    logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""], *, weight: float = 10.0, entropy_weight: float = 0.5
+) -> Float[Array, ""]:
+    """Consistency: `mean_i CE(p_i) + weight * mean_i KL(p || p_i) + entropy_weight * H(p)`, with p the mean of the p_i.
+
+    References: Jeong and Shin 2020 (arXiv 2006.04062), section 3, and its code (defaults for CIFAR-10).
+    """
+    log_each = jax.nn.log_softmax(logits)
+    mean = jnp.exp(log_each).mean(axis=0)
+    log_mean = jnp.log(jnp.clip(mean, 1e-20))
+    divergence = (mean * (log_mean - log_each)).sum(axis=1).mean()
+    entropy = -(mean * log_mean).sum()
+    return augmentation(logits, label) + weight * divergence + entropy_weight * entropy
+
+
+def stability(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""], *, weight: float = 6.0) -> Float[Array, ""]:
+    """Stability training: `CE(p_1) + weight * mean_{i>1} KL(p_1 || p_i)`, both noisy.
+
+    References: Li et al. 2019 (arXiv 1809.03113); Yang et al. 2020 (arXiv 2002.08118) and its code (m = 2, weight 6).
+    """
+    log_each = jax.nn.log_softmax(logits)
+    first, others = log_each[0], log_each[1:]
+    return -first[label] + weight * (jnp.exp(first) * (first - others)).sum(axis=1).mean()
+
+
+def smoothed_loss(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
+    """`-log mean_i softmax(logits_i)_label`: what SmoothAdv's attack increases (Salman et al. 2019, eq. 6)."""
+    log_each = jax.nn.log_softmax(logits)[:, label]
+    return -(jax.nn.logsumexp(log_each) - jnp.log(len(log_each)))
+
+
+def attack(apply, x, label, noise, *, epsilon, steps: int):
+    """SmoothAdv's projected gradient ascent of `smoothed_loss` around one image, through fixed noise.
+
+    Steps of length `2 epsilon / steps` along the normalised gradient, projected to the l2 ball and to pixels in [0, 1].
+
+    Args:
+      apply: noisy images [m, *d] -> logits [m, K], in evaluation mode.
+      x: [*d] in [0, 1].
+      label: its class.
+      noise: [m, *d], the same draws that the network is then trained on.
+      epsilon: radius of the l2 ball.
+      steps: how many.
+
+    Returns:
+      The adversarial image [*d].
+
+    References: Salman et al. 2019 (arXiv 1906.04584), section 3, and its code.
+    """
+    loss = lambda y: smoothed_loss(apply(y[None] + noise), label)
+
+    def step(y, _):
+        gradient = jax.grad(loss)(y)
+        y = y + 2 * epsilon / steps * gradient / (optax.tree.norm(gradient) + 1e-8)
+        away = y - x
+        away *= jnp.minimum(1.0, epsilon / (optax.tree.norm(away) + 1e-12))
+        return jnp.clip(x + away, 0.0, 1.0), None
+
+    return jax.lax.scan(step, x, None, length=steps)[0]
