@@ -310,6 +310,8 @@ class Train:
     def run(self) -> None:
         """Train, store the network, draw its curves."""
         train_set, test_set = (load_dataset(self.data, split=split, crop=self.crop) for split in ("train", "test"))
+        if train_set.fingerprint == test_set.fingerprint:
+            raise ValueError(f"{self.data} has one split only: it would be tested on the images it was trained on")
         train_set = select(train_set, max_images=self.max)
         preset = PRESETS[self.method]
         asked = {

@@ -9,6 +9,7 @@ import pytest
 
 from ancer_jax import CertifyConfig, RunConfig, certify_dataset, from_function
 from ancer_jax.data import batches, load_dataset, select
+from ancer_jax.data.pictures import decode
 from ancer_jax.results import read_results
 
 RNG = np.random.default_rng(0)
@@ -129,6 +130,13 @@ def test_pictures_are_certified_like_arrays(tmp_path):
     for name, column in columns[0].items():
         if name != "time":
             np.testing.assert_array_equal(column, columns[1][name])
+
+
+def test_grey_pictures_stay_grey_where_the_data_set_is_grey():
+    file = io.BytesIO()
+    PIL.Image.fromarray(PIXELS[0, :4, :5, 0]).save(file, "PNG")
+    np.testing.assert_array_equal(decode(file.getvalue(), "none", 1), PIXELS[0, :4, :5, :1])
+    assert decode(file.getvalue(), "none").shape == (4, 5, 3)
 
 
 # --- TensorFlow data sets

@@ -201,6 +201,7 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
     assert (trained.name, trained.norm, trained.theta) == ("small_cnn", "l2", 0.3)
     assert trained.history["epochs"] == 2
     assert (tmp_path / "net" / "training.png").stat().st_size > 10_000
+    np.savez("one.npz", images=TEST.images, labels=TEST.labels)
     before = json.loads((tmp_path / "net" / "network.json").read_text())
     cli.main(["train", "--out", "net", *flags])  # nothing is left to do
     assert json.loads((tmp_path / "net" / "network.json").read_text()) == before
@@ -211,6 +212,7 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
         (["train", "--out", "new", "--network", "cifar_resnet20", *flags], "takes images [n, height, width, 3], got"),
         (["train", "--out", "new", "--network", "resnet"], "there is no network 'resnet'"),
         (["train", "--out", "new", "--data", "nowhere"], "nowhere"),
+        (["train", "--out", "new", "--data", "one.npz"], "one.npz has one split only"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

@@ -68,17 +68,17 @@ def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:
         raise ValueError(f"{file}: not a picture that can be read ({error})") from None
 
 
-def decode(content: bytes, crop: Crop) -> np.ndarray:
-    """uint8 [height, width, 3] of a picture's bytes; as for ImageNet: the shorter side to 256 (bilinear), then the
-    central 224 x 224.
+def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
+    """uint8 [height, width, channels] of a picture's bytes; as for ImageNet: the shorter side to 256 (bilinear), then
+    the central 224 x 224.
     """
     import PIL.Image
 
-    picture = PIL.Image.open(io.BytesIO(content)).convert("RGB")
+    picture = PIL.Image.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB")
     if crop == "imagenet":
         scale = _RESIZED / min(picture.size)
         width, height = (max(_RESIZED, int(side * scale)) for side in picture.size)
         picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR)
         left, top = round((width - _CROPPED) / 2), round((height - _CROPPED) / 2)
         picture = picture.crop((left, top, left + _CROPPED, top + _CROPPED))
-    return np.asarray(picture)
+    return np.asarray(picture).reshape(picture.height, picture.width, channels)

@@ -43,10 +43,11 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
     meta = [{key: record[key] for key in ("label", "id", "file_name") if key in record} for record in records]
     order, ids = _order(meta)
     labels = np.array([int(meta[row]["label"]) for row in order])
-    shape = _decode(records[int(order[0])], crop).shape
+    channels = builder.info.features["image"].shape[-1]
+    shape = decode(records[int(order[0])]["image"], crop, channels).shape
 
     def read(row: int) -> np.ndarray:
-        return same_shape(_decode(records[row], crop), shape, f"tfds:{name}, record {row}")
+        return same_shape(decode(records[row]["image"], crop, channels), shape, f"tfds:{name}, record {row}")
 
     version = f"{builder.info.full_name} {split} {crop} {builder.info.splits[split].num_bytes}"
     fingerprint = hashlib.sha256(version.encode()).hexdigest()
@@ -77,10 +78,6 @@ def _order(meta: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
                 return order, np.array(numbers)[order]
             return np.array(sorted(range(len(names)), key=names.__getitem__)), np.arange(len(meta))
     return np.arange(len(meta)), np.arange(len(meta))
-
-
-def _decode(record, crop: Crop) -> np.ndarray:
-    return decode(record["image"], crop)
 
 
 def _text(value) -> str:

@@ -24,7 +24,7 @@ TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "s
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a network is trained; `PRESETS` has each method's published settings for CIFAR-10.
+    """How a network is trained; `PRESETS` has the settings of each method's published code.
 
     Attributes:
       method: the loss (`training.losses`).
@@ -85,15 +85,13 @@ class TrainConfig:
 PRESETS: dict[TrainingMethod, TrainConfig] = {
     # Cohen et al. 2019, code/train.py
     "augmentation": TrainConfig("augmentation"),
-    # Salman et al. 2019, table of hyperparameters: 10-step PGD, epsilon 64/255, warm-up of 10 epochs
-    "smoothadv": TrainConfig(
-        "smoothadv", epochs=150, drop_every=50, copies=2, epsilon=64 / 255, attack_steps=10, warmup_epochs=10
-    ),
+    # Salman et al. 2019, code/train_pgd.py
+    "smoothadv": TrainConfig("smoothadv", epsilon=64 / 256, attack_steps=10, warmup_epochs=1),
     # Zhai et al. 2020: 440 epochs, a tenth of the rate after 200 and 400
     "macer": TrainConfig(
         "macer", epochs=440, batch_size=64, copies=16, learning_rate=0.01, drop_every=200, weight=12.0
     ),
-    # Jeong and Shin 2020
+    # Jeong and Shin 2020, code/train_consistency.py, with two draws
     "consistency": TrainConfig("consistency", epochs=150, drop_every=50, copies=2, weight=10.0),
     # Yang et al. 2020, src/train.py
     "stability": TrainConfig(
@@ -239,7 +237,7 @@ def measure(network, variables, test: Dataset, config: TrainConfig, *, batch_siz
         rows = np.arange(start, start + batch_size)
         inside = rows < len(test)
         rows = np.where(inside, rows, 0)
-        key = jax.random.fold_in(jax.random.key(config.seed), start)
+        key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
         sums += _measure_batch(
             network, variables, key, test.images[rows], test.labels[rows], inside, norm=config.norm, theta=config.theta
         )
