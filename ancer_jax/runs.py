@@ -85,7 +85,7 @@ class Run:
         buffer = io.BytesIO()
         named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
         np.savez(buffer, key=np.array(self.key), **named)
-        _write(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue())
+        write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue())
 
     def table(self) -> str:
         """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
@@ -108,9 +108,9 @@ class Run:
         """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
         text, path = self.memory_table(), self.path / RESULTS_MEMORY
         path.unlink(missing_ok=True)  # first: the two tables are never of different inputs
-        _write(self.path / RESULTS, self.table().encode())
+        write_file(self.path / RESULTS, self.table().encode())
         if text is not None:
-            _write(path, text.encode())
+            write_file(path, text.encode())
         return self.path / RESULTS
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
@@ -203,7 +203,7 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
             _refuse_other_settings(path, read_settings(path), settings)
         else:
             document = {"hash": run.key, "settings": settings, "made_with": made_with}
-            _write(config, (json.dumps(document, indent=2) + "\n").encode())
+            write_file(config, (json.dumps(document, indent=2) + "\n").encode())
         for leftover in (path / "shards").glob("*.tmp"):
             leftover.unlink()
         yield run
@@ -239,7 +239,7 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
     named: dict[str, Any] = arrays | more
-    _write(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
+    write_file(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
 
 
 def load_memory(path: epath.PathLike) -> Memory:
@@ -305,7 +305,7 @@ def _flatten(tree, prefix=""):
             yield f"{prefix}{name}", value
 
 
-def _write(path: epath.Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+def write_file(path: epath.Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a whole file or nothing: a temporary name, then a rename."""
     temporary = path.parent / f"{path.name}.tmp"
     try:

@@ -145,7 +145,7 @@ def compare_votes(small, seed):
     chunk = min(1000, n)
     full, half = (
         votes(overhead.resnet18(seed, dtype)[0], images, n=n, chunk=chunk, seed=seed)
-        for dtype in (jnp.float32, jnp.bfloat16)
+        for dtype in ("float32", "bfloat16")
     )
     moved = int(np.abs(full - half).sum()) // 2
     rows.append({"network": "ResNet-18", "against": "bfloat16", "votes": 2 * n, "moved": moved})
@@ -178,7 +178,7 @@ def certify_resnet18(small, seed):
 def certify_resnet18_bfloat16(small, seed):
     plans, total = ([(1, 10)], 20) if small else ([(10, 1000)], 40_000)
     plans = [("ResNet-18", b, c, total // b) for b, c in plans]
-    rows = throughput(plans, repeats=3, seed=seed, dtype=jnp.bfloat16)
+    rows = throughput(plans, repeats=3, seed=seed, dtype="bfloat16")
     return [row | {"dtype": "bfloat16"} for row in rows]
 
 

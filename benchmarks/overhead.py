@@ -21,51 +21,17 @@ import functools
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import record
 
 from ancer_jax import GaussianL2, from_function, from_linen, load_bundled
+from ancer_jax.models import make_network
 from ancer_jax.smoothing import class_counts
 
 BARS = {"SmallCNN": 1.4, "ResNet-18": 1.1}
 THETA = 0.25
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut (He et al. 2016)."""
-
-    features: int
-    stride: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        conv = functools.partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, use_running_average=True, dtype=self.dtype)
-        y = nn.relu(norm()(conv((3, 3), strides=self.stride)(x)))
-        y = norm()(conv((3, 3))(y))
-        if x.shape != y.shape:
-            x = norm()(conv((1, 1), strides=self.stride)(x))
-        return nn.relu(x + y)
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with the CIFAR stem: 3x3 convolution, no pooling."""
-
-    num_classes: int = 10
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(64, (3, 3), use_bias=False, dtype=self.dtype)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=self.dtype)(x))
-        for stage in range(4):
-            for block in range(2):
-                x = Block(64 * 2**stage, 2 if stage and not block else 1, self.dtype)(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
 
 
 def small_cnn(seed):
@@ -73,9 +39,9 @@ def small_cnn(seed):
     return load_bundled("l2").classifier, (28, 28, 1)
 
 
-def resnet18(seed, dtype=jnp.float32):
+def resnet18(seed, dtype="float32"):
     """(classifier, image shape) of a ResNet-18 with random weights."""
-    network = ResNet18(dtype=dtype)
+    network = make_network("cifar_resnet18", compute_dtype=dtype)
     variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return from_linen(network, variables, num_classes=10), (32, 32, 3)
 

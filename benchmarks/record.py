@@ -20,9 +20,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 def save(name: str, results: Any, *, seed: int) -> None:
     """Write `results/<name>.json`; `results` are JSON values."""
+    arguments = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
     document = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *arguments]),
         "seed": seed,
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},

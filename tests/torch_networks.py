@@ -94,6 +94,59 @@ class WideResNet(nn.Module):
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
+class SameConv(nn.Conv2d):
+    """A convolution without bias, padded as TensorFlow does."""
+
+    def __init__(self, inside, out, size, stride=1, groups=1):
+        super().__init__(inside, out, size, stride, groups=groups, bias=False)
+
+    def forward(self, x):
+        padding = []
+        for length, size, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
+            total = max((-(-length // stride) - 1) * stride + size - length, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, padding))
+
+
+class MobileBlock(nn.Module):
+    def __init__(self, inside, out, size, stride, expansion):
+        super().__init__()
+        width, norm = inside * expansion, lambda count: nn.BatchNorm2d(count, eps=1e-3)
+        if expansion > 1:
+            self._expand_conv, self._bn0 = SameConv(inside, width, 1), norm(width)
+        self._depthwise_conv, self._bn1 = SameConv(width, width, size, stride, groups=width), norm(width)
+        self._project_conv, self._bn2 = SameConv(width, out, 1), norm(out)
+        self.shortcut = inside == out and stride == 1
+
+    def forward(self, x):
+        y = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
+        y = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(y)))))
+        return x + y if self.shortcut else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Stages: blocks, kernel size, stride, expansion, channels (Tan and Le 2019, table 1)."""
+
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self._conv_stem, self._bn0 = SameConv(3, 32, 3, 2), nn.BatchNorm2d(32, eps=1e-3)
+        blocks, inside = [], 32
+        for count, size, stride, expansion, out in (
+            *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+            *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+        ):
+            for i in range(count):
+                blocks.append(MobileBlock(inside, out, size, 1 if i else stride, expansion))
+                inside = out
+        self._blocks = nn.Sequential(*blocks)
+        self._conv_head, self._bn1 = SameConv(320, 1280, 1), nn.BatchNorm2d(1280, eps=1e-3)
+        self._fc = nn.Linear(1280, num_classes)
+
+    def forward(self, x):
+        x = self._blocks(F.relu6(self._bn0(self._conv_stem(x))))
+        return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+
 class Normalise(nn.Module):
     """Cohen's layer in front of the network; its constants are in the checkpoint."""
 
@@ -112,7 +165,7 @@ def scramble(network, seed=0):
     uniform = lambda tensor, low, high: tensor.data.uniform_(low, high, generator=generator)
     for name, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            last = name.endswith(("bn2", "bn3"))  # of a residual branch: small, or a hundred of them explode
+            last = name.endswith((".bn2", ".bn3"))  # of a residual branch: small, or a hundred of them explode
             uniform(module.weight, *((0.1, 0.4) if last else (0.5, 1.5)))
             uniform(module.bias, -0.5, 0.5)
             uniform(module.running_mean, -0.5, 0.5)

@@ -1,4 +1,4 @@
-"""Data sets as arrays: the bundled subset, idx folders and npz files."""
+"""Data sets of images, by name, file or folder, and their batches."""
 
 from ancer_jax.data.dataset import Dataset, batches, select, take
 from ancer_jax.data.loading import BUNDLED_SUBSET, load_dataset

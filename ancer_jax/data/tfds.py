@@ -1,7 +1,9 @@
 """Prepared TensorFlow data sets; without TensorFlow where they are stored as ArrayRecord."""
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,36 +25,45 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
     Raises:
       ValueError: if it is not there, or needs what is not installed.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise ValueError(f"tfds:{name} needs tensorflow-datasets (pip install 'ancer-jax[tfds]')") from None
-    raw = {"image": tfds.decode.SkipDecoding()}
-    try:
+    import tensorflow_datasets as tfds
+
+    what, raw = f"tfds:{name}, split {split}", {"image": tfds.decode.SkipDecoding()}
+    with _one_line(what):
         dataset, _, folder = name.partition("@")
         builder: Any = tfds.builder(dataset, data_dir=folder or None)
         records = _records(tfds, builder, split, raw)
-    except ImportError as error:
-        raise ValueError(
-            f"tfds:{name}: this needs TensorFlow (pip install 'ancer-jax[tensorflow]'): {_line(error)}"
-        ) from None
-    except Exception as error:  # of many kinds: unknown names and splits, no network, foreign files
-        raise ValueError(f"tfds:{name}, split {split}: not to be had ({_line(error)})") from None
     if "image" not in builder.info.features or "label" not in builder.info.features:
         raise ValueError(f"tfds:{name}: it has the features {', '.join(builder.info.features)}, not image and label")
-    meta = [{key: record[key] for key in ("label", "id", "file_name") if key in record} for record in records]
-    order, ids = _order(meta)
-    labels = np.array([int(meta[row]["label"]) for row in order])
-    channels = builder.info.features["image"].shape[-1]
-    shape = decode(records[int(order[0])]["image"], crop, channels).shape
+    with _one_line(what):
+        meta = [{key: record[key] for key in ("label", "id", "file_name") if key in record} for record in records]
+        order, ids = _order(meta)
+        labels = np.array([int(meta[row]["label"]) for row in order])
+        channels = builder.info.features["image"].shape[-1]
+        shape = decode(records[int(order[0])]["image"], crop, channels).shape
 
     def read(row: int) -> np.ndarray:
-        return same_shape(decode(records[row]["image"], crop, channels), shape, f"tfds:{name}, record {row}")
+        with _one_line(f"{what}, record {row}"):
+            image = decode(records[row]["image"], crop, channels)
+        return same_shape(image, shape, f"tfds:{name}, record {row}")
 
     version = f"{builder.info.full_name} {split} {crop} {builder.info.splits[split].num_bytes}"
     fingerprint = hashlib.sha256(version.encode()).hexdigest()
     num_classes = builder.info.features["label"].num_classes
     return Dataset(f"tfds:{name}", ids, LazyImages(read, order, shape), labels, num_classes, fingerprint)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What goes wrong in TFDS, of many kinds (unknown names, no network, half a file), as a ValueError of one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{what}: no prepared ArrayRecord files are there, and all else needs TensorFlow "
+            f"(pip install 'ancer-jax[tensorflow]'): {_line(error)}"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{what}: not to be had ({_line(error)})") from None
 
 
 def _records(tfds, builder, split: str, raw) -> Any:

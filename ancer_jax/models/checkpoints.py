@@ -19,6 +19,7 @@ from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
+from ancer_jax.runs import write_file
 
 NETWORKS: dict[str, Any] = {
     "small_cnn": SmallCNN(),
@@ -111,7 +112,7 @@ def save_network(trained: Trained, path: epath.PathLike, *, beside: Collection[s
         checkpointer.save(path / _VARIABLES, trained.variables, force=True)
     info = dataclasses.asdict(dataclasses.replace(trained, variables=None))
     del info["variables"]
-    (path / _INFO).write_text(json.dumps(info, indent=2) + "\n")
+    write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
 
 
 def is_network(path: epath.PathLike) -> bool:

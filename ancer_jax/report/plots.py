@@ -3,6 +3,7 @@
 import numpy as np
 from etils import epath
 
+from ancer_jax.data import Dataset
 from ancer_jax.metrics import certified_accuracy, round_down
 from ancer_jax.report.tables import NOT_RECONCILED, Results
 from ancer_jax.runs import Run
@@ -41,25 +42,27 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
     _save(figure, path)
 
 
-def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *, columns: int = 8) -> bool:
+def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
     """The theta maps of a run's first images beside the images, as PNG.
 
     Args:
       run: a run whose theta has one value per coordinate.
-      images: id -> image [height, width, channels] in [0, 1].
+      dataset: the images of the run, or more of the same data set.
       path: PNG file.
       columns: how many images.
 
     Returns:
-      False, with nothing drawn, if theta is one number per image or none of the images is in the run.
+      False, with nothing drawn, if theta is one number per image or `dataset` is not what the run is of.
     """
+    if dataset.fingerprint != run.settings["data"]["fingerprint"]:
+        return False
     found = [
         (int(i), theta, int(label), int(prediction), float(gap))
         for shard in run.shards()
         for i, theta, label, prediction, gap in zip(
             shard["ids"], shard["theta"], shard["labels"], shard["predictions"], shard["gap"], strict=True
         )
-        if theta.ndim == 3 and int(i) in images
+        if theta.ndim == 3 and i in dataset.ids
     ][:columns]
     if not found:
         return False
@@ -70,7 +73,7 @@ def plot_theta(run: Run, images: dict[int, np.ndarray], path: epath.PathLike, *,
     figure, axes = _figure(2, len(found), (1.6 * len(found) + 1, 3.8))
     scale = Normalize(0, max(theta.max() for _, theta, *_ in found))
     for column, (i, theta, label, prediction, gap) in enumerate(found):
-        image = images[i]
+        image = dataset.images[np.searchsorted(dataset.ids, i)]
         pixels = image[..., 0] if image.shape[-1] == 1 else image
         axes[0, column].imshow(pixels, cmap="gray", vmin=0, vmax=1)
         answer = "abstains" if prediction < 0 else f"predicts {prediction}"

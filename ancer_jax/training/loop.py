@@ -17,6 +17,7 @@ from etils import epath
 
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import Dataset
+from ancer_jax.runs import write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
@@ -173,7 +174,7 @@ def train(
             state.history[epoch] = (epoch + 1, rate, loss, accuracy, *measured, time.perf_counter() - clock)
             manager.save(epoch + 1, args=ocp.args.StandardSave(state._asdict()))
             manager.wait_until_finished()
-            (out / TABLE).write_text(_table(state.history[: epoch + 1]))
+            write_file(out / TABLE, _table(state.history[: epoch + 1]).encode())
             progress(0, _figures(state.history, epoch + 1))
     return state
 
@@ -295,4 +296,4 @@ def _same_training(out: epath.Path, network, data: Dataset, config: TrainConfig)
         raise ValueError(f"{out} holds something else: name a new folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        write_file(file, f"{json.dumps(settings, indent=2)}\n".encode())

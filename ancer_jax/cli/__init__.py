@@ -1,0 +1,35 @@
+"""The command line: flags to frozen configs, progress bars, printed tables; nothing else."""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+import tyro
+
+from ancer_jax.cli.certify import Certify, Demo
+from ancer_jax.cli.networks import Convert, Train
+from ancer_jax.cli.report import Report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
+    commands = {"demo": Demo, "certify": Certify, "train": Train, "convert": Convert, "report": Report}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+    previous = signal.signal(signal.SIGINT, _stop)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
+            command.run()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"ancer-jax: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _stop(*_) -> None:
+    """Leave at once: what is finished is stored, and an orderly exit under running XLA threads can crash or hang."""
+    print("\nancer-jax: stopped; start the same command again to continue", file=sys.stderr, flush=True)
+    os._exit(130)

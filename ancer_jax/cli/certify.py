@@ -1,0 +1,237 @@
+"""`ancer-jax certify` and `ancer-jax demo`: flags to a `RunConfig`, a progress bar, a table."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import sys
+from typing import Any, Literal
+
+import tqdm
+
+from ancer_jax import report
+from ancer_jax.certification import CertifyConfig
+from ancer_jax.classifiers import Classifier
+from ancer_jax.cli.report import draw, print_table
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.data.pictures import Crop
+from ancer_jax.leakage import LeakageConfig
+from ancer_jax.models import load_bundled
+from ancer_jax.models.checkpoints import is_network, load_network
+from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
+from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
+
+_SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Certify:
+    """Find theta, certify every image, and store the results in a run directory; started again, it continues."""
+
+    data: str = BUNDLED_SUBSET
+    """Data set: fashion-mnist-subset (bundled); tfds:NAME or tfds:NAME@FOLDER (prepared TensorFlow data set); an npz
+    file (images, labels[, ids]); or a folder of idx files, of CIFAR-10's binary files, or of a folder of pictures for
+    each class."""
+    split: str = "test"
+    """Which part of the data set: test or train; for tfds and pictures whatever there is."""
+    crop: Crop = "none"
+    """What is done to pictures: nothing, or imagenet: the shorter side to 256, then the central 224 x 224."""
+    classifier: str = "bundled"
+    """Base classifier: bundled; the folder of a network (of convert or train); or module:function, of a function
+    without arguments that returns a Classifier."""
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020)."""
+    method: Method = "ancer"
+    """fixed: one theta for all; isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel (Eiras et al.
+    2022)."""
+    sigma: float | None = None
+    """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
+    l2, half-width of the uniform noise for l1. Default: what the bundled classifier (0.25, 0.5), or the network in the
+    folder, was trained with."""
+    sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
+    """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
+    ancer as its scripts do (theta = sigma / sqrt(3))."""
+    n0: int = CertifyConfig.n0
+    """Draws that select the class (Cohen et al. 2019: 100)."""
+    n: int = CertifyConfig.n
+    """Draws that estimate its probability (Cohen et al. 2019: 100,000)."""
+    alpha: float = CertifyConfig.alpha
+    """Probability that a certificate is wrong, per image (Cohen et al. 2019: 0.001)."""
+    skip: int = 1
+    """Take every skip-th image."""
+    max: int | None = None
+    """Take this many images at most."""
+    seed: int = 0
+    """Seed of all draws."""
+    iso_steps: int = IsotropicConfig.steps
+    """Steps of the isotropic search (Alfarra et al. 2022: 900)."""
+    iso_lr: float = IsotropicConfig.learning_rate
+    """Its step size, plain gradient ascent (reference: 0.04)."""
+    iso_samples: int = IsotropicConfig.num_samples
+    """Its draws per step (reference: 100)."""
+    ancer_steps: int = AnisotropicConfig.steps
+    """Steps of the anisotropic search (Eiras et al. 2022: 100)."""
+    ancer_lr: float = AnisotropicConfig.learning_rate
+    """Its step size, Adam (reference: 0.04)."""
+    ancer_samples: int = AnisotropicConfig.num_samples
+    """Its draws per step (reference: 100)."""
+    kappa: float = AnisotropicConfig.kappa
+    """Weight of min(theta) in its objective (reference: 2)."""
+    objective: Objective = AnisotropicConfig.objective
+    """Objective of both searches: ancer (the paper's) or log_volume."""
+    theta_max: float | None = None
+    """Upper bound of theta in both searches; default 4 * sigma; inf for no bound, which lets the noise run away."""
+    guard: Guard = "volume"
+    """Keep the isotropic theta unless the anisotropic one has the larger volume / contains its region; off: never."""
+    guard_samples: int = RunConfig.guard_samples
+    """Draws for that choice, for each theta; none of them certifies."""
+    memory: bool = True
+    """Put data-dependent certificates through a memory, in order of ids: what makes them those of one classifier."""
+    leakage: bool = True
+    """Measure how many other images each found theta sends to its image's class."""
+    leakage_references: int = LeakageConfig.num_references
+    """Other images that are asked, drawn from the data set by the seed."""
+    leakage_samples: int = LeakageConfig.num_samples
+    """Draws for each of them."""
+    leakage_weight: float = SearchConfig.leakage_weight
+    """Penalty on leakage in both searches: taken off the objective, times the mean probability that 32 other images get
+    the class (ours; 0 is none, 1 to 20 trade size for honesty)."""
+    leakage_limit: float | None = None
+    """Do not take a theta that leaks more than this share: anisotropic gives way to isotropic, isotropic to sigma."""
+    batch_size: int = Execution.batch_size
+    """Images at a time; speed only."""
+    chunk: int = Execution.chunk
+    """Noisy copies of each image at a time; speed and memory only."""
+    devices: int | None = None
+    """Local devices to use; default all."""
+    out: str | None = None
+    """Run directory; default runs/<norm>-<method>-<sigma>."""
+
+    def run(self) -> None:
+        """Certify, then print the table of this run."""
+        classifier, sigma = _classifier(self.classifier, self.norm, self.sigma)
+        dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
+        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
+        self.certify(classifier, dataset, sigma, out)
+        print_table([out])
+
+    def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:
+        """One run, with a progress bar."""
+        if self.sigma_convention != "theta" and self.norm != "l1":
+            raise ValueError("--sigma-convention is for --norm l1; for l2, sigma is the standard deviation")
+        search: dict[str, Any] = {
+            "objective": self.objective,
+            "theta_max": self.theta_max,
+            "leakage_weight": self.leakage_weight,
+        }
+        config = RunConfig(
+            norm=self.norm,
+            method=self.method,
+            theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
+            certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),
+            isotropic=IsotropicConfig(
+                steps=self.iso_steps, num_samples=self.iso_samples, learning_rate=self.iso_lr, **search
+            ),
+            anisotropic=AnisotropicConfig(
+                steps=self.ancer_steps,
+                num_samples=self.ancer_samples,
+                learning_rate=self.ancer_lr,
+                kappa=self.kappa,
+                **search,
+            ),
+            guard=self.guard,
+            guard_samples=self.guard_samples,
+            leakage=LeakageConfig(self.leakage_references, self.leakage_samples) if self.leakage else None,
+            leakage_limit=self.leakage_limit,
+            seed=self.seed,
+        )
+        execution = Execution(self.batch_size, self.chunk, self.devices)
+        title = f"{self.method} {sigma:g}"
+        # The delay keeps the bar back until the run is open: an error before that is one line alone.
+        with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
+            answered = 0
+
+            def progress(images: int) -> None:
+                if bar.delay:  # the first call: images that an earlier process finished say nothing about speed
+                    bar.delay, bar.initial = 0, images
+                bar.update(images)
+
+            def reconciled(images: int) -> None:
+                nonlocal answered
+                answered += images
+                bar.set_postfix_str(f"{answered} through the memory")
+
+            certify_dataset(
+                classifier,
+                dataset,
+                config,
+                out=out,
+                execution=execution,
+                reconcile=self.memory,
+                progress=progress,
+                reconciled=reconciled,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Certify real images (Fashion-MNIST, bundled) with fixed, isotropic and anisotropic noise, and compare them."""
+
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise; l1: uniform noise."""
+    max: int = 30
+    """How many of the 500 bundled test images, spread evenly."""
+    n: int = 10_000
+    """Draws per certificate."""
+    out: str | None = None
+    """Folder of the runs and pictures; default demo-<norm>. Started again, it continues there."""
+
+    def run(self) -> None:
+        """Certify with eight settings, print the table, draw the pictures."""
+        bundled = load_bundled(self.norm)
+        whole = load_dataset(BUNDLED_SUBSET)
+        dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)
+        out = self.out or f"demo-{self.norm}"
+        runs: list[str] = []
+        factors = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+        fixed: list[tuple[Method, float]] = [("fixed", f * bundled.theta) for f in factors]
+        for method, sigma in [*fixed, ("isotropic", bundled.theta), ("ancer", bundled.theta)]:
+            # A hundred steps of the isotropic search are enough here; 900 are the reference's.
+            command = Certify(norm=self.norm, method=method, n=self.n, iso_steps=100)
+            name = f"{method}-{sigma:g}" if method == "fixed" else method
+            runs.append(f"{out}/{name}")
+            command.certify(bundled.classifier, dataset, sigma, runs[-1])
+        draw(runs, print_table(runs), whole, out)
+        print("\nMean proxy radius (of the ball of the same volume) after memory, wrong answers included:")
+        print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
+
+
+def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float]:
+    """The classifier of that name, and sigma, by default the bundled classifier's."""
+    if name == "bundled":
+        bundled = load_bundled(norm)
+        return bundled.classifier, bundled.theta if sigma is None else sigma
+    if is_network(name):
+        trained = load_network(name)
+        known = trained.theta if trained.norm == norm else None
+        sigma = known if sigma is None else sigma
+        if sigma is None:
+            raise ValueError(f"--sigma is needed: {name} does not say what {norm} noise it was trained with")
+        return trained.classifier, sigma
+    module, colon, function = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
+        hint = "; did you mean 'bundled'?" if near else ""
+        raise ValueError(
+            f"--classifier {name!r} is neither bundled, nor the folder of a network, nor module:function{hint}"
+        )
+    if sigma is None:
+        raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")
+    try:
+        sys.path.insert(0, "")
+        classifier = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--classifier {name!r}: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
+    return classifier, sigma

@@ -1,0 +1,87 @@
+"""`ancer-jax report`: a table of runs, and their pictures."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import tyro
+from etils import epath
+
+from ancer_jax import report
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
+from ancer_jax.data.pictures import Crop
+from ancer_jax.runs import MEMORY, read_run
+
+_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare runs: a table of certified accuracy, curves and theta maps as PNG."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
+    radii: tuple[float, ...] | None = None
+    """Radii at which to list certified accuracy."""
+    leakage_limit: float = report.LEAKAGE_LIMIT
+    """Leakage above which a theta counts as certifying nothing, in the figures that say so."""
+    orders: int = 0
+    """Put the runs with a memory through it in this many random orders, too, and show how far the figures move."""
+    data: str = BUNDLED_SUBSET
+    """Data set of the runs, as in certify: the images beside their theta maps."""
+    split: str = "test"
+    """Part of that data set."""
+    crop: Crop = "none"
+    """What was done to its pictures, as in certify."""
+    out: str = "report"
+    """Folder of the pictures."""
+
+    def run(self) -> None:
+        """Print the table, draw the pictures."""
+        if not self.runs:
+            raise ValueError("name at least one run directory or TSV file")
+        if self.orders < 0:
+            raise ValueError(f"--orders must not be negative, got {self.orders}")
+        if not 0 <= self.leakage_limit <= 1:
+            raise ValueError(f"--leakage-limit must be in [0, 1], got {self.leakage_limit}")
+        if not all(0 <= radius < math.inf for radius in self.radii or ()):
+            raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
+        with_memory = [run for run in self.runs if (epath.Path(run) / MEMORY).exists()]
+        if self.orders and not with_memory:
+            raise ValueError("--orders needs a run directory with a memory")
+        dataset = load_dataset(self.data, split=self.split, crop=self.crop)
+        results = print_table(list(self.runs), self.radii, self.leakage_limit)
+        draw(list(self.runs), results, dataset, self.out)
+        if self.orders:
+            print("\nIn order of ids (and the range over random orders)\n")
+            print(report.order_table(with_memory, orders=self.orders))
+
+
+def print_table(
+    runs: list[str], radii: Sequence[float] | None = None, leakage_limit: float = report.LEAKAGE_LIMIT
+) -> list[report.Results]:
+    """Print the table of the runs; return what it is of."""
+    results = [report.load_results(run) for run in runs]
+    if len({r.name for r in results}) < len(runs):
+        results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
+    print(report.summary_table(results, list(radii or _RADII), leakage_limit))
+    return results
+
+
+def draw(runs: list[str], results: list[report.Results], dataset: Dataset, out: str) -> None:
+    """Draw the curves of all runs and, beside the images of `dataset`, the theta maps of each; print what was drawn."""
+    folder = epath.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, missing = [folder / "certified_accuracy.png"], []
+    report.plot_certified_accuracy(results, drawn[0])
+    for i, run in enumerate(runs):
+        if not epath.Path(run).is_dir() or "anisotropic" not in read_run(run).settings:
+            continue
+        path = folder / f"theta_{epath.Path(run).name}.png"
+        if path in drawn:
+            path = folder / f"theta_{epath.Path(run).name}_{i}.png"
+        if report.plot_theta(read_run(run), dataset, path):
+            drawn.append(path)
+        else:
+            missing.append(f"no theta maps of {run}: {dataset.name} is not what it is of (--data, --split, --crop)")
+    print("", "pictures: " + ", ".join(map(str, drawn)), *missing, sep="\n")
