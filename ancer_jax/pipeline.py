@@ -19,7 +19,7 @@ from ancer_jax import memory, parallel
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.certification import CertifyConfig, certification, count_votes
 from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
-from ancer_jax.data import Dataset, batches, take
+from ancer_jax.data import Dataset, batches, pixel_hashes, take
 from ancer_jax.leakage import LeakageConfig, References, leakage, make_references
 from ancer_jax.optimize import (
     THETA_MAX_FACTOR,
@@ -167,6 +167,11 @@ def certify_dataset(
         raise ValueError(
             f"{dataset.name} has {dataset.num_classes} classes, the classifier only {classifier.num_classes}"
         )
+    if dataset.classes and dataset.num_classes < classifier.num_classes:
+        raise ValueError(
+            f"{dataset.name} has folders of {dataset.num_classes} classes, the classifier knows "
+            f"{classifier.num_classes}: labels are places in the list of folders, so all must be there"
+        )
     check_classifier(classifier, dataset.images[0])
     mesh = parallel.device_mesh(execution.devices)
     batch_size = math.ceil(min(execution.batch_size, len(dataset)) / mesh.size) * mesh.size
@@ -187,7 +192,7 @@ def certify_dataset(
 
 def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
     """Put every finished image through the memory in order of ids, continuing a memory that is stored."""
-    columns = run.columns("predictions", "gap", "theta")
+    columns = run.columns("pixels", "predictions", "gap", "theta")
     stored = run.read_memory()
     if stored is None and (names := run.set_memory_aside()):
         warnings.warn(
@@ -200,6 +205,8 @@ def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
     if not len(new["ids"]):
         return
     images = dataset.images[np.searchsorted(dataset.ids, new["ids"])]
+    if (other := pixel_hashes(images) != new["pixels"]).any():
+        raise ValueError(f"{dataset.name}: image {new['ids'][other][0]} is no longer the one that was certified")
     regions = Region(images, new["theta"], new["gap"], norm)
     state, info = memory.insert_batch(state, regions, new["predictions"], progress=progress)
     inside_id = np.where(info.inside < 0, -1, columns["ids"][info.inside])
@@ -252,6 +259,7 @@ def _certify_batch(run: Run, classifier, references, batch, config: RunConfig, e
         {
             "ids": batch["id"][mask],
             "labels": batch["label"][mask],
+            "pixels": pixel_hashes(batch["image"][mask]),
             "predictions": result.prediction[mask],
             "counts": result.count[mask],
             "p_lower": result.p_lower[mask],

@@ -32,7 +32,10 @@ from ancer_jax.results import Answer, leakage_share, write_table
 RESULTS = "results.tsv"
 RESULTS_MEMORY = "results_memory.tsv"
 MEMORY = "memory.npz"
-_ARRAYS = ("ids", "labels", "predictions", "counts", "p_lower", "gap", "theta", "leaked", "references", "seconds")
+_ARRAYS = (
+    *("ids", "labels", "pixels", "predictions", "counts", "p_lower", "gap", "theta", "leaked", "references"),
+    "seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +193,7 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
     if foreign and not (path / "config.json").exists() and foreign != ["config.json.tmp"]:
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(str(path / "lock"), timeout=0)
-    try:
-        held = lock.acquire()
-    except filelock.Timeout:
-        raise ValueError(f"another process is writing to the run {path}") from None
-    with held:
+    with locked(path):
         settings = json.loads(json.dumps(settings))
         run = _run(path, settings)
         config = path / "config.json"
@@ -207,6 +205,22 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
         for leftover in (path / "shards").glob("*.tmp"):
             leftover.unlink()
         yield run
+
+
+@contextlib.contextmanager
+def locked(path: epath.Path) -> Iterator[None]:
+    """Hold the lock of the folder `path`; it ends with the process.
+
+    Raises:
+      ValueError: if another process holds it.
+    """
+    lock = filelock.FileLock(str(path / "lock"), timeout=0)
+    try:
+        held = lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"another process is writing to {path}") from None
+    with held:
+        yield
 
 
 def read_settings(path: epath.PathLike) -> dict[str, Any]:

@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 
-def save(name: str, results: Any, *, seed: int) -> None:
+def save(name: str, results: Any, *, seed: int | list[int]) -> None:
     """Write `results/<name>.json`; `results` are JSON values."""
     arguments = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
     document = {

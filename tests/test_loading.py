@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ancer_jax import CertifyConfig, RunConfig, certify_dataset, from_function
-from ancer_jax.data import batches, load_dataset, select
+from ancer_jax import CertifyConfig, IsotropicConfig, RunConfig, certify_dataset, from_function
+from ancer_jax.data import batches, check_classes, load_dataset, select
 from ancer_jax.data.pictures import decode
 from ancer_jax.results import read_results
 
@@ -115,6 +115,51 @@ def test_pictures_of_other_sizes_need_a_crop(tmp_path):
 def test_a_folder_with_nothing_to_read(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match="neither idx files, nor CIFAR-10 files, nor pictures in folders of classes"):
+        load_dataset(str(tmp_path))
+    write_pictures(tmp_path, ["imagenet/val/a/0.png", "imagenet/train/a/0.png"], PIXELS[:2])
+    with pytest.raises(ValueError, match=r"there is no folder .*imagenet.test; it has train, val"):
+        load_dataset(str(tmp_path / "imagenet"))
+    with pytest.raises(ValueError, match=r"imagenet.val: pictures of one class only, a"):
+        load_dataset(str(tmp_path / "imagenet"), split="val")
+
+
+def test_a_class_without_a_folder_is_noticed(tmp_path):
+    """Labels are places in the list of folders: a missing one would shift those behind it."""
+    write_pictures(tmp_path, ["train/a/0.png", "train/b/1.png", "train/c/2.png"], PIXELS[:3, :4, :4])
+    write_pictures(tmp_path, ["test/a/0.png", "test/c/2.png"], PIXELS[:2, :4, :4])
+    train_set, test_set = (load_dataset(str(tmp_path), split=split) for split in ("train", "test"))
+    assert train_set.classes == ("a", "b", "c") and select(test_set, max_images=1).classes == ("a", "c")
+    with pytest.raises(ValueError, match="class 1 is c, but elsewhere b: labels would be wrong"):
+        check_classes(test_set, train_set.classes)
+    check_classes(test_set, ())
+    check_classes(train_set, train_set.classes)
+    classifier = from_function(brightness, np.eye(3, dtype=np.float32), num_classes=3)
+    with pytest.raises(ValueError, match="has folders of 2 classes, the classifier knows 3"):
+        certify_dataset(classifier, test_set, RunConfig(certify=CertifyConfig(10, 100)), out=tmp_path / "run")
+
+
+def test_pictures_that_change_after_they_were_certified_do_not_enter_the_memory(tmp_path):
+    """BMP files of one size have one length: name and length are the same."""
+    names = ["a/0.bmp", "b/1.bmp", "c/2.bmp"]
+    write_pictures(tmp_path / "data", names, PIXELS[:3, :4, :4])
+    config = RunConfig(
+        method="isotropic", isotropic=IsotropicConfig(steps=2, num_samples=4), certify=CertifyConfig(10, 100)
+    )
+    classifier = from_function(brightness, np.eye(3, dtype=np.float32), num_classes=3)
+    run = lambda reconcile: certify_dataset(
+        classifier, load_dataset(str(tmp_path / "data")), config, out=tmp_path / "run", reconcile=reconcile
+    )
+    run(False)
+    write_pictures(tmp_path / "data", names[1:2], PIXELS[5:6, :4, :4])
+    with pytest.raises(ValueError, match="data: image 1 is no longer the one that was certified"):
+        run(True)
+    write_pictures(tmp_path / "data", names[1:2], PIXELS[1:2, :4, :4])
+    run(True)
+
+
+def test_pictures_with_more_than_8_bits_are_refused(tmp_path):
+    write_pictures(tmp_path, ["a/0.png", "b/1.png"], [np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000] * 2)
+    with pytest.raises(ValueError, match=r"a.0\.png: not a picture .*8 bits a channel, these are of PIL's mode I;16"):
         load_dataset(str(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """Networks and checkpoints against PyTorch's."""
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -175,18 +176,36 @@ def test_files_that_are_not_there_or_half_there_or_hold_no_tensors(tmp_path):
     (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a PyTorch file that can be read"):
         read_torch(tmp_path / "a.pth")
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth: not a PyTorch file that can be read"):
+        read_torch(tmp_path / "b.pth")
+    importlib.import_module("safetensors.torch").save_file(
+        {"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"b\.safetensors: tensors of type 'BF16' cannot be read; store them as float32"
+    ):
+        read_torch(tmp_path / "b.safetensors")
     for content in ({"epoch": 3}, [torch.ones(2)], {"state_dict": {}}):
         torch.save(content, tmp_path / "b.pth")
         with pytest.raises(ValueError, match="there are no tensors in it"):
             read_torch(tmp_path / "b.pth")
 
 
+@pytest.mark.filterwarnings("default")
 def test_convert_then_certify(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs = torch_networks.scramble(_TORCH["cifar_resnet20"]())
     torch.save({"state_dict": theirs.state_dict()}, "checkpoint.pth.tar")
     cli.main(["convert", "checkpoint.pth.tar", "--network", "cifar_resnet20", "--sigma", "0.5", "--out", "net"])
-    assert parameters_in(capsys.readouterr().out) == sum(p.numel() for p in theirs.parameters())
+    printed = capsys.readouterr()
+    assert parameters_in(printed.out) == sum(p.numel() for p in theirs.parameters())
+    assert "normalisation: mean 0.4914 0.4822 0.4465, std 0.2023 0.1994 0.201\n" in printed.out
+    assert "warning: checkpoint.pth.tar does not say how its network normalises images" in printed.err
+    torch.save(pytorch("cifar_resnet20").state_dict(), "with_layer.pth")
+    cli.main(["convert", "with_layer.pth", "--network", "cifar_resnet20", "--out", "net2"])
+    printed = capsys.readouterr()
+    assert "std 0.2023 0.1994 0.201, as stored\n" in printed.out and printed.err == ""
     np.savez("data.npz", images=(images(32) * 255).astype(np.uint8), labels=np.array([0, 1]))
     flags = [
         "--data",
@@ -210,6 +229,12 @@ def test_convert_then_certify(tmp_path, monkeypatch, capsys):
         (["convert", "checkpoint.pth.tar", "--network", "cifar_resnet20", "--out", "net"], "is there already"),
         (["convert", "checkpoint.pth.tar", "--network", "wrn_40_2", "--out", "b"], "no checkpoint of a WideResNet"),
         (["convert", "nothing.pth", "--network", "wrn_40_2", "--out", "b"], "there is no such file"),
+        (["convert", "with_layer.pth", "--network", "cifar_resnet20", "--image-size", "0", "--out", "b"], "at least 1"),
+        (["convert", "with_layer.pth", "--network", "cifar_resnet20", "--sigma", "nan", "--out", "b"], "theta must be"),
+        (
+            ["convert", "with_layer.pth", "--network", "cifar_resnet20", "--std", "0", "0", "0", "--out", "b"],
+            "std must be positive",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

@@ -45,6 +45,7 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
             {
                 "ids": np.array(ids),
                 "labels": np.arange(n),
+                "pixels": np.arange(n, dtype=np.uint64),
                 "predictions": np.arange(n) - 1,
                 "counts": np.full(n, 99),
                 "p_lower": np.full(n, 0.9),

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from etils import epath
 
 from ancer_jax import cli
 from ancer_jax.data import load_dataset, take
 from ancer_jax.models import load_network, make_network
+from ancer_jax.runs import locked
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, losses, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -86,8 +88,8 @@ def test_the_attack_stays_in_its_ball_and_finds_the_worst_point_of_a_linear_clas
 
 def short(method, **changes):
     settings = {"epochs": 2, "batch_size": 50, "learning_rate": 0.02, "drop_every": None, "shift": 1}
-    copies = 4 if method == "macer" else PRESETS[method].copies
-    return dataclasses.replace(PRESETS[method], **(settings | {"copies": copies, "attack_steps": 2} | changes))
+    settings |= {"macer": {"copies": 4}, "smoothadv": {"attack_steps": 2}}.get(method, {})
+    return dataclasses.replace(PRESETS[method], **(settings | changes))
 
 
 NETWORK = make_network("small_cnn", features=(4, 8, 8), hidden=16)
@@ -155,8 +157,56 @@ def test_other_settings_do_not_continue_a_training(tmp_path):
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds something else"):
         train(NETWORK, SOME, TEST, config, out=tmp_path / "other")
+    with pytest.raises(ValueError, match="trained with other settings: data differ"):
+        train(NETWORK, take(TRAIN, np.arange(500, 1000)), TEST, config, out=tmp_path / "net")
+    with pytest.raises(ValueError, match="trained with other settings: data differ"):
+        train(NETWORK, SOME, take(TEST, np.arange(50)), config, out=tmp_path / "net")
     with pytest.raises(ValueError, match=r"batch_size is 600, but .* has only 500 images"):
         train(NETWORK, SOME, TEST, dataclasses.replace(config, batch_size=600), out=tmp_path / "new")
+    with pytest.raises(ValueError, match="has 10 classes, the network only 9"):
+        train(NETWORK.clone(num_classes=9), SOME, TEST, config, out=tmp_path / "new")
+    with pytest.raises(ValueError, match=r"the loss of epoch 1 is (nan|inf): a smaller learning rate"):
+        train(NETWORK, SOME, TEST, dataclasses.replace(config, learning_rate=1e30), out=tmp_path / "diverged")
+    with (
+        locked(epath.Path(tmp_path / "net")),
+        pytest.raises(ValueError, match=r"another process is writing to .*net"),
+    ):
+        train(NETWORK, SOME, TEST, config, out=tmp_path / "net")
+
+
+def test_a_training_that_was_killed_between_two_files_goes_on(tmp_path):
+    config = short("augmentation", epochs=1, batch_size=250)
+    (tmp_path / "training.json.tmp").write_text("{")
+    state = train(NETWORK, SOME, TEST, config, out=tmp_path)
+    table = (tmp_path / "training.tsv").read_text()
+    (tmp_path / "training.tsv").rename(tmp_path / "training.tsv.tmp")  # the state was stored, the table was not
+    again = train(NETWORK, SOME, TEST, config, out=tmp_path)
+    assert (tmp_path / "training.tsv").read_text() == table
+    assert jax.tree.all(jax.tree.map(np.array_equal, again[:2], state[:2]))
+    for file in (path for path in (tmp_path / "state").rglob("*") if path.is_file()):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="state: damaged, delete it to train anew") as error:
+        train(NETWORK, SOME, TEST, config, out=tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "training.json").write_text('{"method": ')
+    with pytest.raises(ValueError, match=r"training\.json: not the settings of a training"):
+        train(NETWORK, SOME, TEST, config, out=tmp_path)
+
+
+def test_presets_are_the_published_settings():
+    names = ("epochs", "batch_size", "copies", "learning_rate", "weight_decay", "drop_every", "weight")
+    published = {
+        "augmentation": (90, 256, 1, 0.1, 1e-4, 30, 0),
+        "smoothadv": (90, 256, 1, 0.1, 1e-4, 30, 0),
+        "macer": (440, 64, 16, 0.01, 5e-4, 200, 12),
+        "consistency": (150, 128, 2, 0.1, 1e-4, 50, 10),
+        "stability": (120, 64, 2, 0.1, 1e-4, None, 6),
+    }
+    assert {method: tuple(getattr(preset, name) for name in names) for method, preset in PRESETS.items()} == published
+    assert all(preset.momentum == 0.9 and preset.shift == 4 and preset.flip for preset in PRESETS.values())
+    assert [method for method, preset in PRESETS.items() if preset.nesterov] == ["stability"]
+    attack = PRESETS["smoothadv"]
+    assert (attack.epsilon, attack.attack_steps, attack.warmup_epochs) == (0.25, 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +216,13 @@ def test_other_settings_do_not_continue_a_training(tmp_path):
         ({"theta": 0.0}, "theta must be positive and finite, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"momentum": -0.1}, "momentum must not be negative"),
-        ({"method": "stability"}, "copies must be at least 2, got 1"),
-        ({"method": "macer", "norm": "l1"}, "norm must be l2"),
+        ({"method": "stability", "weight": 6.0}, "at least 2, got copies = 1"),
+        ({"method": "consistency", "weight": 6.0}, "at least 2, got copies = 1"),
+        ({"method": "macer", "norm": "l1", "weight": 1.0}, "norm must be l2"),
+        ({"method": "macer"}, "macer training needs a positive weight"),
+        ({"method": "smoothadv", "epsilon": 0.5}, "smoothadv training needs a positive attack_steps"),
+        ({"epsilon": 0.5}, "augmentation training has no epsilon, got 0.5"),
+        ({"seed": 2**31}, "seed must be below 2"),
     ],
 )
 def test_bad_settings_are_named(change, message):
@@ -212,7 +267,7 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
         (["train", "--out", "new", "--network", "cifar_resnet20", *flags], "takes images [n, height, width, 3], got"),
         (["train", "--out", "new", "--network", "resnet"], "there is no network 'resnet'"),
         (["train", "--out", "new", "--data", "nowhere"], "nowhere"),
-        (["train", "--out", "new", "--data", "one.npz"], "one.npz has one split only"),
+        (["train", "--out", "new", "--data", "one.npz"], "it would be tested on the images of one.npz"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

@@ -148,7 +148,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class Normalise(nn.Module):
-    """Cohen's layer in front of the network; its constants are in the checkpoint."""
+    """A layer in front of the network, as Cohen's but for its constants, which are in the checkpoint."""
 
     def __init__(self, mean, std):
         super().__init__()

@@ -13,7 +13,7 @@ from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.cli.report import draw, print_table
-from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
@@ -109,8 +109,9 @@ class Certify:
 
     def run(self) -> None:
         """Certify, then print the table of this run."""
-        classifier, sigma = _classifier(self.classifier, self.norm, self.sigma)
+        classifier, sigma, classes = _classifier(self.classifier, self.norm, self.sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
+        check_classes(dataset, classes)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
         print_table([out])
@@ -206,18 +207,18 @@ class Demo:
         print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
 
 
-def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float]:
-    """The classifier of that name, and sigma, by default the bundled classifier's."""
+def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, tuple[str, ...]]:
+    """The classifier of that name, sigma, by default that of its training, and its classes, if it names them."""
     if name == "bundled":
         bundled = load_bundled(norm)
-        return bundled.classifier, bundled.theta if sigma is None else sigma
+        return bundled.classifier, bundled.theta if sigma is None else sigma, ()
     if is_network(name):
         trained = load_network(name)
         known = trained.theta if trained.norm == norm else None
         sigma = known if sigma is None else sigma
         if sigma is None:
             raise ValueError(f"--sigma is needed: {name} does not say what {norm} noise it was trained with")
-        return trained.classifier, sigma
+        return trained.classifier, sigma, trained.classes
     module, colon, function = name.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
@@ -234,4 +235,4 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
         raise ValueError(f"--classifier {name!r}: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
-    return classifier, sigma
+    return classifier, sigma, ()

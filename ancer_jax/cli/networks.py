@@ -1,6 +1,7 @@
 """`ancer-jax train` and `ancer-jax convert`: networks that certify takes as its classifier."""
 
 import dataclasses
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -12,21 +13,26 @@ from ancer_jax import report
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Trained, image_shape, is_network, make_network, save_network
-from ancer_jax.models.torch_import import convert_torch, read_torch
+from ancer_jax.models.torch_import import convert_torch, read_torch, stored_normalisation
 from ancer_jax.training import HISTORY, PRESETS, TrainingMethod, train
-from ancer_jax.training.loop import SETTINGS, STATE, TABLE
+from ancer_jax.training.loop import TABLE
 
 CURVES = "training.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a network for smoothing; started again, it continues. Defaults are the method's published ones."""
+    """Train a network for smoothing; started again, it continues. Defaults are the published ones of each method's code
+    for CIFAR-10."""
 
     out: str
     """Folder of the network, for certify --classifier; it also holds what training goes on from."""
     data: str = BUNDLED_SUBSET
-    """Data set, as in certify: its split train is trained on, its split test is measured."""
+    """Data set, as in certify: its split train is trained on."""
+    test_data: str | None = None
+    """Data set that is measured after every epoch; default: the same one."""
+    test_split: str = "test"
+    """Which part of it."""
     network: str = "small_cnn"
     """small_cnn, cifar_resnet20, cifar_resnet110, cifar_resnet18, ancer_resnet18, wrn_40_2, imagenet_resnet50 or
     efficientnet_lite0."""
@@ -45,6 +51,8 @@ class Train:
     """Noisy copies of each image (m)."""
     lr: float | None = None
     """Learning rate of SGD, at the start."""
+    weight_decay: float | None = None
+    """Weight decay, of all parameters."""
     drop_every: int | None = None
     """Epochs after which the learning rate falls to a tenth, again and again; 0 is a cosine to 0."""
     weight: float | None = None
@@ -70,14 +78,16 @@ class Train:
 
     def run(self) -> None:
         """Train, store the network, draw its curves."""
-        train_set, test_set = (load_dataset(self.data, split=split, crop=self.crop) for split in ("train", "test"))
+        train_set = load_dataset(self.data, split="train", crop=self.crop)
+        test_set = load_dataset(self.test_data or self.data, split=self.test_split, crop=self.crop)
         if train_set.fingerprint == test_set.fingerprint:
-            raise ValueError(f"{self.data} has one split only: it would be tested on the images it was trained on")
+            raise ValueError(f"it would be tested on the images of {self.data} that it is trained on (--test-data)")
         train_set = select(train_set, max_images=self.max)
         preset = PRESETS[self.method]
         asked = {
             "epochs": self.epochs, "batch_size": self.batch_size, "copies": self.copies, "learning_rate": self.lr,
-            "weight": self.weight, "epsilon": self.epsilon, "attack_steps": self.attack_steps,
+            "weight_decay": self.weight_decay, "weight": self.weight, "epsilon": self.epsilon,
+            "attack_steps": self.attack_steps,
             "warmup_epochs": self.warmup, "shift": self.shift,
         }  # fmt: skip
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -101,10 +111,9 @@ class Train:
             state = train(network, train_set, test_set, config, out=self.out, progress=progress)
         if not is_network(self.out):
             history = dataclasses.asdict(config) | {"data": self.data, "test_accuracy": float(state.history[-1, 5])}
-            trained = Trained(
-                self.network, attributes, state.variables, train_set.images.shape[1:], self.norm, self.sigma, history
-            )
-            save_network(trained, self.out, beside=(SETTINGS, STATE, TABLE, CURVES))
+            what = self.network, attributes, state.variables, train_set.images.shape[1:], self.norm, self.sigma
+            trained = Trained(*what, history=history, classes=train_set.classes)
+            save_network(trained, self.out, new=False)
         report.plot_training(dict(zip(HISTORY, state.history.T, strict=True)), epath.Path(self.out) / CURVES)
         last = dict(zip(HISTORY, state.history[-1], strict=True))
         print(
@@ -131,7 +140,8 @@ class Convert:
     sigma: float | None = None
     """Noise theta it was trained with, in units of pixels in [0, 1]; certify's default."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel in its normalisation; default: the usual one. A checkpoint with another is refused."""
+    """Mean of each channel in its normalisation; default: the usual one. A checkpoint that says another is refused;
+    most do not say. Networks that do not normalise (MACER's): --mean 0 0 0 --std 1 1 1."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, likewise."""
     image_size: int | None = None
@@ -145,9 +155,24 @@ class Convert:
         attributes = {name: value for name, value in asked.items() if value is not None}
         network, shape = make_network(self.network, **attributes), image_shape(self.network)
         if self.image_size is not None:
+            if self.image_size < 1:
+                raise ValueError(f"--image-size must be at least 1, got {self.image_size}")
             shape = (self.image_size, self.image_size, shape[-1])
-        variables = convert_torch(network, read_torch(self.checkpoint), shape)
+        tensors = read_torch(self.checkpoint)
+        variables = convert_torch(network, tensors, shape)
         history = {"converted_from": epath.Path(self.checkpoint).name}
         save_network(Trained(self.network, attributes, variables, shape, self.norm, self.sigma, history), self.out)
         count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         print(f"{self.out}: {self.network}, {count:,} parameters, {network.num_classes} classes")
+        said = {"mean", "std"} <= set(stored_normalisation(tensors, len(network.mean)))
+        print(f"normalisation: mean {_listed(network.mean)}, std {_listed(network.std)}{', as stored' if said else ''}")
+        if not said and self.mean is None and self.std is None:
+            warnings.warn(
+                f"{self.checkpoint} does not say how its network normalises images: the usual constants were assumed "
+                "(others: --mean, --std)",
+                stacklevel=2,
+            )
+
+
+def _listed(values) -> str:
+    return " ".join(f"{value:.4g}" for value in values)

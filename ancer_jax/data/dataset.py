@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -57,6 +58,7 @@ class Dataset:
       num_classes: number of classes of the data set.
       fingerprint: hash of ids, labels and pixels (of images that are read lazily: of what the reader gives instead);
         `select` and `take` keep that of the whole.
+      classes: names of the classes in order of their labels, where they are known; else ().
       whole: what `select` and `take` have taken this from, at first; else itself.
 
     Raises:
@@ -69,6 +71,7 @@ class Dataset:
     labels: Int[np.ndarray, " n"]
     num_classes: int
     fingerprint: str = ""
+    classes: tuple[str, ...] = ()
     whole: "Dataset" = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -87,6 +90,8 @@ class Dataset:
             )
         if self.num_classes < 2:
             raise ValueError(f"{self.name}: num_classes must be at least 2, got {self.num_classes}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
             raise ValueError(f"{self.name}: ids must be increasing and in 0..2^31 - 1")
         if isinstance(images, np.ndarray):
@@ -114,6 +119,23 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def check_classes(dataset: Dataset, classes: tuple[str, ...]) -> None:
+    """Whether labels mean the same to a network or data set with these `classes`; nothing is known of ().
+
+    Raises:
+      ValueError: naming the first class that differs.
+    """
+    for label, (here, there) in enumerate(itertools.zip_longest(dataset.classes, classes, fillvalue="none")):
+        if dataset.classes and classes and here != there:
+            raise ValueError(f"{dataset.name}: class {label} is {here}, but elsewhere {there}: labels would be wrong")
+
+
+def pixel_hashes(images: np.ndarray) -> np.ndarray:
+    """A hash of each image's pixels, uint64 [n]: whether an image is still the one that was certified."""
+    rows = (np.ascontiguousarray(image, "<f4").tobytes() for image in images)
+    return np.array([int.from_bytes(hashlib.sha256(row).digest()[:8], "little") for row in rows], np.uint64)
 
 
 def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) -> Dataset:

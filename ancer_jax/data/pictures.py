@@ -11,6 +11,7 @@ from ancer_jax.data.dataset import Dataset, LazyImages
 
 Crop = Literal["none", "imagenet"]
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _RESIZED, _CROPPED = 256, 224
 
 
@@ -18,10 +19,11 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     """The pictures in `folder/<class>/`, or in `folder/<split>/<class>/` if there is a folder of that name.
 
     Classes are numbered by the alphabet, pictures by class and then by name: torchvision's `ImageFolder` gives the same
-    labels, and ImageNet's ids are those of the usual scripts. Names and sizes of the files make the fingerprint.
+    labels, and ImageNet's ids are those of the usual scripts. Names and sizes of the files make the fingerprint. A
+    class without a folder shifts the labels of those behind it: `classes` has the names.
 
     Raises:
-      ValueError: if there are none, or `crop` is "none" and the first picture is not as large as the one that is read.
+      ValueError: if there are none, or of one class only; when it is read, a picture that is not as large as the first.
     """
     root = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -31,9 +33,12 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
         files += here
         labels += [label] * len(here)
     if not files:
-        raise ValueError(
-            f"{folder}: there are neither idx files, nor CIFAR-10 files, nor pictures in folders of classes"
+        missing = (
+            "" if root != folder else f" (there is no folder {folder / split}; it has {', '.join(classes) or 'none'})"
         )
+        raise ValueError(f"{root}: neither idx files, nor CIFAR-10 files, nor pictures in folders of classes{missing}")
+    if len(classes) < 2:
+        raise ValueError(f"{root}: pictures of one class only, {classes[0]}")
     shape = read_picture(files[0], crop).shape
 
     def read(row: int) -> np.ndarray:
@@ -44,7 +49,7 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
         digest.update(f"{file.parent.name}/{file.name} {file.stat().length}\n".encode())
     rows = np.arange(len(files))
     images = LazyImages(read, rows, shape)
-    return Dataset(folder.name, rows, images, np.array(labels), max(2, len(classes)), digest.hexdigest())
+    return Dataset(folder.name, rows, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
 
 
 def same_shape(image: np.ndarray, shape: tuple[int, ...], name) -> np.ndarray:
@@ -74,10 +79,12 @@ def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
     """
     import PIL.Image
 
-    picture = PIL.Image.open(io.BytesIO(content)).convert("L" if channels == 1 else "RGB")
+    picture = PIL.Image.open(io.BytesIO(content))
+    if picture.mode not in _MODES:
+        raise ValueError(f"pixels must have 8 bits a channel, these are of PIL's mode {picture.mode}")
+    picture = picture.convert("L" if channels == 1 else "RGB")
     if crop == "imagenet":
-        scale = _RESIZED / min(picture.size)
-        width, height = (max(_RESIZED, int(side * scale)) for side in picture.size)
+        width, height = (side * _RESIZED // min(picture.size) for side in picture.size)
         picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR)
         left, top = round((width - _CROPPED) / 2), round((height - _CROPPED) / 2)
         picture = picture.crop((left, top, left + _CROPPED, top + _CROPPED))

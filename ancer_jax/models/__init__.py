@@ -2,7 +2,7 @@
 
 from ancer_jax.models.bundled import BundledModel, load_bundled
 from ancer_jax.models.checkpoints import NETWORKS, Trained, load_network, make_network, save_network
-from ancer_jax.models.torch_import import convert_torch, read_torch
+from ancer_jax.models.torch_import import convert_torch, read_torch, stored_normalisation
 
 __all__ = [
     "NETWORKS",
@@ -14,4 +14,5 @@ __all__ = [
     "make_network",
     "read_torch",
     "save_network",
+    "stored_normalisation",
 ]

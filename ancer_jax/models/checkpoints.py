@@ -5,7 +5,8 @@ are.
 import dataclasses
 import difflib
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +55,8 @@ def make_network(name: str, **changes: Any) -> Any:
     network = network.clone(**changes)
     if network.num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {network.num_classes}")
+    if not (np.isfinite(network.mean).all() and np.isfinite(network.std).all() and np.min(network.std) > 0):
+        raise ValueError(f"std must be positive, mean and std finite, got {network.mean} and {network.std}")
     if network.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype must be float32 or bfloat16, got {network.compute_dtype!r}")
     return network
@@ -74,6 +77,7 @@ class Trained:
       image_shape: height, width, channels of the images it takes.
       norm, theta: the noise it was trained with: "l2" or "l1" and its noise parameter; theta None if it is not known.
       history: anything else worth knowing (how it was trained, where it was converted from); JSON values.
+      classes: names of the classes in order, where they are known.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Trained:
     norm: str = "l2"
     theta: float | None = None
     history: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     @property
     def network(self) -> nn.Module:
@@ -95,17 +100,19 @@ class Trained:
         return from_linen(self.network, self.variables, num_classes=self.network.num_classes)
 
 
-def save_network(trained: Trained, path: epath.PathLike, *, beside: Collection[str] = ()) -> None:
-    """Store a network in a new folder, or in one that holds nothing but the files and folders `beside`.
+def save_network(trained: Trained, path: epath.PathLike, *, new: bool = True) -> None:
+    """Store a network in a new folder; with `new=False` beside what is there.
 
     Raises:
-      ValueError: if there is something in the folder.
+      ValueError: if there is something in a folder that should be new, or theta cannot be a noise parameter.
       OSError: if it cannot be written.
     """
     import orbax.checkpoint as ocp
 
     path = epath.Path(path).resolve()
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_VARIABLES, *beside}):
+    if trained.theta is not None and not 0 < trained.theta < math.inf:
+        raise ValueError(f"theta must be positive and finite, got {trained.theta}")
+    if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: a network goes into a new folder")
     path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -134,7 +141,7 @@ def load_network(path: epath.PathLike) -> Trained:
         raise ValueError(f"{path} is not the folder of a network: there is no {_INFO}")
     try:
         info = json.loads(file.read_text())
-        info["image_shape"] = tuple(info["image_shape"])
+        info |= {name: tuple(info[name]) for name in ("image_shape", "classes")}
         info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
         trained = Trained(variables=None, **info)
         network = trained.network

@@ -122,10 +122,10 @@ def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[
     `convolution` is for derivatives inside loops, as theta searches are; a training step is none.
     """
 
-    def conv(features, size, stride, *, groups=1, name):
+    def conv(features, size, stride, *, name):
         pad = (size - 1) // 2
         return nn.Conv(
-            features, (size, size), (stride, stride), [(pad, pad)] * 2, feature_group_count=groups, use_bias=False,
+            features, (size, size), (stride, stride), [(pad, pad)] * 2, use_bias=False,
             dtype=dtype, kernel_init=he_normal, conv_general_dilated=None if train else convolution, name=name,
         )  # fmt: skip
 

@@ -58,7 +58,8 @@ def convert_torch(
     """Variables of `network` from the tensors of a PyTorch checkpoint (`read_torch`).
 
     Prefixes that wrappers add (DataParallel's `module.`, the `1.` behind a normalisation layer) are found and taken
-    off. The constants of a normalisation layer must be those of `network`.
+    off. The constants of a normalisation layer must be those of `network`, if the checkpoint has them
+    (`stored_normalisation`); Cohen's and ANCER's do not, and MACER's networks do not normalise at all.
 
     Args:
       network: one of ours, with the checkpoint's number of classes.
@@ -93,16 +94,27 @@ def convert_torch(
         if not np.isfinite(leaf).all():
             raise ValueError(f"{prefix + name} has values that are not finite")
         leaves[path] = leaf
-    for name, tensor in renamed.items():
-        last = name.rpartition(".")[-1]
-        if last in _NORMALISATION and np.size(tensor) == len(network.mean):
-            attribute, value = _NORMALISATION[last][0], _NORMALISATION[last][1](tensor).ravel()
-            if not np.allclose(value, getattr(network, attribute), atol=1e-4):
-                wanted = list(getattr(network, attribute))
-                raise ValueError(f"the checkpoint's {attribute} ({name}) is {value.tolist()}, the network's {wanted}")
-        elif last != "num_batches_tracked":
+    constants = stored_normalisation(renamed, len(network.mean))
+    for attribute, (name, value) in constants.items():
+        if not np.allclose(value, getattr(network, attribute), atol=1e-4):
+            wanted = list(getattr(network, attribute))
+            raise ValueError(f"the checkpoint's {attribute} ({name}) is {value.tolist()}, the network's {wanted}")
+    known = {name for name, _ in constants.values()}
+    for name in renamed:
+        if name not in known and not name.endswith("num_batches_tracked"):
             raise ValueError(f"this is no checkpoint of a {_describe(network)}: it has no place for the tensor {name}")
     return unflatten_dict(leaves)
+
+
+def stored_normalisation(tensors: Mapping[str, np.ndarray], channels: int) -> dict[str, tuple[str, np.ndarray]]:
+    """The "mean" and "std" of a normalisation layer in a checkpoint, each with its tensor's name, if they are there."""
+    found = {}
+    for name, tensor in tensors.items():
+        last = name.rpartition(".")[-1]
+        if last in _NORMALISATION and np.size(tensor) == channels:
+            attribute, value = _NORMALISATION[last]
+            found[attribute] = name, value(tensor).ravel()
+    return found
 
 
 def _leaf(path, tensor) -> np.ndarray:
@@ -147,7 +159,9 @@ def _read_safetensors(path) -> dict[str, Any]:
 
     try:
         return safetensors.numpy.load(path.read_bytes())
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: tensors of type {error} cannot be read; store them as float32") from None
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from None
 
 
@@ -164,7 +178,7 @@ def _read_pickled(path) -> dict[str, Any]:
 
     try:
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            found = to_numpy(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: refused, it holds more than tensors and plain containers (nothing in it was run)"
@@ -175,4 +189,4 @@ def _read_pickled(path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: there are no tensors in it")
-    return to_numpy(found)
+    return found

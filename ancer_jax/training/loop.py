@@ -1,7 +1,9 @@
 """Training a base classifier for smoothing: one linear loop, resumable to the bit."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import time
@@ -16,8 +18,8 @@ import optax
 from etils import epath
 
 from ancer_jax.certificates import CERTIFICATES
-from ancer_jax.data import Dataset
-from ancer_jax.runs import write_file
+from ancer_jax.data import Dataset, check_classes
+from ancer_jax.runs import locked, write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
@@ -36,6 +38,7 @@ class TrainConfig:
       drop_every: epochs after which the learning rate falls to a tenth, again and again; None is a cosine to 0.
       weight: of the method's second term (MACER, consistency, stability).
       epsilon, attack_steps, warmup_epochs: SmoothAdv's l2 ball, its steps, and the epochs in which the ball grows.
+        Settings that the method has no use for are 0.
       shift: largest random shift, in pixels; 0 is none.
       flip: whether images are mirrored at random.
       seed: of initial parameters, order, noise and augmentation.
@@ -77,23 +80,39 @@ class TrainConfig:
         for name in ("momentum", "weight_decay", "weight", "epsilon", "attack_steps", "warmup_epochs", "shift", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.method == "stability" and self.copies < 2:
-            raise ValueError(f"stability training compares noisy copies: copies must be at least 2, got {self.copies}")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed must be below 2^31, got {self.seed}")
+        used = _USED.get(self.method, ())
+        for name in ("weight", "epsilon", "attack_steps", "warmup_epochs"):
+            if name in used and getattr(self, name) == 0 and name != "warmup_epochs":
+                raise ValueError(f"{self.method} training needs a positive {name}")
+            if name not in used and getattr(self, name) > 0:
+                raise ValueError(f"{self.method} training has no {name}, got {getattr(self, name)}")
+        if self.method in ("consistency", "stability") and self.copies < 2:
+            raise ValueError(f"{self.method} training compares noisy copies: at least 2, got copies = {self.copies}")
         if self.method == "macer" and self.norm != "l2":
             raise ValueError("macer maximises the l2 radius of Gaussian noise: norm must be l2")
 
 
+_USED: dict[TrainingMethod, tuple[str, ...]] = {
+    "smoothadv": ("epsilon", "attack_steps", "warmup_epochs"),
+    **dict.fromkeys(("macer", "consistency", "stability"), ("weight",)),
+}
+
+# What the codes do beside: RS4A's runs the network on each copy by itself, so that batch statistics are of one copy,
+# and changes its rate once an epoch; it trains noise augmentation, too, as it does stability.
 PRESETS: dict[TrainingMethod, TrainConfig] = {
     # Cohen et al. 2019, code/train.py
     "augmentation": TrainConfig("augmentation"),
     # Salman et al. 2019, code/train_pgd.py
     "smoothadv": TrainConfig("smoothadv", epsilon=64 / 256, attack_steps=10, warmup_epochs=1),
-    # Zhai et al. 2020: 440 epochs, a tenth of the rate after 200 and 400
+    # Zhai et al. 2020, main.py: 440 epochs, a tenth of the rate after 200 and 400
     "macer": TrainConfig(
-        "macer", epochs=440, batch_size=64, copies=16, learning_rate=0.01, drop_every=200, weight=12.0
+        *("macer", "l2", 0.25, 440, 64),
+        **{"copies": 16, "learning_rate": 0.01, "weight_decay": 5e-4, "drop_every": 200, "weight": 12.0},
     ),
-    # Jeong and Shin 2020, code/train_consistency.py, with two draws
-    "consistency": TrainConfig("consistency", epochs=150, drop_every=50, copies=2, weight=10.0),
+    # Jeong and Shin 2020, code/train_consistency.py: batches of 256 are cut into one part for each of two draws
+    "consistency": TrainConfig("consistency", epochs=150, batch_size=128, drop_every=50, copies=2, weight=10.0),
     # Yang et al. 2020, src/train.py
     "stability": TrainConfig(
         "stability", epochs=120, batch_size=64, copies=2, nesterov=True, drop_every=None, weight=6.0
@@ -124,7 +143,7 @@ def train(
     """Train `network` on `data`, continuing what is in the folder `out`; after every epoch its state is stored there.
 
     A run that was stopped at any moment and started again gives the same parameters and the same history (`seconds`
-    apart) as one that never was, on the same machine.
+    apart) as one that never was, on the same CPU (other devices may choose other algorithms in another process).
 
     Args:
       network: takes `train=True` and may have batch statistics.
@@ -136,7 +155,8 @@ def train(
         figures of HISTORY.
 
     Raises:
-      ValueError: if the data do not fit the network or the batch, or `out` is of another training.
+      ValueError: if the data do not fit the network or the batch, the loss is not finite any more, `out` is of another
+        training or damaged, or another process trains there.
       OSError: if `out` cannot be written.
     """
     import orbax.checkpoint as ocp
@@ -144,17 +164,21 @@ def train(
     steps = len(data) // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has only {len(data)} images")
+    _check_data(network, data, test)
     optimizer = _optimizer(config, steps)
     start, noise = jax.random.split(jax.random.key(config.seed))
     variables = jax.jit(network.init)(start, data.images[:1])
     out = epath.Path(out).resolve()
-    _same_training(out, network, data, config)
     state = TrainState(variables, optimizer.init(variables["params"]), np.full((config.epochs, len(HISTORY)), np.nan))
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    with ocp.CheckpointManager(out / STATE, options=options) as manager:
+    with (
+        _same_training(out, network, data, test, config),
+        ocp.CheckpointManager(out / STATE, options=options) as manager,
+    ):
         done = manager.latest_step() or 0
         if done:
-            state = TrainState(**manager.restore(done, args=ocp.args.StandardRestore(state._asdict())))
+            state = _restore(manager, done, state)
+            write_file(out / TABLE, _table(state.history[:done]).encode())
         progress(done * steps, _figures(state.history, done))
         for epoch in range(done, config.epochs):
             clock = time.perf_counter()
@@ -169,6 +193,8 @@ def train(
                 state, sums = state._replace(variables=variables, optimizer=moments), sums + figures
                 progress(1, {})
             loss, accuracy = np.asarray(sums / steps)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of epoch {epoch + 1} is {loss}: a smaller learning rate may help")
             measured = measure(network, state.variables, test, config)
             rate = _learning_rate(config, steps)(epoch * steps)
             state.history[epoch] = (epoch + 1, rate, loss, accuracy, *measured, time.perf_counter() - clock)
@@ -233,7 +259,7 @@ def _augment(key, images, config: TrainConfig):
 
 def measure(network, variables, test: Dataset, config: TrainConfig, *, batch_size: int = 500) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of the base classifier on `test`, each image under one draw of the noise."""
-    sums = np.zeros(2)
+    sums, batch_size = np.zeros(2), min(batch_size, len(test))
     for start in range(0, len(test), batch_size):
         rows = np.arange(start, start + batch_size)
         inside = rows < len(test)
@@ -267,10 +293,10 @@ def _learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
 
-def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> Iterator[np.ndarray]:
+def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> np.ndarray:
     """The rows of each batch of an epoch; what does not fill a batch is left out, other images every time."""
     order = np.random.default_rng((config.seed, epoch)).permutation(count)
-    return iter(order[: steps * config.batch_size].reshape(steps, -1))
+    return order[: steps * config.batch_size].reshape(steps, -1)
 
 
 def _figures(history, epochs: int) -> dict[str, float]:
@@ -282,18 +308,43 @@ def _table(history) -> str:
     return "\n".join("\t".join(map(str, row)) for row in [HISTORY, *rows]) + "\n"
 
 
-def _same_training(out: epath.Path, network, data: Dataset, config: TrainConfig) -> None:
-    """Refuse a folder of another training; note this one's settings."""
-    file = out / SETTINGS
-    settings = dataclasses.asdict(config) | {"network": repr(network), "data": [data.name, data.fingerprint, len(data)]}
-    settings = json.loads(json.dumps(settings))
-    if file.exists():
-        there = json.loads(file.read_text())
-        differ = [name for name in settings if settings[name] != there.get(name)]
-        if differ:
-            raise ValueError(f"{out} was trained with other settings: {', '.join(differ)} differ")
-    elif out.exists() and any(out.iterdir()):
+def _check_data(network, data: Dataset, test: Dataset) -> None:
+    check_classes(test, data.classes)
+    for part in (data, test):
+        if part.num_classes > network.num_classes:
+            raise ValueError(f"{part.name} has {part.num_classes} classes, the network only {network.num_classes}")
+    if data.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"images are {list(data.images.shape[1:])}, those of {test.name} {list(test.images.shape[1:])}"
+        )
+
+
+def _restore(manager, epoch: int, like: TrainState) -> TrainState:
+    import orbax.checkpoint as ocp
+
+    try:
+        return TrainState(**manager.restore(epoch, args=ocp.args.StandardRestore(like._asdict())))
+    except Exception as error:  # orbax raises many kinds
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{manager.directory}: damaged, delete it to train anew ({line})") from None
+
+
+@contextlib.contextmanager
+def _same_training(out: epath.Path, network, data: Dataset, test: Dataset, config: TrainConfig) -> Iterator[None]:
+    """Hold the folder: a new one, or one of the same training."""
+    described = [[part.name, part.fingerprint, hashlib.sha256(part.ids.tobytes()).hexdigest()] for part in (data, test)]
+    settings = dataclasses.asdict(config) | {"network": repr(network), "data": described}
+    settings, file = json.loads(json.dumps(settings)), out / SETTINGS
+    if not file.exists() and out.exists() and {p.name for p in out.iterdir()} - {f"{SETTINGS}.tmp", "lock"}:
         raise ValueError(f"{out} holds something else: name a new folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(file, f"{json.dumps(settings, indent=2)}\n".encode())
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        if not file.exists():
+            write_file(file, f"{json.dumps(settings, indent=2)}\n".encode())
+        try:
+            there = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: not the settings of a training ({error})") from None
+        if differ := [name for name in settings if settings[name] != there.get(name)]:
+            raise ValueError(f"{out} was trained with other settings: {', '.join(differ)} differ")
+        yield

@@ -93,7 +93,8 @@ def attack(apply, x, label, noise, *, epsilon, steps: int):
     Returns:
       The adversarial image [*d].
 
-    References: Salman et al. 2019 (arXiv 1906.04584), section 3, and its code.
+    References: Salman et al. 2019 (arXiv 1906.04584), section 3. Its code clips to [0, 1] before it projects, and goes
+    anywhere where the gradient is 0.
     """
     loss = lambda y: smoothed_loss(apply(y[None] + noise), label)
 
