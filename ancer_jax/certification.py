@@ -71,6 +71,7 @@ def count_votes(
     *,
     config: CertifyConfig,
     chunk: int,
+    axis_name: str | None = None,
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The traced half of `certify`, for jit, vmap and many devices: the selected class and its count.
 
@@ -81,7 +82,8 @@ def count_votes(
       int32 [] selected class, int32 [] its count among the n draws; `certification` turns them into a certificate.
     """
     draw = lambda stage, num_samples: class_counts(
-        stage_key(key, stage), classifier, certificate, x, theta, num_samples=num_samples, chunk=chunk
+        *(stage_key(key, stage), classifier, certificate, x, theta),
+        **{"num_samples": num_samples, "chunk": chunk, "axis_name": axis_name},
     )
     selected = draw(Stage.SELECT, config.n0).argmax()
     return selected, draw(Stage.ESTIMATE, config.n)[selected]

@@ -5,6 +5,7 @@ batch size nor device count changes a bit of the noise.
 """
 
 import enum
+import math
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,7 @@ def class_counts(
     *,
     num_samples: int,
     chunk: int,
+    axis_name: str | None = None,
 ) -> Int[Array, " K"]:
     """How many of `num_samples` noisy copies of `x` the base classifier puts into each class.
 
@@ -70,9 +72,11 @@ def class_counts(
       theta: [] or [*d] noise parameter, in the units of x.
       num_samples: number of draws (static).
       chunk: how many draws at a time (static); changes speed and memory, never the draws.
+      axis_name: inside `shard_map` or `pmap`, the axis whose devices share out the draws: one sum of integers at the
+        end. None: all draws are made here.
 
     Returns:
-      int32 [K].
+      int32 [K], the same on all devices of the axis.
 
     Raises:
       ValueError: at trace time, if `num_samples` or `chunk` is below 1 or x is not floating point.
@@ -80,20 +84,23 @@ def class_counts(
     for name, value in (("num_samples", num_samples), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    chunk = min(chunk, num_samples)
+    devices, device = (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)) if axis_name else (1, 0)
+    share = math.ceil(num_samples / devices)
+    first, chunk = device * share, min(chunk, share)
 
     def count(start):
-        draws = start + jnp.arange(chunk)
+        draws = first + start + jnp.arange(chunk)
         logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, draws)
-        counted = (jnp.arange(chunk) < num_samples - start) & ~jnp.isnan(logits).any(axis=-1)
+        left = jnp.minimum(share, num_samples - first) - start
+        counted = (jnp.arange(chunk) < left) & ~jnp.isnan(logits).any(axis=-1)
         votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
         return (votes * counted[:, None]).sum(axis=0)
 
     def add(counts, start):
         return counts + count(start), None
 
-    starts = jnp.arange(0, num_samples, chunk)
-    return jax.lax.scan(add, jnp.zeros(classifier.num_classes, jnp.int32), starts)[0]
+    counts, _ = jax.lax.scan(add, jnp.zeros(classifier.num_classes, jnp.int32), jnp.arange(0, share, chunk))
+    return jax.lax.psum(counts, axis_name) if axis_name else counts
 
 
 def smoothed_probs(

@@ -72,6 +72,22 @@ def lines():
                 yield what, figure, "", "leakage", found
         if cost := found["results"].get("cost"):
             yield f"leakage / certification, n = {cost['n']:,}", f"{cost['ratio']:.3f}", "<= 0.15", "leakage", found
+    if found := load("training"):
+        for name, acr in found["results"]["acr"].items():
+            bar = "> augmentation" if name in ("smoothadv", "macer") else ""
+            what = f"ACR after {found['results']['epochs']} epochs of {name}, mean of {len(found['seed'])} seeds"
+            yield what, round_down(acr, 3), bar, "training", found
+    if found := load("cifar10"):
+        for r in found["results"]["rows"]:
+            if r["run"] != "network":
+                what = f"CIFAR-10, {r['norm']}, {r['run']}, {r['images']} images: accuracy; ACR; ACR-tilde after memory"
+                figure = "; ".join(round_down(r[name], 3) for name in ("accuracy", "ACR", "ACR-tilde"))
+                yield what, figure, "", "cifar10", found
+    if found := load("loading"):
+        for r in found["results"]["rows"]:
+            what = f"CIFAR-10, {r['split']}, {r['format']}: images, labels, ids as in the authors' files"
+            figure = f"{r['same images']}, {r['labels']}, {r['ids']} ({r['images']:,} images)"
+            yield what, figure, "True, True, True", "loading", found
     if found := load("kill"):
         yield "20 SIGKILLs: shards and table as without", found["results"]["passed"], "True", "kill", found
     if found := load("convolution"):

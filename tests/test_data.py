@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from ancer_jax.data import BUNDLED_SUBSET, Dataset, batches, load_dataset, select, take
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, batches, load_dataset, select, share, take
 from ancer_jax.models import load_bundled
 
 _RNG = np.random.default_rng(0)
@@ -248,14 +248,17 @@ def test_take_keeps_rows_together():
         take(dataset, [])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5])
-def test_processes_share_the_batches_that_one_would_get(processes):
+@pytest.mark.parametrize("processes", [1, 2, 5, 9])
+def test_processes_share_the_images(processes):
     dataset = _dataset(7)
-    shares = [list(batches(dataset, 2, process_index=index, process_count=processes)) for index in range(processes)]
-    for number, batch in enumerate(batches(dataset, 2)):
-        share = shares[number % processes].pop(0)
-        assert all((share[name] == batch[name]).all() for name in batch)
-    assert not any(shares)
+    shares = [share(dataset, process_index=index, process_count=processes) for index in range(processes)]
+    ids = [[] if part is None else part.ids.tolist() for part in shares]
+    assert sorted(sum(ids, [])) == dataset.ids.tolist()
+    assert max(map(len, ids)) - min(map(len, ids)) <= 1
+    assert all(part is None or part.whole is dataset for part in shares)
+    for index in (-1, processes):
+        with pytest.raises(ValueError, match=r"process_index must be in 0\.\."):
+            share(dataset, process_index=index, process_count=processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -270,10 +273,6 @@ def test_batches_hold_every_image_once_and_are_filled_up(size):
         np.testing.assert_array_equal(last["image"][row], last["image"][0])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         next(batches(dataset, 0))
-    with pytest.raises(ValueError, match=r"process_index must be in 0\.\.2, got 3"):
-        next(batches(dataset, 2, process_index=3, process_count=3))
-    with pytest.raises(ValueError, match="process_count must be at least 1, got 0"):
-        next(batches(dataset, 2, process_count=0))
 
 
 def test_fingerprint_names_the_content():

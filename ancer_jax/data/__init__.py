@@ -1,6 +1,16 @@
 """Data sets of images, by name, file or folder, and their batches."""
 
-from ancer_jax.data.dataset import Dataset, batches, check_classes, pixel_hashes, select, take
+from ancer_jax.data.dataset import Dataset, batches, check_classes, pixel_hashes, select, share, take
 from ancer_jax.data.loading import BUNDLED_SUBSET, load_dataset
 
-__all__ = ["BUNDLED_SUBSET", "Dataset", "batches", "check_classes", "load_dataset", "pixel_hashes", "select", "take"]
+__all__ = [
+    "BUNDLED_SUBSET",
+    "Dataset",
+    "batches",
+    "check_classes",
+    "load_dataset",
+    "pixel_hashes",
+    "select",
+    "share",
+    "take",
+]

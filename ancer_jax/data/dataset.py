@@ -160,23 +160,32 @@ def take(dataset: Dataset, rows) -> Dataset:
     return part
 
 
-def batches(
-    dataset: Dataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `{id, image, label, mask}` of exactly `batch_size` rows, in order.
+def share(dataset: Dataset, *, process_index: int, process_count: int) -> Dataset | None:
+    """The images of one of several processes: every `process_count`-th, from the `process_index`-th on.
 
-    The last batch is filled up with copies of its first row; `mask` is False there. Of several processes each gets
-    every `process_count`-th batch, from the `process_index`-th on: together the batches that one process would get.
+    Returns:
+      None if there are fewer images than processes and none is left for this one.
 
     Raises:
-      ValueError: if `batch_size` or `process_count` is below 1, or `process_index` is not in [0, process_count).
+      ValueError: if `process_index` is not in [0, process_count).
     """
-    for name, value in (("batch_size", batch_size), ("process_count", process_count)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
-    for start in range(process_index * batch_size, len(dataset), process_count * batch_size):
+    rows = np.arange(process_index, len(dataset), process_count)
+    return take(dataset, rows) if len(rows) else None
+
+
+def batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches `{id, image, label, mask}` of exactly `batch_size` rows, in order.
+
+    The last batch is filled up with copies of its first row; `mask` is False there.
+
+    Raises:
+      ValueError: if `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)
         mask = rows < len(dataset)
         rows = np.where(mask, rows, start)

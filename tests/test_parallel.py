@@ -1,0 +1,60 @@
+"""One device, several by a mesh, several by pmap, draws shared out: the same counts, and thetas to rounding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from ancer_jax import CertifyConfig, GaussianL2, IsotropicConfig, UniformL1, count_votes, optimize_isotropic, parallel
+from ancer_jax.smoothing import class_counts
+from tests import reference
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.random((5, 3, 3, 1)).astype(np.float32)
+CLASSIFIER = reference.linear(np.linspace(-1, 1.5, 9), b=-1.0)
+KEYS = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), i))(jnp.arange(5))
+VOTES = functools.partial(count_votes, config=CertifyConfig(n0=20, n=501), chunk=64)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("certificate", [GaussianL2(), UniformL1()])
+def test_pmap_gives_the_counts_of_vmap(devices, certificate):
+    one = lambda key, x, theta: VOTES(key, CLASSIFIER, certificate, x, theta)
+    theta = np.linspace(0.1, 0.5, 5, dtype=np.float32)
+    expected = jax.jit(jax.vmap(one))(KEYS, IMAGES, theta)
+    found = parallel.pmap_examples(one, devices=devices)(KEYS, IMAGES, theta)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pmap_takes_what_all_examples_share_and_gives_the_thetas_of_one_device():
+    search = functools.partial(optimize_isotropic, config=IsotropicConfig(steps=5, num_samples=10, theta_max=2.0))
+    one = lambda classifier, key, x, theta: search(key, classifier, GaussianL2(), x, theta)[0]
+    axes, theta = (None, 0, 0, 0), np.full(5, 0.3, np.float32)
+    found = parallel.pmap_examples(one, axes)(CLASSIFIER, KEYS, IMAGES, theta)
+    expected = jax.jit(jax.vmap(one, axes))(CLASSIFIER, KEYS, IMAGES, theta)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (found != theta).all()
+
+
+def test_pmap_of_unequal_arguments_is_refused():
+    with pytest.raises(ValueError, match=r"one number of examples, got \[3, 5\]"):
+        parallel.pmap_examples(lambda a, b: a + b)(np.ones(3), np.ones(5))
+    with pytest.raises(ValueError, match=r"devices must be in 1\.\.4"):
+        parallel.pmap_examples(lambda a: a, devices=5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_samples", "chunk"), [(1, 10), (3, 10), (500, 64), (501, 1000)])
+def test_draws_that_are_shared_out_are_the_same_draws(devices, num_samples, chunk):
+    """By one integer sum; also where there are fewer draws than devices."""
+    mesh = parallel.device_mesh(devices)
+    count = functools.partial(class_counts, KEYS[0], CLASSIFIER, GaussianL2(), IMAGES[0], 0.4)
+    count = functools.partial(count, num_samples=num_samples, chunk=chunk)
+    split = lambda: count(axis_name="rows")
+    found = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False))()
+    np.testing.assert_array_equal(found, jax.jit(count)())
+    assert found.sum() == num_samples
