@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import math
 import platform
 import time
@@ -14,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import PartitionSpec
 
 from ancer_jax import memory, parallel
 from ancer_jax.certificates import CERTIFICATES
-from ancer_jax.certification import CertifyConfig, certification, count_votes
+from ancer_jax.certification import ABSTAIN, CertifyConfig, certification, count_votes
 from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
-from ancer_jax.data import Dataset, batches, pixel_hashes, take
+from ancer_jax.data import Dataset, batches, pixel_hashes, share, take
 from ancer_jax.leakage import LeakageConfig, References, leakage, make_references
 from ancer_jax.optimize import (
     THETA_MAX_FACTOR,
@@ -31,7 +33,7 @@ from ancer_jax.optimize import (
     optimize_isotropic,
 )
 from ancer_jax.regions import Region
-from ancer_jax.runs import Run, open_run
+from ancer_jax.runs import RESULTS, Run, open_run
 
 Method = Literal["fixed", "isotropic", "ancer"]
 
@@ -112,16 +114,21 @@ class Execution:
     """Settings that change speed and memory only: no draw, no count.
 
     Attributes:
-      batch_size: images at a time (rounded up to a multiple of the devices).
-      chunk: noisy copies of each image at a time in certification.
+      batch_size: images at a time (rounded up to a multiple of the devices, if these split the images).
+      chunk: noisy copies of each image at a time in certification, on each device.
       devices: how many local devices; None is all of them.
+      split: what the devices share: "images", for throughput, or the "draws" of each image in certification, where
+        images are large and few; theta is then searched on every device alike.
     """
 
     batch_size: int = 10
     chunk: int = 100
     devices: int | None = None
+    split: Literal["images", "draws"] = "images"
 
     def __post_init__(self):
+        if self.split not in ("images", "draws"):
+            raise ValueError(f"split must be images or draws, got {self.split!r}")
         for name in ("batch_size", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -140,6 +147,10 @@ def certify_dataset(
 ) -> epath.Path:
     """Certify every image of `dataset` into the run directory `out`, continuing what is there.
 
+    Where JAX runs as several processes (`jax.distributed`), each calls this with the same arguments and certifies its
+    share of the images (`data.share`) on its local devices, without waiting for the others; the one that finishes
+    last writes the tables. What a process has not done, the next call does, with any number of processes.
+
     Args:
       classifier: base classifier; checked first (`classifiers.check_classifier`).
       dataset: images in [0, 1] with labels.
@@ -153,7 +164,7 @@ def certify_dataset(
       reconciled: called with the number of images that went through the memory since the last call.
 
     Returns:
-      Path of `results.tsv`.
+      Path of `results.tsv`, which is written when all processes have finished.
 
     Guarantee: each line's region is certified as in `certification.certify`, with error probability `alpha` per
     image. With method "isotropic" or "ancer" each line of `results.tsv` speaks of its own smoothed classifier, that of
@@ -174,20 +185,22 @@ def certify_dataset(
         )
     check_classifier(classifier, dataset.images[0])
     mesh = parallel.device_mesh(execution.devices)
-    batch_size = math.ceil(min(execution.batch_size, len(dataset)) / mesh.size) * mesh.size
     classifier = parallel.replicate(classifier, mesh)
-    with open_run(out, _settings(classifier, dataset, config), _made_with()) as run:
+    process = jax.process_index()
+    mine = share(dataset, process_index=process, process_count=jax.process_count())
+    with open_run(out, _settings(classifier, dataset, config), _made_with(), process=process) as run:
         done = run.done()
-        progress(sum(int(i) in done for i in dataset.ids))
-        todo = [row for row, i in enumerate(dataset.ids) if int(i) not in done]
-        if todo:
-            references = _references(classifier, dataset.whole, config, execution.chunk, mesh)
-            for batch in batches(take(dataset, todo), batch_size):
-                _certify_batch(run, classifier, references, batch, config, execution, mesh)
-                progress(int(batch["mask"].sum()))
-        if reconcile and config.data_dependent:
-            _reconcile(run, dataset.whole, CERTIFICATES[config.norm].norm, reconciled)
-        return run.export()
+        todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
+        progress(0 if mine is None else len(mine) - len(todo))
+        if mine is not None and todo:
+            _certify_images(run, classifier, take(mine, todo), config, execution, mesh, progress)
+        if {*dataset.ids.tolist()} <= run.done():
+            with run.exporting() as ours:  # not if another process has finished, too, and was first
+                if ours and reconcile and config.data_dependent:
+                    _reconcile(run, dataset.whole, CERTIFICATES[config.norm].norm, reconciled)
+                if ours:
+                    run.export()
+        return run.path / RESULTS
 
 
 def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
@@ -229,32 +242,49 @@ def _references(classifier, dataset: Dataset, config: RunConfig, chunk: int, mes
 _make_references = jax.jit(make_references, static_argnames=("certificate", "num_samples", "chunk"))
 
 
-def _certify_batch(run: Run, classifier, references, batch, config: RunConfig, execution: Execution, mesh) -> None:
-    start = time.perf_counter()
-    certificate = CERTIFICATES[config.norm]
-    mask = batch["mask"]
-    ids, images = parallel.split_rows((batch["id"].astype(np.uint32), batch["image"]), mesh)
+def _certify_images(run: Run, classifier, dataset, config: RunConfig, execution: Execution, mesh, progress) -> None:
+    """Certify and store batch after batch; the devices have the next one before the host looks at the last one."""
+    by_images = execution.split == "images"
+    devices = mesh.size if by_images else 1
+    batch_size = math.ceil(min(execution.batch_size, len(dataset)) / devices) * devices
+    place = functools.partial(parallel.split_rows if by_images else parallel.replicate, mesh=mesh)
+    references = _references(classifier, dataset.whole, config, execution.chunk, mesh)
+    started, ended = None, time.perf_counter()
+    for batch in itertools.chain(batches(dataset, batch_size), [None]):
+        computed = None
+        if batch is not None:
+            ids, images = place((batch["id"].astype(np.uint32), batch["image"]))
+            computed = _compute(ids, classifier, images, references, config, execution, mesh)
+        if started is not None:
+            _store(run, *started, config, ended)
+            ended = time.perf_counter()
+            progress(int(started[0]["mask"].sum()))
+        started = batch, computed
+
+
+def _compute(ids, classifier, images, references, config: RunConfig, execution: Execution, mesh):
+    """theta, selected class, its count, leaked and asked references of each image, on the devices: nothing waits."""
+    certificate, chunk = CERTIFICATES[config.norm], execution.chunk
     keys = _example_keys(config.seed, ids)
-    theta = _find_theta(keys, classifier, images, references, config=config, chunk=execution.chunk)
-    selected, count = _count(
-        keys, classifier, images, theta, certificate=certificate, config=config.certify, chunk=execution.chunk
-    )
-    result = certification(selected, count, certificate=certificate, config=config.certify)
-    leaked = asked = np.zeros(len(mask), np.int32)
+    theta = _find_theta(keys, classifier, images, references, config=config, chunk=chunk)
+    how = {"certificate": certificate, "config": config.certify, "chunk": chunk}
+    if execution.split == "draws":
+        selected, count = _count_by_draws(keys, classifier, images, theta, mesh=mesh, **how)
+    else:
+        selected, count = _count(keys, classifier, images, theta, **how)
+    leaked = asked = np.zeros(len(ids), np.int32)
     if references is not None and config.leakage is not None:
-        predictions = parallel.split_rows(result.prediction.astype(np.int32), mesh)
-        leaked, asked = _measure_leakage(
-            references,
-            classifier,
-            images,
-            theta,
-            predictions,
-            certificate=certificate,
-            num_samples=config.leakage.num_samples,
-            chunk=execution.chunk,
-        )
-    theta = np.asarray(theta)
-    seconds = time.perf_counter() - start
+        how = {"certificate": certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
+        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, **how)
+    return theta, selected, count, leaked, asked
+
+
+def _store(run: Run, batch, computed, config: RunConfig, began: float) -> None:
+    """The host's part of a batch: certificates from integers, and its shard."""
+    theta, selected, count, leaked, asked = map(np.asarray, computed)
+    seconds, mask = time.perf_counter() - began, batch["mask"]
+    result = certification(selected, count, certificate=CERTIFICATES[config.norm], config=config.certify)
+    answered = result.prediction != ABSTAIN  # nothing can leak to an abstention
     run.write_shard(
         {
             "ids": batch["id"][mask],
@@ -265,8 +295,8 @@ def _certify_batch(run: Run, classifier, references, batch, config: RunConfig, e
             "p_lower": result.p_lower[mask],
             "gap": result.gap[mask],
             "theta": theta[mask],
-            "leaked": np.asarray(leaked)[mask],
-            "references": np.asarray(asked)[mask],
+            "leaked": (leaked * answered)[mask],
+            "references": (asked * answered)[mask],
             "seconds": np.full(mask.sum(), seconds / mask.sum()),
         }
     )
@@ -314,6 +344,17 @@ def _count(keys, classifier, images, theta, *, certificate, config, chunk):
     votes = functools.partial(count_votes, config=config, chunk=chunk)
     one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
     return jax.vmap(one)(keys, images, theta)
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk", "mesh"))
+def _count_by_draws(keys, classifier, images, theta, *, certificate, config, chunk, mesh):
+    """`_count`, with the draws of each image shared out over the devices and one integer sum at the end."""
+    votes = functools.partial(count_votes, config=config, chunk=chunk, axis_name=mesh.axis_names[0])
+    one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
+    everywhere = PartitionSpec()
+    return jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(
+        keys, images, theta
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))

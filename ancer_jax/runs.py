@@ -46,11 +46,13 @@ class Run:
       path: the directory.
       settings: nested mapping of everything that changes results.
       key: hash of the settings; every shard carries it.
+      process: which of several processes writes; names its temporary files.
     """
 
     path: epath.Path
     settings: Mapping[str, Any]
     key: str
+    process: int = 0
 
     def shards(self) -> Iterator[dict[str, np.ndarray]]:
         """The finished batches, in order of their first id.
@@ -88,7 +90,7 @@ class Run:
         buffer = io.BytesIO()
         named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
         np.savez(buffer, key=np.array(self.key), **named)
-        write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue())
+        write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
     def table(self) -> str:
         """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
@@ -106,6 +108,17 @@ class Run:
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
         order = np.argsort(columns["ids"])
         return {name: column[order] for name, column in columns.items()}
+
+    @contextlib.contextmanager
+    def exporting(self) -> Iterator[bool]:
+        """Hold the right to write what is derived from all shards; False if another process has it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path, "lock-export"))
+            except ValueError:
+                yield False
+            else:
+                yield True
 
     def export(self) -> epath.Path:
         """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
@@ -173,13 +186,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> Iterator[Run]:
-    """Open a new or unfinished run for writing; only one process may.
+def open_run(
+    path: epath.PathLike, settings: Mapping[str, Any], made_with: Mapping[str, Any], *, process: int = 0
+) -> Iterator[Run]:
+    """Open a new or unfinished run for writing; only one process of each number may.
 
     Args:
       path: the run directory, made if it does not exist.
       settings: nested mapping of everything that changes results; JSON values.
       made_with: versions, device and the like: recorded, not compared.
+      process: number of this process among those that share the run.
 
     Raises:
       ValueError: if the directory is something else, the run there has other settings (named), or another process
@@ -189,32 +205,33 @@ def open_run(path: epath.PathLike, settings: Mapping[str, Any], made_with: Mappi
     path = epath.Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a run directory")
-    foreign = [] if not path.exists() else [p.name for p in path.iterdir() if p.name not in ("lock", "shards")]
-    if foreign and not (path / "config.json").exists() and foreign != ["config.json.tmp"]:
+    names = [] if not path.exists() else [p.name for p in path.iterdir()]
+    foreign = [n for n in names if n != "shards" and not n.startswith(("lock", "config.json"))]
+    if foreign and not (path / "config.json").exists():
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with locked(path, f"lock-{process}"):
         settings = json.loads(json.dumps(settings))
-        run = _run(path, settings)
+        run = dataclasses.replace(_run(path, settings), process=process)
         config = path / "config.json"
         if config.exists():
             _refuse_other_settings(path, read_settings(path), settings)
         else:
             document = {"hash": run.key, "settings": settings, "made_with": made_with}
-            write_file(config, (json.dumps(document, indent=2) + "\n").encode())
-        for leftover in (path / "shards").glob("*.tmp"):
+            write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
+        for leftover in (path / "shards").glob(f"*.{process}.tmp"):
             leftover.unlink()
         yield run
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path) -> Iterator[None]:
-    """Hold the lock of the folder `path`; it ends with the process.
+def locked(path: epath.Path, name: str = "lock") -> Iterator[None]:
+    """Hold the lock of that name in the folder `path`; it ends with the process.
 
     Raises:
       ValueError: if another process holds it.
     """
-    lock = filelock.FileLock(str(path / "lock"), timeout=0)
+    lock = filelock.FileLock(str(path / name), timeout=0)
     try:
         held = lock.acquire()
     except filelock.Timeout:
@@ -319,9 +336,9 @@ def _flatten(tree, prefix=""):
             yield f"{prefix}{name}", value
 
 
-def write_file(path: epath.Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a whole file or nothing: a temporary name, then a rename."""
-    temporary = path.parent / f"{path.name}.tmp"
+def write_file(path: epath.Path, content: bytes | Callable[[IO[bytes]], object], process: int = 0) -> None:
+    """Write a whole file or nothing: a temporary name, of this process alone, then a rename."""
+    temporary = path.parent / f"{path.name}.{process}.tmp"
     try:
         if isinstance(content, bytes):
             temporary.write_bytes(content)

@@ -38,9 +38,10 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=1000)
     options = parser.parse_args()
     commands, printed, rows, passed = [], {}, [], True
+    clean = lambda text: text.replace(options.folder, "FOLDER").replace(options.work, "cifar10")
 
     def run(*arguments: str) -> str:
-        commands.append(" ".join(["ancer-jax", *arguments]).replace(options.folder, "FOLDER"))
+        commands.append(clean(" ".join(["ancer-jax", *arguments])))
         print(commands[-1], flush=True)
         command = [sys.executable, "-m", "ancer_jax.cli", *arguments]
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -58,7 +59,8 @@ def main() -> int:
             how = ["--skip", str(options.skip), "--n", str(options.n), *([] if method == "fixed" else SEARCH)]
             run("certify", *data, *what, *how, "--out", str(work / name))
             runs[name] = load_results(work / name)
-        printed[norm] = run("report", *(str(work / name) for name in runs), "--out", str(work / "report"))
+        shown = ["--data", options.folder, "--out", str(work / "report")]
+        printed[norm] = clean(run("report", *(str(work / name) for name in runs), *shown))
         print(printed[norm], flush=True)
         accuracy = load_network(work / "network").history["test_accuracy"]
         tilde = {}

@@ -12,12 +12,15 @@ products may be computed in TF32), between default and highest matmul precision,
 
 Speed: certification of SmallCNN and ResNet-18 at several batches and chunks, its ratio to the bare forward passes
 (benchmarks/overhead.py) and the share of the noise; both theta searches; bfloat16; which generator of random numbers
-pays. Results are stored after every section, and a section that would start after `--minutes` is left out and named.
+pays; training. Results are stored after every section, and a section that would start after `--minutes` is left out
+and named.
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
+import tempfile
 import time
 
 import jax
@@ -39,7 +42,9 @@ from ancer_jax import (
     optimize_isotropic,
 )
 from ancer_jax.certification import CertifyConfig
-from ancer_jax.data import select
+from ancer_jax.data import Dataset, select
+from ancer_jax.models import make_network
+from ancer_jax.training import HISTORY, PRESETS, train
 
 SMALLEST_P_VALUE = 1e-3
 
@@ -226,6 +231,24 @@ def generators(small, seed):
     return rows
 
 
+def training(small, seed):
+    """Images per second of training by noise augmentation, and whether a second training gives the same bits."""
+    rows = []
+    for name, batch in (("cifar_resnet20", 8),) if small else (("cifar_resnet110", 256), ("cifar_resnet18", 256)):
+        count, rng = batch * (2 if small else 40), np.random.default_rng(seed)
+        images = rng.random((count, 32, 32, 3), np.float32)
+        data = Dataset("random", np.arange(count), images, rng.integers(0, 10, count), 10)
+        config = dataclasses.replace(PRESETS["augmentation"], epochs=2, batch_size=batch, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            first, second = (
+                train(make_network(name), data, select(data, max_images=8), config, out=f"{folder}/{i}") for i in (0, 1)
+            )
+        speed = count / dict(zip(HISTORY, first.history[-1], strict=True))["seconds"]
+        same = jax.tree.all(jax.tree.map(np.array_equal, first.variables, second.variables))
+        rows.append({"network": name, "batch": batch, "images_per_second": speed, "same_bits": bool(same)})
+    return rows
+
+
 SECTIONS = {
     "traced bounds": check_bounds,
     "known classifiers": check_linear,
@@ -235,6 +258,7 @@ SECTIONS = {
     "search": search,
     "generators": generators,
     "certification, ResNet-18, bfloat16": certify_resnet18_bfloat16,
+    "training": training,
 }
 
 

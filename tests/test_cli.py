@@ -322,7 +322,7 @@ def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, m
         def fill(images):
             progress(images)
             if (here / "run" / "shards" / "0.npz").exists():
-                (here / "run" / "shards" / "2.npz.tmp").symlink_to("/dev/full")
+                (here / "run" / "shards" / "2.npz.0.tmp").symlink_to("/dev/full")
 
         return real(*arguments, progress=fill, **options)
 
@@ -337,18 +337,19 @@ def test_a_full_disk_is_the_last_line_and_keeps_what_is_finished(here, capsys, m
     assert len(pd.read_csv(here / "run" / "results.tsv", sep="\t")) == 4
 
 
-def test_an_interrupt_says_how_to_continue(here, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_continue(here, capsys, monkeypatch, number):
     def left(status):
         raise SystemExit(status)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     monkeypatch.setattr(os, "_exit", left)
-    monkeypatch.setattr(cli.certify, "certify_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli.certify, "certify_dataset", lambda *_, **__: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         cli.main(_toy())
-    assert stop.value.code == 130
+    assert stop.value.code == 128 + number
     assert capsys.readouterr().err == "\nancer-jax: stopped; start the same command again to continue\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize(

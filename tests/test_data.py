@@ -253,7 +253,7 @@ def test_processes_share_the_images(processes):
     dataset = _dataset(7)
     shares = [share(dataset, process_index=index, process_count=processes) for index in range(processes)]
     ids = [[] if part is None else part.ids.tolist() for part in shares]
-    assert sorted(sum(ids, [])) == dataset.ids.tolist()
+    assert sorted(i for part in ids for i in part) == dataset.ids.tolist()
     assert max(map(len, ids)) - min(map(len, ids)) <= 1
     assert all(part is None or part.whole is dataset for part in shares)
     for index in (-1, processes):

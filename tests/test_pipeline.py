@@ -64,7 +64,17 @@ def test_a_line_is_what_certify_gives_for_that_image(tmp_path):
         assert (one.count, one.gap) == (count, gap)
 
 
-@pytest.mark.parametrize("execution", [{"batch_size": 1}, {"batch_size": 7, "chunk": 64}, {"chunk": 501, "devices": 1}])
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"batch_size": 1},
+        {"batch_size": 7, "chunk": 64},
+        {"chunk": 501, "devices": 1},
+        {"split": "draws", "batch_size": 2, "devices": 3},
+        {"split": "draws", "devices": 1},
+    ],
+    ids=str,
+)
 def test_execution_changes_no_count(tmp_path, execution):
     expected, rows = run(tmp_path / "a", batch_size=4, chunk=100, devices=4), run(tmp_path / "b", **execution)
     for name in expected:

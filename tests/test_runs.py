@@ -441,7 +441,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     _write(tmp_path / "run", [0])
     hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True)"
     hold += "; input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "run" / "lock")]
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / "lock-0")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout.readline() == b"held\n"
@@ -535,7 +535,7 @@ def test_a_full_disk_loses_no_finished_batch(tmp_path, finished):
 
     def fill(images):
         if (out / "shards" / "0.npz").exists():
-            (out / "shards" / "6.npz.tmp").symlink_to("/dev/full")
+            (out / "shards" / "6.npz.0.tmp").symlink_to("/dev/full")
 
     with pytest.raises(OSError, match=r"cannot write .*6\.npz: No space left on device; what was finished"):
         _certify(out, progress=fill)

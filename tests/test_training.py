@@ -176,10 +176,10 @@ def test_other_settings_do_not_continue_a_training(tmp_path):
 
 def test_a_training_that_was_killed_between_two_files_goes_on(tmp_path):
     config = short("augmentation", epochs=1, batch_size=250)
-    (tmp_path / "training.json.tmp").write_text("{")
+    (tmp_path / "training.json.0.tmp").write_text("{")
     state = train(NETWORK, SOME, TEST, config, out=tmp_path)
     table = (tmp_path / "training.tsv").read_text()
-    (tmp_path / "training.tsv").rename(tmp_path / "training.tsv.tmp")  # the state was stored, the table was not
+    (tmp_path / "training.tsv").rename(tmp_path / "training.tsv.0.tmp")  # the state was stored, the table was not
     again = train(NETWORK, SOME, TEST, config, out=tmp_path)
     assert (tmp_path / "training.tsv").read_text() == table
     assert jax.tree.all(jax.tree.map(np.array_equal, again[:2], state[:2]))

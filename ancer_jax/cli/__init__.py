@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
     commands = {"demo": Demo, "certify": Certify, "train": Train, "convert": Convert, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
-    previous = signal.signal(signal.SIGINT, _stop)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"ancer-jax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _stop(*_) -> None:
+def _stop(number: int, _) -> None:
     """Leave at once: what is finished is stored, and an orderly exit under running XLA threads can crash or hang."""
     print("\nancer-jax: stopped; start the same command again to continue", file=sys.stderr, flush=True)
-    os._exit(130)
+    os._exit(128 + number)

@@ -7,13 +7,14 @@ import math
 import sys
 from typing import Any, Literal
 
+import jax
 import tqdm
 
 from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.cli.report import draw, print_table
-from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select, share
 from ancer_jax.data.pictures import Crop
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
@@ -104,6 +105,8 @@ class Certify:
     """Noisy copies of each image at a time; speed and memory only."""
     devices: int | None = None
     """Local devices to use; default all."""
+    split_devices: Literal["images", "draws"] = "images"
+    """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
     out: str | None = None
     """Run directory; default runs/<norm>-<method>-<sigma>."""
 
@@ -146,10 +149,11 @@ class Certify:
             leakage_limit=self.leakage_limit,
             seed=self.seed,
         )
-        execution = Execution(self.batch_size, self.chunk, self.devices)
-        title = f"{self.method} {sigma:g}"
+        execution = Execution(self.batch_size, self.chunk, self.devices, self.split_devices)
+        mine = share(dataset, process_index=jax.process_index(), process_count=jax.process_count())
+        total, title = 0 if mine is None else len(mine), f"{self.method} {sigma:g}"
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
-        with tqdm.tqdm(total=len(dataset), unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
+        with tqdm.tqdm(total=total, unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
             answered = 0
 
             def progress(images: int) -> None:

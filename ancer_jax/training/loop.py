@@ -335,7 +335,7 @@ def _same_training(out: epath.Path, network, data: Dataset, test: Dataset, confi
     described = [[part.name, part.fingerprint, hashlib.sha256(part.ids.tobytes()).hexdigest()] for part in (data, test)]
     settings = dataclasses.asdict(config) | {"network": repr(network), "data": described}
     settings, file = json.loads(json.dumps(settings)), out / SETTINGS
-    if not file.exists() and out.exists() and {p.name for p in out.iterdir()} - {f"{SETTINGS}.tmp", "lock"}:
+    if not file.exists() and out.exists() and {p.name for p in out.iterdir()} - {f"{SETTINGS}.0.tmp", "lock"}:
         raise ValueError(f"{out} holds something else: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
