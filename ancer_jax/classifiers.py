@@ -33,7 +33,7 @@ class Classifier:
     """
 
     apply: Callable[[Any, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
-    variables: Any
+    variables: Any = dataclasses.field(repr=False)
     num_classes: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: ArrayLike) -> jax.Array:

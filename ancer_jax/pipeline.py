@@ -249,17 +249,18 @@ def _certify_images(run: Run, classifier, dataset, config: RunConfig, execution:
     batch_size = math.ceil(min(execution.batch_size, len(dataset)) / devices) * devices
     place = functools.partial(parallel.split_rows if by_images else parallel.replicate, mesh=mesh)
     references = _references(classifier, dataset.whole, config, execution.chunk, mesh)
-    started, ended = None, time.perf_counter()
-    for batch in itertools.chain(batches(dataset, batch_size), [None]):
-        computed = None
-        if batch is not None:
+    ended = time.perf_counter()
+
+    def computing():
+        for batch in batches(dataset, batch_size):
             ids, images = place((batch["id"].astype(np.uint32), batch["image"]))
-            computed = _compute(ids, classifier, images, references, config, execution, mesh)
-        if started is not None:
-            _store(run, *started, config, ended)
-            ended = time.perf_counter()
-            progress(int(started[0]["mask"].sum()))
-        started = batch, computed
+            yield batch, _compute(ids, classifier, images, references, config, execution, mesh)
+        yield {}, ()
+
+    for (batch, computed), _ in itertools.pairwise(computing()):  # the next one is computing already
+        _store(run, batch, computed, config, ended)
+        ended = time.perf_counter()
+        progress(int(batch["mask"].sum()))
 
 
 def _compute(ids, classifier, images, references, config: RunConfig, execution: Execution, mesh):

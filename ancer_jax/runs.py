@@ -215,7 +215,7 @@ def open_run(
         run = dataclasses.replace(_run(path, settings), process=process)
         config = path / "config.json"
         if config.exists():
-            _refuse_other_settings(path, read_settings(path), settings)
+            refuse_other_settings(path, read_settings(path), settings)
         else:
             document = {"hash": run.key, "settings": settings, "made_with": made_with}
             write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
@@ -314,14 +314,19 @@ def _run(path, settings) -> Run:
     return Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
 
 
-def _refuse_other_settings(path, there, asked):
+def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on in the directory `path`, made with the settings `there`, if these are not those `asked` for.
+
+    Raises:
+      ValueError: naming the settings that differ, and both values.
+    """
     flat = [dict(_flatten(settings)) for settings in (there, asked)]
     differ = [name for name in sorted({*flat[0], *flat[1]}) if flat[0].get(name) != flat[1].get(name)]
     if differ:
         text = "; ".join(
             f"{name} is {_short(flat[0].get(name))} there, {_short(flat[1].get(name))} here" for name in differ
         )
-        raise ValueError(f"the run {path} was made with other settings ({text}); a new run needs a new directory")
+        raise ValueError(f"{path} was made with other settings ({text}); a new run needs a new directory")
 
 
 def _short(value) -> str:

@@ -93,7 +93,11 @@ def test_folders_of_pictures_are_numbered_as_torchvision_does(tmp_path):
 def test_pictures_are_read_when_they_are_needed(tmp_path):
     write_pictures(tmp_path, ["a/0.png", "a/1.png", "b/2.png"], PIXELS[:3])
     data = load_dataset(str(tmp_path))
+    content = (tmp_path / "a" / "1.png").read_bytes()
     (tmp_path / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"a/1\.png: not a picture that can be read"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "a" / "1.png").write_bytes(content[:-400])
     data.images[[0, 2]]
     with pytest.raises(ValueError, match=r"a/1\.png: not a picture that can be read") as error:
         data.images[[1]]
@@ -104,7 +108,7 @@ def test_pictures_of_other_sizes_need_a_crop(tmp_path):
     wide, tall = RNG.integers(0, 256, (300, 500, 3), np.uint8), RNG.integers(0, 256, (600, 400, 3), np.uint8)
     write_pictures(tmp_path, ["a/0.png", "b/1.png"], [wide, tall])
     with pytest.raises(ValueError, match=r"b/1\.png is \[600, 400, 3\], others are \[300, 500, 3\]: .*--crop imagenet"):
-        load_dataset(str(tmp_path)).images[[1]]
+        load_dataset(str(tmp_path))
     data = load_dataset(str(tmp_path), crop="imagenet")
     assert data.images.shape == (2, 224, 224, 3)
     resized = PIL.Image.fromarray(tall).resize((256, 384), PIL.Image.Resampling.BILINEAR)

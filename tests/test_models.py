@@ -224,16 +224,32 @@ def test_convert_then_certify(tmp_path, monkeypatch, capsys):
     cli.main(["certify", *flags])
     assert "fixed-0.5" in capsys.readouterr().out
     for arguments, message in (
-        (["certify", *flags, "--norm", "l1"], "--sigma is needed: net does not say what l1 noise"),
-        (["certify", "--classifier", "net", "--max", "1"], r"takes images [n, height, width, 3], got"),
+        (["certify", *flags, "--norm", "l1"], "net was trained with l2 noise of 0.5: --sigma is needed"),
+        (["certify", "--classifier", "net", "--max", "1"], "net takes images 32 x 32 x 3, the data are 28 x 28 x 1"),
         (["convert", "checkpoint.pth.tar", "--network", "cifar_resnet20", "--out", "net"], "is there already"),
-        (["convert", "checkpoint.pth.tar", "--network", "wrn_40_2", "--out", "b"], "no checkpoint of a WideResNet"),
+        (
+            ["convert", "checkpoint.pth.tar", "--network", "wrn_40_2", "--out", "b"],
+            "checkpoint.pth.tar as wrn_40_2: this is no checkpoint of a WideResNet",
+        ),
         (["convert", "nothing.pth", "--network", "wrn_40_2", "--out", "b"], "there is no such file"),
         (["convert", "with_layer.pth", "--network", "cifar_resnet20", "--image-size", "0", "--out", "b"], "at least 1"),
         (["convert", "with_layer.pth", "--network", "cifar_resnet20", "--sigma", "nan", "--out", "b"], "theta must be"),
         (
             ["convert", "with_layer.pth", "--network", "cifar_resnet20", "--std", "0", "0", "0", "--out", "b"],
+            "--mean and --std go together",
+        ),
+        (
+            [
+                *["convert", "with_layer.pth", "--network", "cifar_resnet20", "--out", "b", "--mean"],
+                *"000",
+                "--std",
+                *"000",
+            ],
             "std must be positive",
+        ),
+        (
+            ["convert", "with_layer.pth", "--network", "cifar_resnet20", "--mean", "0", "--std", "1", "--out", "b"],
+            "--mean and --std need 3 values",
         ),
     ):
         with pytest.raises(SystemExit) as stop:

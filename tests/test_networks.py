@@ -38,7 +38,7 @@ def test_a_stored_network_comes_back(tmp_path):
 def test_damaged_networks_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"not the folder of a network: there is no network\.json"):
         load_network(tmp_path)
-    for case in ("text", "name", "attribute", "shape", "variables"):
+    for case in ("text", "name", "attribute", "shape", "variables", "missing", "numbers"):
         folder = tmp_path / case
         save_network(small(), folder)
         info = json.loads((folder / "network.json").read_text())
@@ -48,6 +48,10 @@ def test_damaged_networks_are_refused_in_one_line(tmp_path):
             info["attributes"]["depth"] = 3
         elif case == "shape":
             info["attributes"]["hidden"] = 5
+        elif case == "missing":
+            (folder / "variables" / "manifest.ocdbt").unlink()
+        elif case == "numbers":
+            info["variables"] = "0" * 64
         (folder / "network.json").write_text("{" if case == "text" else json.dumps(info))
         if case == "variables":
             for file in sorted((folder / "variables").rglob("*")):

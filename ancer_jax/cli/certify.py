@@ -5,10 +5,12 @@ import difflib
 import importlib
 import math
 import sys
+import warnings
 from typing import Any, Literal
 
 import jax
 import tqdm
+from etils import epath
 
 from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
@@ -18,9 +20,10 @@ from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset,
 from ancer_jax.data.pictures import Crop
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
-from ancer_jax.models.checkpoints import is_network, load_network
+from ancer_jax.models.checkpoints import Trained, is_network, load_network
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
+from ancer_jax.training.loop import SETTINGS
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
 
@@ -112,9 +115,10 @@ class Certify:
 
     def run(self) -> None:
         """Certify, then print the table of this run."""
-        classifier, sigma, classes = _classifier(self.classifier, self.norm, self.sigma)
+        classifier, sigma, trained = _classifier(self.classifier, self.norm, self.sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
-        check_classes(dataset, classes)
+        if trained is not None:
+            _check_fit(self.classifier, trained, dataset)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
         print_table([out])
@@ -211,18 +215,42 @@ class Demo:
         print(report.compare_proxy_radius([report.load_results(run) for run in runs]))
 
 
-def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, tuple[str, ...]]:
-    """The classifier of that name, sigma, by default that of its training, and its classes, if it names them."""
+def _check_fit(name: str, trained: Trained, dataset: Dataset) -> None:
+    """Whether the data are what the network was trained on, as far as it knows."""
+    shape = tuple(dataset.images.shape[1:])
+    if shape != trained.image_shape:
+        sizes = (" x ".join(map(str, sizes)) for sizes in (trained.image_shape, shape))
+        raise ValueError("{} takes images {}, the data are {} (--classifier, --data, --crop)".format(name, *sizes))
+    check_classes(dataset, trained.classes)
+    if 2 * dataset.num_classes <= trained.network.num_classes:
+        warnings.warn(
+            f"{dataset.name} has labels of {dataset.num_classes} classes, {name} knows {trained.network.num_classes}",
+            stacklevel=2,
+        )
+
+
+def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, Trained | None]:
+    """The classifier of that name; sigma, by default that of its training; and what is known of that training."""
     if name == "bundled":
         bundled = load_bundled(norm)
-        return bundled.classifier, bundled.theta if sigma is None else sigma, ()
+        known = Trained("small_cnn", {}, bundled.classifier.variables, (28, 28, 1), norm, bundled.theta)
+        return bundled.classifier, bundled.theta if sigma is None else sigma, known
     if is_network(name):
         trained = load_network(name)
-        known = trained.theta if trained.norm == norm else None
-        sigma = known if sigma is None else sigma
+        noise = f"{trained.norm} noise" + ("" if trained.theta is None else f" of {trained.theta:g}")
+        if trained.norm != norm and trained.theta is not None:
+            if sigma is None:
+                raise ValueError(f"{name} was trained with {noise}: --sigma is needed to certify it under {norm} noise")
+            warnings.warn(f"{name} was trained with {noise}, not with {norm} noise", stacklevel=2)
+        sigma = trained.theta if sigma is None else sigma
         if sigma is None:
-            raise ValueError(f"--sigma is needed: {name} does not say what {norm} noise it was trained with")
-        return trained.classifier, sigma, trained.classes
+            raise ValueError(f"--sigma is needed: {name} does not say what noise it was trained with")
+        return trained.classifier, sigma, trained
+    path = epath.Path(name)
+    if path.is_file():
+        raise ValueError(f"--classifier {name} is a file: ancer-jax convert makes a folder of a checkpoint")
+    if (path / SETTINGS).exists():
+        raise ValueError(f"--classifier {name}: its training is not finished; the same ancer-jax train goes on")
     module, colon, function = name.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
@@ -239,4 +267,4 @@ def _classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, 
         raise ValueError(f"--classifier {name!r}: {error}") from error
     if not isinstance(classifier, Classifier):
         raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
-    return classifier, sigma, ()
+    return classifier, sigma, None

@@ -5,6 +5,7 @@ import warnings
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tqdm
 import tyro
 from etils import epath
@@ -22,13 +23,14 @@ CURVES = "training.png"
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a network for smoothing; started again, it continues. Defaults are the published ones of each method's code
-    for CIFAR-10."""
+    """Train a network for smoothing; started again, it continues. What is None by default is as in the published code
+    of each method for CIFAR-10, and printed at the start."""
 
     out: str
     """Folder of the network, for certify --classifier; it also holds what training goes on from."""
     data: str = BUNDLED_SUBSET
-    """Data set, as in certify: its split train is trained on."""
+    """Data set, as in certify: its split train is trained on. An npz file has one split: name another with
+    --test-data."""
     test_data: str | None = None
     """Data set that is measured after every epoch; default: the same one."""
     test_split: str = "test"
@@ -67,10 +69,16 @@ class Train:
     """Images are shifted at random by up to so many pixels."""
     flip: bool = True
     """Images are mirrored at random."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in the network's normalisation; default: that of its usual data set. 0 and 1: none."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel."""
     crop: Crop = "none"
     """What is done to pictures, as in certify."""
     max: int | None = None
     """Train on this many images at most."""
+    test_max: int | None = None
+    """Measure this many test images at most."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the network's layers."""
     seed: int = 0
@@ -82,7 +90,7 @@ class Train:
         test_set = load_dataset(self.test_data or self.data, split=self.test_split, crop=self.crop)
         if train_set.fingerprint == test_set.fingerprint:
             raise ValueError(f"it would be tested on the images of {self.data} that it is trained on (--test-data)")
-        train_set = select(train_set, max_images=self.max)
+        train_set, test_set = select(train_set, max_images=self.max), select(test_set, max_images=self.test_max)
         preset = PRESETS[self.method]
         asked = {
             "epochs": self.epochs, "batch_size": self.batch_size, "copies": self.copies, "learning_rate": self.lr,
@@ -96,7 +104,11 @@ class Train:
         config = dataclasses.replace(
             preset, norm=self.norm, theta=self.sigma, flip=self.flip, seed=self.seed, **changes
         )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("--mean and --std go together")
         attributes = {"num_classes": train_set.num_classes, "compute_dtype": self.compute_dtype}
+        attributes |= {} if self.mean is None else {"mean": self.mean, "std": self.std}
+        print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
         total = config.epochs * (len(train_set) // config.batch_size)
         with tqdm.tqdm(total=total, unit="step", desc=f"{self.network}, {self.method}", smoothing=0, delay=1e-6) as bar:
 
@@ -153,20 +165,27 @@ class Convert:
         """Read, convert, store."""
         asked = {name: getattr(self, name) for name in ("num_classes", "mean", "std", "compute_dtype")}
         attributes = {name: value for name, value in asked.items() if value is not None}
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("--mean and --std go together")
         network, shape = make_network(self.network, **attributes), image_shape(self.network)
+        if {np.size(network.mean), np.size(network.std)} != {shape[-1]}:
+            raise ValueError(f"--mean and --std need {shape[-1]} values, one for each channel")
         if self.image_size is not None:
             if self.image_size < 1:
                 raise ValueError(f"--image-size must be at least 1, got {self.image_size}")
             shape = (self.image_size, self.image_size, shape[-1])
         tensors = read_torch(self.checkpoint)
-        variables = convert_torch(network, tensors, shape)
+        try:
+            variables = convert_torch(network, tensors, shape)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint} as {self.network}: {error}") from None
         history = {"converted_from": epath.Path(self.checkpoint).name}
         save_network(Trained(self.network, attributes, variables, shape, self.norm, self.sigma, history), self.out)
         count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         print(f"{self.out}: {self.network}, {count:,} parameters, {network.num_classes} classes")
-        said = {"mean", "std"} <= set(stored_normalisation(tensors, len(network.mean)))
+        said = {"mean", "std"} <= set(stored_normalisation(tensors, np.size(network.mean)))
         print(f"normalisation: mean {_listed(network.mean)}, std {_listed(network.std)}{', as stored' if said else ''}")
-        if not said and self.mean is None and self.std is None:
+        if not said and self.mean is None:
             warnings.warn(
                 f"{self.checkpoint} does not say how its network normalises images: the usual constants were assumed "
                 "(others: --mean, --std)",

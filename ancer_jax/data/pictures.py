@@ -23,7 +23,7 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     class without a folder shifts the labels of those behind it: `classes` has the names.
 
     Raises:
-      ValueError: if there are none, or of one class only; when it is read, a picture that is not as large as the first.
+      ValueError: if there are none, or of one class only, or not of one size and `crop` is "none".
     """
     root = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -40,9 +40,14 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     if len(classes) < 2:
         raise ValueError(f"{root}: pictures of one class only, {classes[0]}")
     shape = read_picture(files[0], crop).shape
+    if crop == "none":
+        for file in files:
+            same_shape(_header_shape(file), shape, file)
 
     def read(row: int) -> np.ndarray:
-        return same_shape(read_picture(files[row], crop), shape, files[row])
+        image = read_picture(files[row], crop)
+        same_shape(image.shape, shape, files[row])
+        return image
 
     digest = hashlib.sha256(crop.encode())
     for file in files:
@@ -52,13 +57,21 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     return Dataset(folder.name, rows, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
 
 
-def same_shape(image: np.ndarray, shape: tuple[int, ...], name) -> np.ndarray:
-    """The image, if it is of that shape."""
-    if image.shape != shape:
-        raise ValueError(
-            f"{name} is {list(image.shape)}, others are {list(shape)}: pictures of one size, or --crop imagenet"
-        )
-    return image
+def same_shape(found: tuple[int, ...], shape: tuple[int, ...], name) -> None:
+    """Refuse another shape."""
+    if found != shape:
+        raise ValueError(f"{name} is {list(found)}, others are {list(shape)}: pictures of one size, or --crop imagenet")
+
+
+def _header_shape(file: epath.Path) -> tuple[int, int, int]:
+    """Height, width and 3, read from the first bytes of a picture."""
+    import PIL.Image
+
+    try:
+        with file.open("rb") as opened, PIL.Image.open(opened) as picture:
+            return (picture.height, picture.width, 3)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file}: not a picture that can be read ({error})") from None
 
 
 def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:

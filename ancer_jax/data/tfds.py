@@ -44,7 +44,8 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
     def read(row: int) -> np.ndarray:
         with _one_line(f"{what}, record {row}"):
             image = decode(records[row]["image"], crop, channels)
-        return same_shape(image, shape, f"tfds:{name}, record {row}")
+        same_shape(image.shape, shape, f"tfds:{name}, record {row}")
+        return image
 
     version = f"{builder.info.full_name} {split} {crop} {builder.info.splits[split].num_bytes}"
     fingerprint = hashlib.sha256(version.encode()).hexdigest()

@@ -4,6 +4,7 @@ are.
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -82,7 +83,7 @@ class Trained:
 
     name: str
     attributes: Mapping[str, Any]
-    variables: Any
+    variables: Any = dataclasses.field(repr=False)
     image_shape: tuple[int, int, int]
     norm: str = "l2"
     theta: float | None = None
@@ -118,7 +119,7 @@ def save_network(trained: Trained, path: epath.PathLike, *, new: bool = True) ->
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / _VARIABLES, trained.variables, force=True)
     info = dataclasses.asdict(dataclasses.replace(trained, variables=None))
-    del info["variables"]
+    info["variables"] = _hash(trained.variables)
     write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
 
 
@@ -143,6 +144,7 @@ def load_network(path: epath.PathLike) -> Trained:
         info = json.loads(file.read_text())
         info |= {name: tuple(info[name]) for name in ("image_shape", "classes")}
         info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
+        fingerprint = info.pop("variables")
         trained = Trained(variables=None, **info)
         network = trained.network
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -150,14 +152,27 @@ def load_network(path: epath.PathLike) -> Trained:
     inputs = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
     try:
+        if not (path / _VARIABLES / "manifest.ocdbt").exists():
+            raise ValueError("files are missing")
         with ocp.StandardCheckpointer() as checkpointer:
             _check_shapes(checkpointer.metadata(path / _VARIABLES).item_metadata, shapes)
             variables = checkpointer.restore(path / _VARIABLES, shapes)
     except Exception as error:  # orbax raises many kinds
         raise ValueError(
-            f"{path / _VARIABLES}: damaged, or of another network ({str(error).splitlines()[0]})"
+            f"{path / _VARIABLES}: damaged, or of another network ({str(error).splitlines()[0][:200]})"
         ) from None
-    return dataclasses.replace(trained, variables=jax.tree.map(np.asarray, variables))
+    variables = jax.tree.map(np.asarray, variables)
+    if _hash(variables) != fingerprint:
+        raise ValueError(f"{path / _VARIABLES}: damaged, or of another network (its numbers are not those of {_INFO})")
+    return dataclasses.replace(trained, variables=variables)
+
+
+def _hash(variables) -> str:
+    digest = hashlib.sha256()
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    for name in sorted(named):
+        digest.update(name.encode() + np.ascontiguousarray(named[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _check_shapes(stored, shapes) -> None:

@@ -189,4 +189,4 @@ def _read_pickled(path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: there are no tensors in it")
-    return found
+    return dict(found)

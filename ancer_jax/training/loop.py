@@ -19,7 +19,7 @@ from etils import epath
 
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import Dataset, check_classes
-from ancer_jax.runs import locked, write_file
+from ancer_jax.runs import locked, refuse_other_settings, write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
@@ -193,9 +193,12 @@ def train(
                 state, sums = state._replace(variables=variables, optimizer=moments), sums + figures
                 progress(1, {})
             loss, accuracy = np.asarray(sums / steps)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss of epoch {epoch + 1} is {loss}: a smaller learning rate may help")
             measured = measure(network, state.variables, test, config)
+            if not (math.isfinite(loss) and math.isfinite(measured[0])):
+                raise ValueError(
+                    f"the loss of epoch {epoch + 1} is {loss:g}, {measured[0]:g} on test images: a smaller learning "
+                    "rate may help"
+                )
             rate = _learning_rate(config, steps)(epoch * steps)
             state.history[epoch] = (epoch + 1, rate, loss, accuracy, *measured, time.perf_counter() - clock)
             manager.save(epoch + 1, args=ocp.args.StandardSave(state._asdict()))
@@ -339,12 +342,12 @@ def _same_training(out: epath.Path, network, data: Dataset, test: Dataset, confi
         raise ValueError(f"{out} holds something else: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        if not file.exists():
+        begun = (out / STATE).exists() and any(epoch.name.isdecimal() for epoch in (out / STATE).iterdir())
+        if not begun:  # whatever was tried here before left nothing to go on from
             write_file(file, f"{json.dumps(settings, indent=2)}\n".encode())
         try:
             there = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{file}: not the settings of a training ({error})") from None
-        if differ := [name for name in settings if settings[name] != there.get(name)]:
-            raise ValueError(f"{out} was trained with other settings: {', '.join(differ)} differ")
+        refuse_other_settings(out, there, settings)
         yield
