@@ -240,7 +240,13 @@ def test_convert_then_certify(tmp_path, monkeypatch, capsys):
         ),
         (
             [
-                *["convert", "with_layer.pth", "--network", "cifar_resnet20", "--out", "b", "--mean"],
+                "convert",
+                "with_layer.pth",
+                "--network",
+                "cifar_resnet20",
+                "--out",
+                "b",
+                "--mean",
                 *"000",
                 "--std",
                 *"000",
