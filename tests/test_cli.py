@@ -171,7 +171,7 @@ def test_flags_reach_the_settings(captured):
             "--leakage-limit",
             "0.2",
         ),
-        "--no-memory",
+        *("--split-devices", "draws", "--no-memory"),
     ]
     with pytest.raises(SystemExit):
         cli.main([*_toy(), *flags])
@@ -185,7 +185,7 @@ def test_flags_reach_the_settings(captured):
         "leakage_limit": 0.2,
     }
     assert captured["reconcile"] is False
-    assert captured["execution"] == {"batch_size": 3, "chunk": 16, "devices": 1}
+    assert captured["execution"] == {"batch_size": 3, "chunk": 16, "devices": 1, "split": "draws"}
     assert captured["out"] == "run"
 
 

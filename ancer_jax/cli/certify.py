@@ -15,6 +15,7 @@ from etils import epath
 from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
+from ancer_jax.cli import processes
 from ancer_jax.cli.report import draw, print_table
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select, share
 from ancer_jax.data.pictures import Crop
@@ -23,6 +24,7 @@ from ancer_jax.models import load_bundled
 from ancer_jax.models.checkpoints import Trained, is_network, load_network
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
+from ancer_jax.runs import read_run
 from ancer_jax.training.loop import SETTINGS
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
@@ -110,17 +112,34 @@ class Certify:
     """Local devices to use; default all."""
     split_devices: Literal["images", "draws"] = "images"
     """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
+    multihost: bool = False
+    """This is one of several processes, on one host or many, that share the run: start them all with the same flags.
+    TPU pods and Slurm are recognised; elsewhere the next three flags say who is who."""
+    coordinator: str | None = None
+    """With --multihost: address and port of the first process, host:port."""
+    processes: int | None = None
+    """With --multihost: how many there are."""
+    process: int | None = None
+    """With --multihost: which of them this is, from 0."""
     out: str | None = None
-    """Run directory; default runs/<norm>-<method>-<sigma>."""
+    """Run directory; default runs/<norm>-<method>-<sigma>. Processes that share a run share it, too."""
 
     def run(self) -> None:
         """Certify, then print the table of this run."""
+        if self.multihost:
+            processes.join(self.coordinator, self.processes, self.process)
+        elif (self.coordinator, self.processes, self.process) != (None, None, None):
+            raise ValueError("--coordinator, --processes and --process need --multihost")
         classifier, sigma, trained = _classifier(self.classifier, self.norm, self.sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
+        if self.multihost:
+            left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
+            print(f"process {jax.process_index()} of {jax.process_count()} has done its share; {left} images are left")
+            processes.leave()
         print_table([out])
 
     def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:

@@ -104,7 +104,8 @@ def plot_training(history: dict[str, np.ndarray], path: epath.PathLike) -> None:
         for part, style in (("train", "C0-"), ("test", "C3--")):
             axis.plot(history["epoch"], history[f"{part}_{what}"], style, marker=".", label=part)
         axis.set(xlabel="epoch", ylabel=label)
-        axis.set_ylim(bottom=0, top=1.02 if what == "accuracy" else None)
+        axis.locator_params(axis="x", integer=True)
+        axis.set_ylim(0, 1.02 if what == "accuracy" else 1.05 * axis.dataLim.y1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     _save(figure, path)
