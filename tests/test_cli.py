@@ -456,6 +456,23 @@ def test_bad_values_of_memory_and_leakage_are_one_line(here, capsys, arguments, 
     assert re.search(message, _error(capsys, arguments))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "host:1"], "--coordinator, --processes and --process need --multihost"),
+        (
+            ["--multihost", "--coordinator", "host", "--processes", "2", "--process", "0"],
+            "must be host:port, got 'host'",
+        ),
+        (["--multihost", "--coordinator", "host:1", "--processes", "2", "--process", "2"], "--multihost: process_id"),
+        (["--multihost", "--processes", "2", "--process", "0"], "--multihost: coordinator_address should be defined"),
+    ],
+    ids=str,
+)
+def test_processes_that_are_not_named_well_are_one_line(here, capsys, flags, message):
+    assert message in _error(capsys, _toy(*flags))
+
+
 def test_report_of_nothing_exits_with_2(capsys):
     assert "name at least one run directory or TSV file" in _error(capsys, ["report"])
 

@@ -14,8 +14,10 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
     """Become one of several processes; what is None is found out from the cluster or JAX's variables.
 
     Raises:
-      ValueError: if the others are not found.
+      ValueError: if an argument is malformed, or there is no cluster to ask.
     """
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"--coordinator must be host:port, got {coordinator!r}")
     jax.config.update("jax_enable_recoverability", True)  # a process that dies does not take the others with it
     try:
         jax.distributed.initialize(coordinator, count, index)
