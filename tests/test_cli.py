@@ -464,8 +464,9 @@ def test_bad_values_of_memory_and_leakage_are_one_line(here, capsys, arguments, 
             ["--multihost", "--coordinator", "host", "--processes", "2", "--process", "0"],
             "must be host:port, got 'host'",
         ),
-        (["--multihost", "--coordinator", "host:1", "--processes", "2", "--process", "2"], "--multihost: process_id"),
-        (["--multihost", "--processes", "2", "--process", "0"], "--multihost: coordinator_address should be defined"),
+        # What JAX says depends on whether it is in use already.
+        (["--multihost", "--coordinator", "host:1", "--processes", "2", "--process", "2"], "--multihost: "),
+        (["--multihost", "--processes", "2", "--process", "0"], "--multihost: "),
     ],
     ids=str,
 )
