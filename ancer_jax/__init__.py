@@ -3,6 +3,7 @@
 from ancer_jax.certificates import GaussianL2, UniformL1
 from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
 from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
+from ancer_jax.config import Execution, RunConfig
 from ancer_jax.data import load_dataset
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
@@ -13,7 +14,7 @@ from ancer_jax.optimize import (
     optimize_anisotropic,
     optimize_isotropic,
 )
-from ancer_jax.pipeline import Execution, RunConfig, certify_dataset
+from ancer_jax.pipeline import certify_dataset
 from ancer_jax.regions import Region, disjoint, is_superset, log_volume, proxy_radius, radius
 from ancer_jax.runs import load_memory, save_memory
 

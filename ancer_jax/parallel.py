@@ -1,5 +1,6 @@
-"""Devices: a mesh over the local devices, rows of a batch spread over it."""
+"""Devices: a mesh over the local devices, or those of all processes, and rows of a batch spread over it."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,26 +8,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def device_mesh(num_devices: int | None = None) -> Mesh:
+def device_mesh(num_devices: int | None = None, *, all_processes: bool = False) -> Mesh:
     """A one-dimensional mesh over the first `num_devices` local devices (all of them by default).
+
+    With `all_processes` it is over so many devices of each process, and programs run in all processes together.
 
     Raises:
       ValueError: if there are not that many.
     """
-    devices = jax.local_devices()
-    count = len(devices) if num_devices is None else num_devices
-    if not 1 <= count <= len(devices):
-        raise ValueError(f"devices must be in 1..{len(devices)} on this machine, got {count}")
+    local = jax.local_devices()
+    count = len(local) if num_devices is None else num_devices
+    if not 1 <= count <= len(local):
+        raise ValueError(f"devices must be in 1..{len(local)} on this machine, got {count}")
+    of_each = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
+    devices = [device for _, group in of_each for device in [*group][:count]] if all_processes else local[:count]
     # Explicit axes, JAX's default, fail in the scan of the theta ascent.
-    return Mesh(np.array(devices[:count]), ("rows",), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
+
+
+def free_memory(mesh: Mesh) -> int:
+    """Bytes that are left on each device of the mesh, as far as it says; on CPUs each one's part of the machine's."""
+    statistics = [device.memory_stats() for device in mesh.devices.flat]
+    known = [s["bytes_limit"] - s.get("bytes_in_use", 0) for s in statistics if s and "bytes_limit" in s]
+    return min(known) if known else psutil.virtual_memory().available // mesh.size
 
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays with their leading axis spread over the mesh; its size must be a multiple of the mesh's."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("rows")))
+
+
+def take_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """`images[rows]`, spread over the mesh like `split_rows`; each process reads what its own devices get."""
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    return jax.make_array_from_callback((len(rows), *images.shape[1:]), sharding, lambda index: images[rows[index[0]]])
 
 
 def pmap_examples(

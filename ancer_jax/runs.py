@@ -15,12 +15,9 @@ import hashlib
 import io
 import itertools
 import json
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import filelock
 import numpy as np
 from etils import epath
 
@@ -28,6 +25,7 @@ from ancer_jax import memory
 from ancer_jax.memory import Memory
 from ancer_jax.regions import Region
 from ancer_jax.results import Answer, leakage_share, write_table
+from ancer_jax.storage import list_folder, locked, read_arrays, write_file
 
 RESULTS = "results.tsv"
 RESULTS_MEMORY = "results_memory.tsv"
@@ -47,46 +45,61 @@ class Run:
       settings: nested mapping of everything that changes results.
       key: hash of the settings; every shard carries it.
       process: which of several processes writes; names its temporary files.
+      still_held: raises ValueError if another process has taken the run over.
     """
 
     path: epath.Path
     settings: Mapping[str, Any]
     key: str
     process: int = 0
+    still_held: Callable[[], None] = lambda: None
 
-    def shards(self) -> Iterator[dict[str, np.ndarray]]:
-        """The finished batches, in order of their first id.
+    def files(self) -> list[epath.Path]:
+        """The shards that are there, in order of their first id.
+
+        Raises:
+          ValueError: if there is a file that is none.
+        """
+        files = [file for file in list_folder(self.path / "shards") if file.suffix == ".npz"]
+        for file in files:
+            if not file.stem.isdecimal():
+                raise ValueError(f"{file}: not a shard of this run; move it away")
+        return sorted(files, key=lambda file: int(file.stem))
+
+    def shards(
+        self, names: Sequence[str] = _ARRAYS, files: Sequence[epath.Path] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The finished batches, in order of their first id: `ids` and the arrays `names`, of `files` (default: all).
 
         Raises:
           ValueError: if a shard is truncated, renamed, doubled, or belongs to another run.
         """
-        files, seen = list((self.path / "shards").glob("*.npz")), set()
-        for file in files:
-            if not file.stem.isdecimal():
-                raise ValueError(f"{file}: not a shard of this run; move it away")
-        for file in sorted(files, key=lambda file: int(file.stem)):
+        seen, names = set(), tuple(dict.fromkeys(("ids", *names)))
+        for file in self.files() if files is None else files:
             try:
-                shard = _read_arrays(file, (*_ARRAYS, "key"))
+                shard = read_arrays(file, (*names, "key"))
             except ValueError as error:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
             if str(shard.pop("key")) != self.key:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
             ids = [int(i) for i in shard["ids"]]
-            if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in _ARRAYS):
+            if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in names):
                 raise ValueError(f"{file}: renamed, copied or damaged; move it away")
             seen |= {*ids}
             yield shard
 
     def done(self) -> set[int]:
         """Ids of the inputs that are finished."""
-        return {int(i) for shard in self.shards() for i in shard["ids"]}
+        return {int(i) for shard in self.shards(["ids"]) for i in shard["ids"]}
 
     def write_shard(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Store one finished batch; after this returns it survives the process.
 
         Raises:
           OSError: naming the file, if it cannot be written (a full disk).
+          ValueError: if another process has taken the run over.
         """
+        self.still_held()
         buffer = io.BytesIO()
         named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
         np.savez(buffer, key=np.array(self.key), **named)
@@ -98,13 +111,13 @@ class Run:
 
     def memory_table(self) -> str | None:
         """The text of `results_memory.tsv`; None if the finished inputs have not been reconciled."""
-        shards = list(self.shards())  # once: another process may be adding to them
-        answers = self._answers(shards)
-        return None if answers is None else write_table(shards, self.settings, answers)
+        files = self.files()  # once: another process may be adding to them
+        answers = self._answers(files)
+        return None if answers is None else write_table(self.shards(files=files), self.settings, answers)
 
-    def columns(self, *names: str, of: Iterable[Mapping[str, np.ndarray]] | None = None) -> dict[str, np.ndarray]:
-        """Arrays of all finished inputs (or those in the shards `of`), in order of ids."""
-        shards = [{name: shard[name] for name in ("ids", *names)} for shard in (self.shards() if of is None else of)]
+    def columns(self, *names: str, files: Sequence[epath.Path] | None = None) -> dict[str, np.ndarray]:
+        """Arrays of all finished inputs (or those in the shards `files`), in order of ids."""
+        shards = list(self.shards(names, files))
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
         order = np.argsort(columns["ids"])
         return {name: column[order] for name, column in columns.items()}
@@ -123,7 +136,8 @@ class Run:
     def export(self) -> epath.Path:
         """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
         text, path = self.memory_table(), self.path / RESULTS_MEMORY
-        path.unlink(missing_ok=True)  # first: the two tables are never of different inputs
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # first: the two tables are never of different inputs
         write_file(self.path / RESULTS, self.table().encode())
         if text is not None:
             write_file(path, text.encode())
@@ -131,49 +145,54 @@ class Run:
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
-        made_from = np.array(self._made_from(self.shards(), len(ids)))
+        made_from = np.array(self._made_from(self.files(), len(ids)))
         save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, made_from=made_from)
 
     def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
         """What `write_memory` stored; None if it was not made from the first finished inputs, in order of ids, as they
         are now, or cannot be read.
         """
-        stored = self._stored(self.shards(), "ids", "inside")
+        stored = self._stored(self.files(), "ids", "inside")
         try:
-            return None if stored is None else (load_memory(self.path), stored["ids"], stored["inside"])
-        except ValueError:
+            return None if stored is None else (_memory(self.path / MEMORY), stored["ids"], stored["inside"])
+        except (ValueError, TypeError):
             return None
 
-    def _stored(self, shards, *names: str) -> dict[str, np.ndarray] | None:
-        """Arrays of the memory, if it was made from the first inputs in the shards, as they are."""
+    def _stored(self, files, *names: str) -> dict[str, np.ndarray] | None:
+        """Arrays of the memory, if it was made from the first inputs in the shards `files`, as they are."""
         try:
-            arrays = _read_arrays(self.path / MEMORY, (*names, "ids", "made_from"))
-        except (OSError, ValueError):
+            arrays = read_arrays(self.path / MEMORY, (*names, "ids", "made_from"))
+        except (FileNotFoundError, ValueError):
             return None
-        return arrays if str(arrays["made_from"]) == self._made_from(shards, len(arrays["ids"])) else None
+        return arrays if str(arrays["made_from"]) == self._made_from(files, len(arrays["ids"])) else None
 
-    def _made_from(self, shards, count: int) -> str:
+    def _made_from(self, files, count: int) -> str:
         """Hash of this run's settings and of the certificates of its first `count` inputs."""
-        digest = hashlib.sha256(f"memory 1 {self.key}".encode())
-        for column in self.columns("predictions", "gap", "theta", of=shards).values():
-            digest.update(np.ascontiguousarray(column[:count]).tobytes())
+        certificates: dict[int, bytes] = {}  # hashed one by one: the thetas of all inputs may not fit into memory
+        for shard in self.shards(["predictions", "gap", "theta"], files):
+            for row, id_ in enumerate(shard["ids"]):
+                numbers = b"".join(shard[name][row].tobytes() for name in ("ids", "predictions", "gap", "theta"))
+                certificates[int(id_)] = hashlib.sha256(numbers).digest()
+        digest = hashlib.sha256(f"memory 2 {self.key}".encode())
+        for id_ in sorted(certificates)[:count]:
+            digest.update(certificates[id_])
         return digest.hexdigest()
 
     def set_memory_aside(self) -> tuple[epath.Path, epath.Path] | None:
         """Rename a memory that is not, or no longer, this run's; its name and the new one, or None if there is none."""
-        file = self.path / MEMORY
-        if not file.exists():
+        file, there = self.path / MEMORY, {path.name for path in list_folder(self.path)}
+        if MEMORY not in there:
             return None
-        names = (self.path / f"memory_replaced_{i}.npz" for i in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
+        names = (f"memory_replaced_{i}.npz" for i in itertools.count(1))
+        aside = self.path / next(name for name in names if name not in there)
         file.replace(aside)
         return file, aside
 
-    def _answers(self, shards) -> dict[int, Answer] | None:
-        after = self._stored(shards, "inside", "gap", "prediction")
-        if after is None or len(after["ids"]) != sum(len(shard["ids"]) for shard in shards):
+    def _answers(self, files) -> dict[int, Answer] | None:
+        after = self._stored(files, "inside", "gap", "prediction")
+        before = self.columns("predictions", "gap", "leaked", "references", files=files)
+        if after is None or len(after["ids"]) != len(before["ids"]):
             return None
-        before = self.columns("predictions", "gap", "leaked", "references", of=shards)
         answers: dict[int, Answer] = {}
         for row, id_ in enumerate(before["ids"]):
             was, prediction, inside = before["predictions"][row], after["prediction"][row], int(after["inside"][row])
@@ -203,57 +222,44 @@ def open_run(
       OSError: if it cannot be written.
     """
     path = epath.Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, not a run directory")
-    names = [] if not path.exists() else [p.name for p in path.iterdir()]
+    try:
+        names = [file.name for file in list_folder(path)]
+    except NotADirectoryError:
+        raise ValueError(f"{path} is a file, not a run directory") from None
     foreign = [n for n in names if n != "shards" and not n.startswith(("lock", "config.json"))]
-    if foreign and not (path / "config.json").exists():
+    if foreign and "config.json" not in names:
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
-    with locked(path, f"lock-{process}"):
+    with locked(path, f"lock-{process}") as still_held:
         settings = json.loads(json.dumps(settings))
-        run = dataclasses.replace(_run(path, settings), process=process)
+        run = dataclasses.replace(_run(path, settings), process=process, still_held=still_held)
         config = path / "config.json"
-        if config.exists():
+        if config in list_folder(path):
             refuse_other_settings(path, read_settings(path), settings)
         else:
             document = {"hash": run.key, "settings": settings, "made_with": made_with}
             write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
-        for leftover in (path / "shards").glob(f"*.{process}.tmp"):
-            leftover.unlink()
+        for file in list_folder(path / "shards"):
+            if file.name.endswith(f".{process}.tmp"):
+                file.unlink()
         yield run
-
-
-@contextlib.contextmanager
-def locked(path: epath.Path, name: str = "lock") -> Iterator[None]:
-    """Hold the lock of that name in the folder `path`; it ends with the process.
-
-    Raises:
-      ValueError: if another process holds it.
-    """
-    lock = filelock.FileLock(str(path / name), timeout=0)
-    try:
-        held = lock.acquire()
-    except filelock.Timeout:
-        raise ValueError(f"another process is writing to {path}") from None
-    with held:
-        yield
 
 
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """The settings of the run in the directory `path`.
 
     Raises:
-      ValueError: if there is no readable `config.json`.
+      ValueError: if there is no `config.json`, or it is another file.
+      OSError: if it cannot be read.
     """
     config = epath.Path(path) / "config.json"
-    if not config.exists():
-        raise ValueError(f"{path} is not a run directory: there is no config.json")
     try:
         settings = json.loads(config.read_text())["settings"]
         if not isinstance(settings, dict):
             raise TypeError(f"settings are {settings!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not a run directory: there is no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
     return settings
 
@@ -284,25 +290,18 @@ def load_memory(path: epath.PathLike) -> Memory:
     path = epath.Path(path)
     file = path / MEMORY if path.is_dir() else path
     try:
-        arrays = _read_arrays(file, ("norm", "center", "theta", "gap", "prediction"))
-        regions = Region(arrays["center"], arrays["theta"], arrays["gap"], int(arrays["norm"]))
-        return memory.restore(regions, arrays["prediction"])
+        return _memory(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: there is no memory; runs with fixed noise, or unfinished, have none") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: no memory that can be read ({error})") from None
 
 
-def _read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
-    try:
-        with file.open("rb") as opened:
-            if not zipfile.is_zipfile(opened):
-                raise ValueError("truncated, or not an npz file")
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in names}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(error) from None
+def _memory(file: epath.Path) -> Memory:
+    arrays = read_arrays(file, ("norm", "center", "theta", "gap", "prediction"))
+    return memory.restore(
+        Region(arrays["center"], arrays["theta"], arrays["gap"], int(arrays["norm"])), arrays["prediction"]
+    )
 
 
 def read_run(path: epath.PathLike) -> Run:
@@ -339,19 +338,3 @@ def _flatten(tree, prefix=""):
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def write_file(path: epath.Path, content: bytes | Callable[[IO[bytes]], object], process: int = 0) -> None:
-    """Write a whole file or nothing: a temporary name, of this process alone, then a rename."""
-    temporary = path.parent / f"{path.name}.{process}.tmp"
-    try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            with temporary.open("wb") as file:
-                content(file)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error

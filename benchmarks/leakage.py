@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import ancer_jax as aj
-from ancer_jax import parallel, pipeline, report
+from ancer_jax import execution, parallel, report
 from ancer_jax.data import load_dataset, select
 from ancer_jax.metrics import average_certified_radius
 
@@ -81,17 +81,17 @@ def cost(norm="l2", images=10, n=100_000):
     bundled, whole = aj.load_bundled(norm), load_dataset("fashion-mnist-subset")
     config = aj.RunConfig(norm=norm, method="isotropic", theta=bundled.theta, certify=aj.CertifyConfig(n=n))
     mesh = parallel.device_mesh(1)
-    references = pipeline._references(bundled.classifier, whole, config, 100, mesh)
+    references = execution.find_references(bundled.classifier, whole, config, mesh)
     part = select(whole, skip=len(whole) // images, max_images=images)
-    keys = pipeline._example_keys(SEED, part.ids.astype(np.uint32))
+    keys = execution._example_keys(SEED, part.ids.astype(np.uint32))
     theta = np.full(images, bundled.theta, np.float32)
     law = aj.GaussianL2() if norm == "l2" else aj.UniformL1()
 
     def certification(config):
-        return pipeline._count(keys, bundled.classifier, part.images, theta, certificate=law, config=config, chunk=100)
+        return execution._count(keys, bundled.classifier, part.images, theta, certificate=law, config=config, chunk=100)
 
     def measure():
-        return pipeline._measure_leakage(
+        return execution._measure_leakage(
             references, bundled.classifier, part.images, theta, part.labels.astype(np.int32),
             certificate=law, num_samples=config.leakage.num_samples, chunk=100,
         )  # fmt: skip

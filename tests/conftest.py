@@ -2,9 +2,10 @@
 
 import os
 
-# Four virtual devices, so that tests can compare one device with several.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Eight virtual devices, so that tests can compare one device with several.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests leave the user's own alone
 
 import jax
 import jaxtyping

@@ -18,9 +18,10 @@ LAYERS = {
     "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
     "certification": 2, "optimize": 2,
     "memory": 3, "metrics": 3, "parallel": 3,
-    "runs": 4, "results": 4, "data": 4, "models": 4, "report": 4, "training": 4,
-    "pipeline": 5,
-    "cli": 6,
+    "storage": 4, "runs": 4, "results": 4, "config": 4, "data": 4, "models": 4, "report": 4, "training": 4,
+    "execution": 5,
+    "pipeline": 6,
+    "cli": 7,
 }  # fmt: skip
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 

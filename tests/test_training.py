@@ -14,7 +14,7 @@ from etils import epath
 from ancer_jax import cli
 from ancer_jax.data import load_dataset, take
 from ancer_jax.models import load_network, make_network
-from ancer_jax.runs import locked
+from ancer_jax.storage import locked
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, losses, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

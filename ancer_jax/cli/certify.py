@@ -17,13 +17,14 @@ from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.cli import processes
 from ancer_jax.cli.report import draw, print_table
+from ancer_jax.config import Execution, Method, RunConfig, Split
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select, share
 from ancer_jax.data.pictures import Crop
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.models import load_bundled
 from ancer_jax.models.checkpoints import Trained, is_network, load_network
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
-from ancer_jax.pipeline import Execution, Method, RunConfig, certify_dataset
+from ancer_jax.pipeline import certify_dataset
 from ancer_jax.runs import read_run
 from ancer_jax.training.loop import SETTINGS
 
@@ -104,13 +105,13 @@ class Certify:
     the class (ours; 0 is none, 1 to 20 trade size for honesty)."""
     leakage_limit: float | None = None
     """Do not take a theta that leaks more than this share: anisotropic gives way to isotropic, isotropic to sigma."""
-    batch_size: int = Execution.batch_size
-    """Images at a time; speed only."""
-    chunk: int = Execution.chunk
-    """Noisy copies of each image at a time; speed and memory only."""
+    batch_size: int | None = None
+    """Images at a time; speed only. Default: 32 for each device (10 for a CPU), or what its memory can take."""
+    chunk: int | None = None
+    """Noisy copies of each image at a time; speed only. Default: 128 (on a CPU 100), or what memory can take."""
     devices: int | None = None
     """Local devices to use; default all."""
-    split_devices: Literal["images", "draws"] = "images"
+    split_devices: Split = "images"
     """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
     multihost: bool = False
     """This is one of several processes, on one host or many, that share the run: start them all with the same flags.

@@ -21,7 +21,7 @@ from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
-from ancer_jax.runs import write_file
+from ancer_jax.storage import write_file
 
 NETWORKS: dict[str, Any] = {
     "small_cnn": SmallCNN(),

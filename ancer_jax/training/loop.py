@@ -19,7 +19,8 @@ from etils import epath
 
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import Dataset, check_classes
-from ancer_jax.runs import locked, refuse_other_settings, write_file
+from ancer_jax.runs import refuse_other_settings
+from ancer_jax.storage import locked, write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]

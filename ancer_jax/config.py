@@ -1,0 +1,112 @@
+"""What to compute, which changes results, and how, which does not."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certification import CertifyConfig
+from ancer_jax.leakage import LeakageConfig
+from ancer_jax.optimize import THETA_MAX_FACTOR, AnisotropicConfig, Guard, IsotropicConfig
+
+Method = Literal["fixed", "isotropic", "ancer"]
+Split = Literal["images", "draws"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that changes the results of a run (semantic settings).
+
+    Attributes:
+      norm: "l2" (Gaussian noise) or "l1" (uniform noise).
+      method: "fixed" theta, "isotropic" theta per input, or "ancer": isotropic, then one theta per coordinate.
+      theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
+      certify, isotropic, anisotropic: settings of the stages. `theta_max=None` means 4 times `theta` in both searches.
+      guard, guard_samples: the guarded choice between isotropic and anisotropic theta (`optimize.guarded_choice`).
+      leakage: how the leakage of data-dependent noise is measured; None is not at all.
+      leakage_limit: with a limit, a theta that leaks more is not taken: the anisotropic one gives way to the isotropic
+        one, and that to `theta`.
+      seed: of all draws, in [0, 2^31).
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    norm: Literal["l2", "l1"] = "l2"
+    method: Method = "fixed"
+    theta: float = 0.25
+    certify: CertifyConfig = CertifyConfig()
+    isotropic: IsotropicConfig = IsotropicConfig()
+    anisotropic: AnisotropicConfig = AnisotropicConfig()
+    guard: Guard = "volume"
+    guard_samples: int = 1000
+    leakage: LeakageConfig | None = LeakageConfig()
+    leakage_limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in (("norm", tuple(CERTIFICATES)), ("method", get_args(Method)), ("guard", get_args(Guard))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
+            raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be an int in 0..2^31 - 1, got {self.seed!r}")
+        if self.guard_samples < 1:
+            raise ValueError(f"guard_samples must be at least 1, got {self.guard_samples}")
+        for name in ("isotropic", "anisotropic"):
+            search = getattr(self, name)
+            if search.theta_max is None:
+                search = dataclasses.replace(search, theta_max=THETA_MAX_FACTOR * self.theta)
+                object.__setattr__(self, name, search)
+            if search.theta_max < self.theta:
+                raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
+        if self.leakage_limit is not None and not 0 <= self.leakage_limit <= 1:
+            raise ValueError(f"leakage_limit must be in [0, 1], got {self.leakage_limit}")
+        if self.leakage_limit is not None and not self.data_dependent:
+            raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
+        penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
+        if self.leakage is None and (penalty > 0 or self.leakage_limit is not None):
+            raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether every input has a theta of its own."""
+        return self.method != "fixed"
+
+    def settings(self) -> dict[str, Any]:
+        """What is hashed into the run: the settings that the method uses."""
+        stages = {"fixed": (), "isotropic": ("isotropic",), "ancer": ("isotropic", "anisotropic")}[self.method]
+        used = ["norm", "method", "theta", "certify", *stages, "seed"]
+        used += ["guard", "guard_samples"] if self.method == "ancer" else []
+        used += ["leakage", "leakage_limit"] if self.data_dependent else []
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in used}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Settings that change speed and memory only: no draw, no count.
+
+    Attributes:
+      batch_size: images at a time (rounded up to a multiple of the devices, if these split the images). None: 32 for
+        each device, 10 for each CPU, or fewer if their memory is too small.
+      chunk: noisy copies of each image at a time in certification, on each device. None: 128, on CPUs 100, or fewer.
+      devices: how many local devices; None is all of them.
+      split: what the devices share: "images", for throughput, or the "draws" of each image in certification, where
+        images are large and few; theta is then searched on every device alike.
+    """
+
+    batch_size: int | None = None
+    chunk: int | None = None
+    devices: int | None = None
+    split: Split = "images"
+
+    def __post_init__(self):
+        if self.split not in get_args(Split):
+            raise ValueError(f"split must be images or draws, got {self.split!r}")
+        for name in ("batch_size", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")

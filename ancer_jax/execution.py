@@ -1,0 +1,215 @@
+"""A batch of images on the devices: theta, votes and leakage of each; and how large a batch their memory can take."""
+
+import functools
+import math
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from ancer_jax import parallel
+from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certification import count_votes
+from ancer_jax.classifiers import Classifier
+from ancer_jax.config import Execution, RunConfig, Split
+from ancer_jax.data import Dataset
+from ancer_jax.leakage import References, leakage, make_references
+from ancer_jax.optimize import guarded_choice, optimize_anisotropic, optimize_isotropic
+
+# Images for each device, and noisy copies of each: what is usual where nothing is asked for and memory allows it.
+_USUAL, _USUAL_ON_CPU = (32, 128), (10, 100)
+_SHARE = 0.9  # of a device's memory that a program may plan with
+
+
+class Computed(NamedTuple):
+    """A batch's results, on the devices: arrays with an entry for each image.
+
+    Attributes:
+      theta: [batch] for fixed and isotropic, [batch, *d] for ancer.
+      selected, votes: the selected class, and its votes.
+      leaked, asked: references that theta sends to the selected class, and how many could be sent.
+    """
+
+    theta: jax.Array
+    selected: jax.Array
+    votes: jax.Array
+    leaked: jax.Array | np.ndarray
+    asked: jax.Array | np.ndarray
+
+
+def compute(
+    ids,
+    classifier: Classifier,
+    images,
+    references: References | None,
+    config: RunConfig,
+    *,
+    split: Split,
+    chunk: int,
+    mesh: Mesh,
+) -> Computed:
+    """Start a batch on the devices; nothing waits for it."""
+    keys, theta = _example_keys(config.seed, ids), _start(ids, images, config, split, mesh)
+    if config.data_dependent:
+        theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
+    count, how = _counting(config, split, chunk, mesh)
+    selected, votes = count(keys, classifier, images, theta, **how)
+    leaked = asked = np.zeros(len(ids), np.int32)
+    if references is not None and config.leakage is not None:
+        how = {"certificate": how["certificate"], "num_samples": config.leakage.num_samples, "chunk": chunk}
+        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, **how)
+    return Computed(theta, selected, votes, leaked, asked)
+
+
+def find_references(classifier: Classifier, dataset: Dataset, config: RunConfig, mesh: Mesh) -> References | None:
+    """The images on which leakage is measured, the same whatever part of the data is certified; None if it is not."""
+    if config.leakage is None or not config.data_dependent:
+        return None
+    count = min(config.leakage.num_references, len(dataset))
+    rows = np.sort(np.random.default_rng(config.seed).choice(len(dataset), count, replace=False))
+    images = parallel.replicate(dataset.images[rows], mesh)
+    keys = _example_keys(config.seed, parallel.replicate(dataset.ids[rows].astype(np.uint32), mesh))
+    theta = jnp.asarray(config.theta, images.dtype)
+    settings = {"certificate": CERTIFICATES[config.norm], "num_samples": config.leakage.num_samples}
+    return _make_references(keys, classifier, images=images, theta=theta, **settings, chunk=_USUAL_ON_CPU[1])
+
+
+def place(tree, split: Split, mesh: Mesh):
+    """Arrays of a batch on the devices that share its images, or its draws: their rows shared out, or all on each."""
+    return (parallel.split_rows if split == "images" else parallel.replicate)(tree, mesh)
+
+
+def fit(
+    classifier: Classifier,
+    dataset: Dataset,
+    references: References | None,
+    config: RunConfig,
+    execution: Execution,
+    mesh: Mesh,
+) -> tuple[int, int]:
+    """Batch size and chunk: what is asked for, else what is usual, or less where the devices' memory is short.
+
+    What a batch needs is read from its compiled programs, which are then those that run. The batch size is a multiple
+    of the devices that share the images, and no larger than the data need.
+    """
+    devices = mesh.size if execution.split == "images" else 1
+    usual = _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
+    batch, chunk = execution.batch_size or usual[0] * devices, execution.chunk or usual[1]
+    batch = math.ceil(min(batch, len(dataset)) / devices) * devices
+    if execution.batch_size and execution.chunk:
+        return batch, chunk
+    budget = int(_SHARE * parallel.free_memory(mesh))
+    while True:
+        search, count = _needed_memory(classifier, dataset, references, config, execution.split, batch, chunk, mesh)
+        needed = max(search, count)
+        if needed <= budget:
+            return batch, chunk
+        more_chunk, more_batch = chunk > 1 and not execution.chunk, batch > devices and not execution.batch_size
+        if more_chunk and (count > budget or not more_batch):
+            chunk = _shrunk(chunk, needed, budget)
+        elif more_batch:
+            batch = _shrunk(batch // devices, needed, budget) * devices
+        else:
+            warnings.warn(
+                f"a batch of {batch} images needs {needed / 2**20:,.0f} MiB on each device, and {budget / 2**20:,.0f} "
+                "are left: searches with fewer samples need less",
+                stacklevel=4,
+            )
+            return batch, chunk
+
+
+def _shrunk(size: int, needed: int, budget: int) -> int:
+    return max(1, min(size - 1, size * budget // needed))
+
+
+def _needed_memory(classifier, dataset, references, config, split, batch, chunk, mesh) -> tuple[int, int]:
+    """Bytes that the search for theta and the counting of votes take on one device, by their compiled programs."""
+    ids, images = place((np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)), split, mesh)
+    keys, theta, search = _example_keys(config.seed, ids), _start(ids, images, config, split, mesh), 0
+    if config.data_dependent:
+        lowered = _find_theta.lower(keys, classifier, images, theta, references, config=config, chunk=chunk)
+        found, compiled = lowered.out_info, lowered.compile()
+        theta = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=compiled.output_shardings)
+        search = _memory(compiled)
+    count, how = _counting(config, split, chunk, mesh)
+    return search, _memory(count.lower(keys, classifier, images, theta, **how).compile())
+
+
+def _memory(compiled) -> int:
+    sizes = compiled.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+
+
+def _start(ids, images, config: RunConfig, split: Split, mesh: Mesh):
+    """Where the search starts: a theta for each image."""
+    return place(np.full(len(ids), config.theta, images.dtype), split, mesh)
+
+
+def _counting(config: RunConfig, split: Split, chunk: int, mesh: Mesh):
+    """The compiled function that counts votes, and its static arguments."""
+    how = {"certificate": CERTIFICATES[config.norm], "config": config.certify, "chunk": chunk}
+    return (_count, how) if split == "images" else (_count_by_draws, how | {"mesh": mesh})
+
+
+@jax.jit
+def _example_keys(seed, ids):
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+_make_references = jax.jit(make_references, static_argnames=("certificate", "num_samples", "chunk"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def _find_theta(keys, classifier, images, theta, references, *, config: RunConfig, chunk: int):
+    """theta of each image, found from the one given: [batch] for isotropic, [batch, *d] for ancer."""
+    certificate = CERTIFICATES[config.norm]
+
+    def per_image(key, x, theta):
+        arguments = key, classifier, certificate, x
+        choose = functools.partial(
+            guarded_choice,
+            num_samples=config.guard_samples,
+            alpha=config.certify.alpha,
+            chunk=chunk,
+            references=references,
+            leakage_limit=config.leakage_limit,
+            leakage_samples=config.leakage.num_samples if config.leakage else 1,
+        )
+        wider, _ = optimize_isotropic(*arguments, theta, config=config.isotropic, references=references)
+        chosen, _ = choose(*arguments, theta, wider, guard="off")
+        theta = chosen.reshape(-1)[0]  # all coordinates are one number
+        if config.method == "isotropic":
+            return theta
+        wider, _ = optimize_anisotropic(*arguments, theta, config=config.anisotropic, references=references)
+        theta, _ = choose(*arguments, theta, wider, guard=config.guard)
+        return theta
+
+    return jax.vmap(per_image)(keys, images, theta)
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk"))
+def _count(keys, classifier, images, theta, *, certificate, config, chunk):
+    votes = functools.partial(count_votes, config=config, chunk=chunk)
+    one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
+    return jax.vmap(one)(keys, images, theta)
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk", "mesh"))
+def _count_by_draws(keys, classifier, images, theta, *, certificate, config, chunk, mesh):
+    """`_count`, with the draws of each image shared out over the devices and one integer sum at the end."""
+    votes = functools.partial(count_votes, config=config, chunk=chunk, axis_name=mesh.axis_names[0])
+    one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
+    everywhere = PartitionSpec()
+    return jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(
+        keys, images, theta
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))
+def _measure_leakage(references, classifier, images, theta, predictions, *, certificate, num_samples, chunk):
+    measure = functools.partial(leakage, references, classifier, certificate, num_samples=num_samples, chunk=chunk)
+    return jax.vmap(measure)(images, theta, predictions)

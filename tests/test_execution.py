@@ -1,0 +1,99 @@
+"""How a run is carried out: each program is compiled once, and batches fit into the devices' memory."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from ancer_jax import CertifyConfig, Execution, LeakageConfig, RunConfig, certify_dataset, execution, parallel
+from ancer_jax.data import Dataset
+from ancer_jax.execution import fit
+from tests.test_pipeline import CLASSIFIER, SEARCH
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RNG = np.random.default_rng(0)
+DATASET = Dataset("points", np.arange(100), RNG.random((100, 3, 3, 1), np.float32), RNG.integers(0, 2, 100), 2)
+SMALL = {"certify": CertifyConfig(n0=10, n=100), "leakage": LeakageConfig(3, 4), "guard_samples": 20, **SEARCH}
+ANCER, FIXED = RunConfig(method="ancer", theta=0.3, **SMALL), RunConfig(theta=0.3, certify=SMALL["certify"])
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Names of the functions that were compiled so far."""
+    names = []
+
+    def listen(event, duration, **what):
+        if event.endswith("backend_compile_duration"):
+            names.append(what["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("config", [FIXED, ANCER], ids=lambda config: config.method)
+@pytest.mark.parametrize(
+    "how",
+    [
+        Execution(devices=1),
+        Execution(batch_size=9, chunk=30, devices=1),
+        Execution(batch_size=9, chunk=30, devices=4),
+        Execution(chunk=30, devices=2, split="draws"),
+    ],
+    ids=lambda how: f"{how.split} over {how.devices}, {how.batch_size}",
+)
+def test_each_program_is_compiled_once(tmp_path, compilations, config, how):
+    """Whether its size is asked for or chosen; the last batch, which is not full, needs no other."""
+    jax.clear_caches()
+    compilations.clear()
+    after_batches = []
+    done = lambda images: after_batches.append(len(compilations))
+    certify_dataset(CLASSIFIER, DATASET, config, out=tmp_path, execution=how, reconcile=False, progress=done)
+    assert len(after_batches) > 3 and len(set(after_batches[1:])) == 1
+    ours = {"jit(_find_theta)", "jit(make_references)", "jit(_measure_leakage)"} if config is ANCER else set()
+    ours |= {f"jit({'_count' if how.split == 'images' else '_count_by_draws'})"}
+    assert {name: compilations.count(name) for name in ours} == dict.fromkeys(ours, 1)
+
+
+def _fit(monkeypatch, memory, config=FIXED, **execution):
+    monkeypatch.setattr(parallel, "free_memory", lambda mesh: memory)
+    mesh = parallel.device_mesh(execution.pop("devices", 1))
+    return fit(CLASSIFIER, DATASET, None, config, Execution(**execution), mesh)
+
+
+def test_batches_fit_into_memory(monkeypatch):
+    assert _fit(monkeypatch, 10**9) == (10, 100)
+    assert _fit(monkeypatch, 10**9, devices=8) == (80, 100)
+    assert _fit(monkeypatch, 10**9, devices=8, split="draws") == (10, 100)
+    batch, chunk = _fit(monkeypatch, 60_000)
+    assert batch == 10 and 1 < chunk < 100
+    assert _fit(monkeypatch, 60_000, chunk=77)[1] == 77
+    assert _fit(monkeypatch, 1, batch_size=7, chunk=90) == (7, 90)  # what is asked for is kept
+    with pytest.warns(match=r"a batch of 1 images needs \d+ MiB on each device, and 0 are left"):
+        assert _fit(monkeypatch, 10) == (1, 1)
+
+
+@pytest.mark.parametrize("per_search, per_count", [(1000, 10), (10, 1000), (1, 1)])
+@pytest.mark.parametrize("memory", [1e3, 1e4, 1e5, 1e7])
+@pytest.mark.parametrize("asked", [{}, {"batch_size": 6}, {"chunk": 40}])
+def test_what_does_not_fit_gets_smaller(monkeypatch, asked, memory, per_search, per_count):
+    """With programs whose needs are known."""
+    needs = lambda batch, chunk: (batch // 2 * per_search, batch // 2 * chunk * per_count)
+    monkeypatch.setattr(execution, "_needed_memory", lambda *arguments: needs(*arguments[-3:-1]))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        batch, chunk = _fit(monkeypatch, memory, ANCER, devices=2, **asked)
+    assert batch % 2 == 0 and asked.items() <= {"batch_size": batch, "chunk": chunk}.items()
+    if warned:  # nothing was left to shrink
+        assert max(needs(batch, chunk)) > 0.9 * memory
+        assert batch == asked.get("batch_size", 2) and chunk == asked.get("chunk", 1)
+    else:
+        assert max(needs(batch, chunk)) <= 0.9 * memory
+        usual = asked.get("batch_size", 20), asked.get("chunk", 100)
+        assert (batch, chunk) == usual or max(needs(batch + 2, chunk + 1)) > 0.5 * memory
+
+
+def test_memory_of_the_machine_is_known():
+    assert 2**20 < parallel.free_memory(parallel.device_mesh(2)) < 2**50
