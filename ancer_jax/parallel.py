@@ -45,7 +45,11 @@ def split_rows(tree: Any, mesh: Mesh) -> Any:
 def take_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """`images[rows]`, spread over the mesh like `split_rows`; each process reads what its own devices get."""
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
-    return jax.make_array_from_callback((len(rows), *images.shape[1:]), sharding, lambda index: images[rows[index[0]]])
+
+    def of_device(index: Any):
+        return images[rows[index[0]]]
+
+    return jax.make_array_from_callback((len(rows), *images.shape[1:]), sharding, of_device)
 
 
 def pmap_examples(

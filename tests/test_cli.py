@@ -4,8 +4,10 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -527,3 +529,27 @@ def test_theta_maps_are_beside_the_images_of_the_data_set_that_is_named(here, ca
     cli.main(["report", "a/run", "--out", "others"])
     assert "no theta maps of a/run: fashion-mnist-subset is not what it is of (--data," in capsys.readouterr().out
     assert "no data set is named 'toy'" in _error(capsys, ["report", "a/run", "--data", "toy"])
+
+
+def test_a_device_that_is_too_small_is_one_line(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nmore")
+
+    monkeypatch.setattr(cli.certify, "certify_dataset", fail)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["certify", "--out", "run"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].endswith("(RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.)")
+    assert "a smaller --batch-size or --chunk" in error[-1]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, kept):
+    code = f"from ancer_jax.cli.runtime import Runtime; Runtime({kept}).start(survive=True)\n"
+    code += "import jax; jax.jit(lambda x: x + 1)(1.0)"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert any((tmp_path / "cache").rglob("*-cache")) == kept

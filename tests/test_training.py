@@ -1,6 +1,7 @@
 """The losses are their papers' equations, each method improves its own objective, and training resumes to the bit."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,16 +12,17 @@ import scipy.special
 import scipy.stats
 from etils import epath
 
-from ancer_jax import cli
+from ancer_jax import cli, training
 from ancer_jax.data import load_dataset, take
 from ancer_jax.models import load_network, make_network
 from ancer_jax.storage import locked
-from ancer_jax.training import HISTORY, PRESETS, TrainConfig, losses, train
+from ancer_jax.training import HISTORY, PRESETS, TrainConfig, losses
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 4)) * 2
+train = functools.partial(training.train, devices=1)
 TRAIN, TEST = load_dataset("fashion-mnist-subset", split="train"), load_dataset("fashion-mnist-subset")
 
 
@@ -145,6 +147,31 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, network, method):
         assert len(lines) == 4 and lines[0] == "\t".join(HISTORY)
 
 
+@pytest.mark.parametrize(("network", "devices"), [("small_cnn", 2), ("small_cnn", 8), ("cifar_resnet20", 4)])
+def test_devices_share_a_batch(tmp_path, network, devices):
+    """As one device has it, batch norm and all, up to rounding."""
+    color = 3 if network == "cifar_resnet20" else 1
+    data = dataclasses.replace(SOME, images=np.repeat(SOME.images, color, axis=-1))
+    # One step of the deep network: rounding grows from step to step.
+    data, test = take(data, np.arange(64 if color == 1 else 16)), take(data, np.arange(64, 99))
+    attributes = {"features": (4, 8, 8), "hidden": 16} if color == 1 else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    config = short("smoothadv" if color == 1 else "augmentation", epochs=2 if color == 1 else 1, batch_size=16)
+    one, many = (
+        train(make_network(network, **attributes), data, test, config, out=tmp_path / str(count), devices=count)
+        for count in (1, devices)
+    )
+    for ours, theirs in zip(jax.tree.leaves(many.variables), jax.tree.leaves(one.variables), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+        assert ours.sharding.is_fully_replicated and len(ours.sharding.device_set) == devices
+    np.testing.assert_allclose(many.history[:, :-1], one.history[:, :-1], rtol=1e-3)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 devices, got 50"):
+        train(NETWORK, SOME, TEST, short("augmentation"), out=tmp_path / "net", devices=3)
+    assert not (tmp_path / "net").exists()
+
+
 def test_other_settings_do_not_continue_a_training(tmp_path):
     config = short("augmentation", epochs=1, batch_size=250)
     train(NETWORK, SOME, TEST, config, out=tmp_path / "net")
@@ -167,7 +194,7 @@ def test_other_settings_do_not_continue_a_training(tmp_path):
     with pytest.raises(ValueError, match="has 10 classes, the network only 9"):
         train(NETWORK.clone(num_classes=9), SOME, TEST, config, out=tmp_path / "new")
     with (
-        locked(epath.Path(tmp_path / "net")),
+        locked(epath.Path(tmp_path / "net"), "lock-0"),
         pytest.raises(ValueError, match=r"another process is writing to .*net"),
     ):
         train(NETWORK, SOME, TEST, config, out=tmp_path / "net")
@@ -256,6 +283,7 @@ def test_shifts_and_reflections_are_those_of_the_image():
 def test_train_then_certify(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--epochs", "2", "--batch-size", "100", "--lr", "0.02", "--max", "300", "--sigma", "0.3", "--shift", "0"]
+    flags += ["--devices", "1"]
     cli.main(["train", "--out", "net", *flags])
     assert "of 500 test images" in capsys.readouterr().out
     trained = load_network("net")

@@ -6,11 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import jax
 import tyro
 
 from ancer_jax.cli.certify import Certify, Demo
 from ancer_jax.cli.networks import Convert, Train
 from ancer_jax.cli.report import Report
+
+_OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-size or --chunk, or for fewer samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.run()
     except (ValueError, OSError, ImportError) as error:
         print(f"ancer-jax: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"ancer-jax: error: {_OUT_OF_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         for number, handler in previous.items():

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import jax
 import tqdm
+import tyro
 from etils import epath
 
 from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
-from ancer_jax.cli import processes
 from ancer_jax.cli.report import draw, print_table
+from ancer_jax.cli.runtime import Runtime, leave
 from ancer_jax.config import Execution, Method, RunConfig, Split
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select, share
 from ancer_jax.data.pictures import Crop
@@ -113,34 +114,23 @@ class Certify:
     """Local devices to use; default all."""
     split_devices: Split = "images"
     """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
-    multihost: bool = False
-    """This is one of several processes, on one host or many, that share the run: start them all with the same flags.
-    TPU pods and Slurm are recognised; elsewhere the next three flags say who is who."""
-    coordinator: str | None = None
-    """With --multihost: address and port of the first process, host:port."""
-    processes: int | None = None
-    """With --multihost: how many there are."""
-    process: int | None = None
-    """With --multihost: which of them this is, from 0."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
     out: str | None = None
     """Run directory; default runs/<norm>-<method>-<sigma>. Processes that share a run share it, too."""
 
     def run(self) -> None:
         """Certify, then print the table of this run."""
-        if self.multihost:
-            processes.join(self.coordinator, self.processes, self.process)
-        elif (self.coordinator, self.processes, self.process) != (None, None, None):
-            raise ValueError("--coordinator, --processes and --process need --multihost")
+        self.runtime.start(survive=True)
         classifier, sigma, trained = _classifier(self.classifier, self.norm, self.sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out)
-        if self.multihost:
+        if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has done its share; {left} images are left")
-            processes.leave()
+            leave()
         print_table([out])
 
     def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:
@@ -214,9 +204,11 @@ class Demo:
     """Draws per certificate."""
     out: str | None = None
     """Folder of the runs and pictures; default demo-<norm>. Started again, it continues there."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
 
     def run(self) -> None:
         """Certify with eight settings, print the table, draw the pictures."""
+        self.runtime.start(survive=True)
         bundled = load_bundled(self.norm)
         whole = load_dataset(BUNDLED_SUBSET)
         dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)

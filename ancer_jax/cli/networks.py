@@ -11,6 +11,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Trained, image_shape, is_network, make_network, save_network
@@ -83,9 +84,13 @@ class Train:
     """Of the network's layers."""
     seed: int = 0
     """Of everything that is drawn."""
+    devices: int | None = None
+    """Devices of each process that share every batch; default all."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
 
     def run(self) -> None:
         """Train, store the network, draw its curves."""
+        self.runtime.start(survive=False)
         train_set = load_dataset(self.data, split="train", crop=self.crop)
         test_set = load_dataset(self.test_data or self.data, split=self.test_split, crop=self.crop)
         if train_set.fingerprint == test_set.fingerprint:
@@ -120,12 +125,13 @@ class Train:
                     bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
 
             network = make_network(self.network, **attributes)
-            state = train(network, train_set, test_set, config, out=self.out, progress=progress)
+            state = train(network, train_set, test_set, config, out=self.out, devices=self.devices, progress=progress)
         if not is_network(self.out):
             history = dataclasses.asdict(config) | {"data": self.data, "test_accuracy": float(state.history[-1, 5])}
             what = self.network, attributes, state.variables, train_set.images.shape[1:], self.norm, self.sigma
-            trained = Trained(*what, history=history, classes=train_set.classes)
-            save_network(trained, self.out, new=False)
+            save_network(Trained(*what, history=history, classes=train_set.classes), self.out, new=False)
+        if jax.process_index() > 0:
+            return
         report.plot_training(dict(zip(HISTORY, state.history.T, strict=True)), epath.Path(self.out) / CURVES)
         last = dict(zip(HISTORY, state.history[-1], strict=True))
         print(

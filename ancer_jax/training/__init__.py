@@ -1,5 +1,5 @@
 """Training base classifiers for smoothing: pure losses, and one linear loop."""
 
-from ancer_jax.training.loop import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, measure, train
+from ancer_jax.training.loop import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
 
-__all__ = ["HISTORY", "PRESETS", "TrainConfig", "TrainState", "TrainingMethod", "measure", "train"]
+__all__ = ["HISTORY", "PRESETS", "TrainConfig", "TrainState", "TrainingMethod", "train"]

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ancer_jax import parallel
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.runs import refuse_other_settings
-from ancer_jax.storage import locked, write_file
+from ancer_jax.storage import list_folder, locked, write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
@@ -139,6 +142,7 @@ def train(
     config: TrainConfig,
     *,
     out: epath.PathLike,
+    devices: int | None = None,
     progress: Callable[[int, dict[str, float]], object] = lambda steps, figures: None,
 ) -> TrainState:
     """Train `network` on `data`, continuing what is in the folder `out`; after every epoch its state is stored there.
@@ -146,12 +150,16 @@ def train(
     A run that was stopped at any moment and started again gives the same parameters and the same history (`seconds`
     apart) as one that never was, on the same CPU (other devices may choose other algorithms in another process).
 
+    The devices share every batch, and batch norm is of the whole of it: another number of devices gives the same up to
+    rounding. Where JAX runs as several processes (`jax.distributed`), all call this with the same arguments and `out`.
+
     Args:
       network: takes `train=True` and may have batch statistics.
       data: images in [0, 1] to train on.
       test: images for the loss and accuracy under one draw of the noise each, after every epoch.
       config: how.
       out: folder, new or of an unfinished training with the same settings.
+      devices: how many local devices of each process; None is all of them.
       progress: called after every step with the number of steps (at first those that are done already) and the newest
         figures of HISTORY.
 
@@ -166,11 +174,13 @@ def train(
     if steps == 0:
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has only {len(data)} images")
     _check_data(network, data, test)
-    optimizer = _optimizer(config, steps)
-    start, noise = jax.random.split(jax.random.key(config.seed))
-    variables = jax.jit(network.init)(start, data.images[:1])
+    mesh = parallel.device_mesh(devices, all_processes=True)
+    if config.batch_size % mesh.size:
+        raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
     out = epath.Path(out).resolve()
-    state = TrainState(variables, optimizer.init(variables["params"]), np.full((config.epochs, len(HISTORY)), np.nan))
+    variables, moments = jax.tree.map(np.asarray, _start(network, data, config, steps))
+    history = np.full((config.epochs, len(HISTORY)), np.nan)
+    state = TrainState(parallel.replicate(variables, mesh), parallel.replicate(moments, mesh), history)
     options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
     with (
         _same_training(out, network, data, test, config),
@@ -179,22 +189,22 @@ def train(
         done = manager.latest_step() or 0
         if done:
             state = _restore(manager, done, state)
-            write_file(out / TABLE, _table(state.history[:done]).encode())
+            _write(out / TABLE, _table(state.history[:done]))
         progress(done * steps, _figures(state.history, done))
         for epoch in range(done, config.epochs):
             clock = time.perf_counter()
             epsilon = config.epsilon * min(1.0, (epoch + 1) / max(config.warmup_epochs, 1))
-            sums = jnp.zeros(2)
+            sums = 0.0
             for number, rows in enumerate(_order(config, epoch, len(data), steps)):
-                key = jax.random.fold_in(noise, epoch * steps + number)
+                batch = (parallel.take_rows(column, rows, mesh) for column in (data.images, data.labels))
                 variables, moments, figures = _step(
-                    *(state.variables, state.optimizer, key, data.images[rows], data.labels[rows], epsilon),
-                    **{"network": network, "config": config, "steps": steps},
+                    *(state.variables, state.optimizer, np.int32(epoch * steps + number), *batch, np.float32(epsilon)),
+                    **{"network": network, "config": config, "steps": steps, "mesh": mesh},
                 )
                 state, sums = state._replace(variables=variables, optimizer=moments), sums + figures
                 progress(1, {})
             loss, accuracy = np.asarray(sums / steps)
-            measured = measure(network, state.variables, test, config)
+            measured = _measure(network, state.variables, test, config, mesh)
             if not (math.isfinite(loss) and math.isfinite(measured[0])):
                 raise ValueError(
                     f"the loss of epoch {epoch + 1} is {loss:g}, {measured[0]:g} on test images: a smaller learning "
@@ -204,15 +214,25 @@ def train(
             state.history[epoch] = (epoch + 1, rate, loss, accuracy, *measured, time.perf_counter() - clock)
             manager.save(epoch + 1, args=ocp.args.StandardSave(state._asdict()))
             manager.wait_until_finished()
-            write_file(out / TABLE, _table(state.history[: epoch + 1]).encode())
+            _write(out / TABLE, _table(state.history[: epoch + 1]))
             progress(0, _figures(state.history, epoch + 1))
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("network", "config", "steps"))
-def _step(variables, moments, key, images, labels, epsilon, *, network, config: TrainConfig, steps: int):
-    """One step of the optimizer: new variables, its new state, and (loss, accuracy) of the noisy copies."""
-    key_augment, key_noise = jax.random.split(key)
+def _start(network, data: Dataset, config: TrainConfig, steps: int):
+    """The network's variables and the optimizer's state before the first step."""
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    variables = jax.jit(network.init)(key, data.images[:1])
+    return variables, _optimizer(config, steps).init(variables["params"])
+
+
+@functools.partial(jax.jit, static_argnames=("network", "config", "steps", "mesh"))
+def _step(variables, moments, number, images, labels, epsilon, *, network, config: TrainConfig, steps: int, mesh):
+    """A step of the optimizer: new variables, its new state, and (loss, accuracy) of the noisy copies; on all devices
+    alike, from a batch that they share.
+    """
+    _, noise_key = jax.random.split(jax.random.key(config.seed))
+    key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
     images = _augment(key_augment, images, config)
     certificate = CERTIFICATES[config.norm]
     noise = certificate.sample(key_noise, jnp.full((len(images), config.copies, *images.shape[1:]), config.theta))
@@ -232,7 +252,8 @@ def _step(variables, moments, key, images, labels, epsilon, *, network, config: 
 
     gradient, (changed, figures) = jax.grad(loss, has_aux=True)(variables["params"])
     updates, moments = _optimizer(config, steps).update(gradient, moments, variables["params"])
-    return {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
+    state = {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
+    return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec()))
 
 
 def _loss(config: TrainConfig, logits, label):
@@ -261,24 +282,27 @@ def _augment(key, images, config: TrainConfig):
     return images
 
 
-def measure(network, variables, test: Dataset, config: TrainConfig, *, batch_size: int = 500) -> tuple[float, float]:
+def _measure(network, variables, test: Dataset, config: TrainConfig, mesh: Mesh) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of the base classifier on `test`, each image under one draw of the noise."""
-    sums, batch_size = np.zeros(2), min(batch_size, len(test))
+    sums, batch_size = np.zeros(2), math.ceil(min(500, len(test)) / mesh.size) * mesh.size
     for start in range(0, len(test), batch_size):
         rows = np.arange(start, start + batch_size)
         inside = rows < len(test)
         rows = np.where(inside, rows, 0)
-        key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
+        batch = (parallel.take_rows(column, rows, mesh) for column in (test.images, test.labels))
         sums += _measure_batch(
-            network, variables, key, test.images[rows], test.labels[rows], inside, norm=config.norm, theta=config.theta
+            *(variables, np.int32(start), *batch, parallel.take_rows(inside, np.arange(batch_size), mesh)),
+            **{"network": network, "config": config},
         )
     loss, accuracy = sums / len(test)
     return float(loss), float(accuracy)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "norm", "theta"))
-def _measure_batch(network, variables, key, images, labels, inside, *, norm, theta):
-    logits = network.apply(variables, images + CERTIFICATES[norm].sample(key, jnp.full(images.shape, theta)))
+@functools.partial(jax.jit, static_argnames=("network", "config"))
+def _measure_batch(variables, start, images, labels, inside, *, network, config: TrainConfig):
+    key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
+    noise = CERTIFICATES[config.norm].sample(key, jnp.full(images.shape, config.theta))
+    logits = network.apply(variables, images + noise)
     losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.stack([(losses_ * inside).sum(), ((logits.argmax(-1) == labels) * inside).sum()])
 
@@ -323,6 +347,17 @@ def _check_data(network, data: Dataset, test: Dataset) -> None:
         )
 
 
+def _write(file: epath.Path, text: str) -> None:
+    """What all processes know, written by the first."""
+    if jax.process_index() == 0:
+        write_file(file, text.encode())
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def _restore(manager, epoch: int, like: TrainState) -> TrainState:
     import orbax.checkpoint as ocp
 
@@ -339,13 +374,16 @@ def _same_training(out: epath.Path, network, data: Dataset, test: Dataset, confi
     described = [[part.name, part.fingerprint, hashlib.sha256(part.ids.tobytes()).hexdigest()] for part in (data, test)]
     settings = dataclasses.asdict(config) | {"network": repr(network), "data": described}
     settings, file = json.loads(json.dumps(settings)), out / SETTINGS
-    if not file.exists() and out.exists() and {p.name for p in out.iterdir()} - {f"{SETTINGS}.0.tmp", "lock"}:
+    foreign = [p.name for p in list_folder(out) if not p.name.startswith((SETTINGS, "lock-"))]
+    if foreign and SETTINGS not in {p.name for p in list_folder(out)}:
         raise ValueError(f"{out} holds something else: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    process = jax.process_index()
+    with locked(out, f"lock-{process}"):
         begun = (out / STATE).exists() and any(epoch.name.isdecimal() for epoch in (out / STATE).iterdir())
         if not begun:  # whatever was tried here before left nothing to go on from
-            write_file(file, f"{json.dumps(settings, indent=2)}\n".encode())
+            _write(file, f"{json.dumps(settings, indent=2)}\n")
+        _wait_for_all("settings")
         try:
             there = dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:

@@ -1,0 +1,64 @@
+"""JAX's runtime: compiled programs that are kept, and several processes that do one job."""
+
+import dataclasses
+import os
+import sys
+import time
+
+import jax
+import platformdirs
+from jax.experimental import multihost_utils
+
+_SECONDS_TO_LEAVE = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Flags that `certify` and `train` share."""
+
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder (or $JAX_COMPILATION_CACHE_DIR), so that starting again is
+    quick."""
+    multihost: bool = False
+    """This is one of several processes, on one host or many, that do this together: start them all with the same flags.
+    TPU pods and Slurm are recognised; elsewhere the next three flags say who is who."""
+    coordinator: str | None = None
+    """With --multihost: address and port of the first process, host:port."""
+    processes: int | None = None
+    """With --multihost: how many there are."""
+    process: int | None = None
+    """With --multihost: which of them this is, from 0."""
+
+    def start(self, *, survive: bool) -> None:
+        """Set JAX up; with `survive`, a process that dies does not take the others with it.
+
+        Raises:
+          ValueError: if an argument is malformed, or there is no cluster to ask.
+        """
+        if not self.compilation_cache:
+            jax.config.update("jax_enable_compilation_cache", False)
+        elif getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009
+            jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("ancer-jax"))
+        if self.multihost:
+            self._join(survive)
+        elif (self.coordinator, self.processes, self.process) != (None, None, None):
+            raise ValueError("--coordinator, --processes and --process need --multihost")
+
+    def _join(self, survive: bool) -> None:
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise ValueError(f"--coordinator must be host:port, got {self.coordinator!r}")
+        jax.config.update("jax_enable_recoverability", survive)
+        try:
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"--multihost: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def leave() -> None:
+    """Wait until all processes that live have come here; then end, the first one last: the runtime is its."""
+    with multihost_utils.live_devices(jax.devices()):
+        pass
+    if jax.process_index() > 0:
+        sys.stdout.flush()
+        os._exit(0)
+    time.sleep(_SECONDS_TO_LEAVE)
