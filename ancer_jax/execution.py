@@ -93,12 +93,13 @@ def fit(
     """Batch size and chunk: what is asked for, else what is usual, or less where the devices' memory is short.
 
     What a batch needs is read from its compiled programs, which are then those that run. The batch size is a multiple
-    of the devices that share the images, and no larger than the data need.
+    of the devices that share the images, and no larger than the data need; one that is not asked for makes all batches
+    of one size, so that no device waits for a last one that is nearly empty.
     """
     devices = mesh.size if execution.split == "images" else 1
     usual = _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
-    batch, chunk = execution.batch_size or usual[0] * devices, execution.chunk or usual[1]
-    batch = math.ceil(min(batch, len(dataset)) / devices) * devices
+    chunk, even = execution.chunk or usual[1], math.ceil(len(dataset) / math.ceil(len(dataset) / usual[0] / devices))
+    batch = math.ceil(min(execution.batch_size or even, len(dataset)) / devices) * devices
     if execution.batch_size and execution.chunk:
         return batch, chunk
     budget = int(_SHARE * parallel.free_memory(mesh))

@@ -11,9 +11,9 @@ Reported, not judged: how many votes differ between CPU and GPU (draws and logit
 products may be computed in TF32), between default and highest matmul precision, and between float32 and bfloat16.
 
 Speed: certification of SmallCNN and ResNet-18 at several batches and chunks, its ratio to the bare forward passes
-(benchmarks/overhead.py) and the share of the noise; both theta searches; bfloat16; which generator of random numbers
-pays; training. Results are stored after every section, and a section that would start after `--minutes` is left out
-and named.
+(benchmarks/overhead.py) and the share of the noise; ResNet-50 at the batch and chunk that are chosen for the device's
+memory; both theta searches; bfloat16; which generator of random numbers pays; training. Results are stored after every
+section, and a section that would start after `--minutes` is left out and named.
 """
 
 import argparse
@@ -33,13 +33,19 @@ import soundness
 
 from ancer_jax import (
     AnisotropicConfig,
+    Execution,
     GaussianL2,
     IsotropicConfig,
+    RunConfig,
     bounds,
+    certify_dataset,
+    execution,
+    from_linen,
     load_bundled,
     load_dataset,
     optimize_anisotropic,
     optimize_isotropic,
+    parallel,
 )
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.data import Dataset, select
@@ -249,11 +255,37 @@ def training(small, seed):
     return rows
 
 
+def imagenet(small, seed):
+    """What `execution.fit` chooses for ResNet-50, forward passes a second of a run with it, and the memory it took."""
+    rows, size = [], 32 if small else 224
+    classes, rng = 1000, np.random.default_rng(seed)
+    data = Dataset("noise", np.arange(96), rng.random((96, size, size, 3), np.float32), np.zeros(96, int), classes)
+    data = select(data, max_images=3 if small else 96)
+    for dtype, method in (("float32", "fixed"), ("bfloat16", "fixed"), ("float32", "isotropic")):
+        network = make_network("imagenet_resnet50", compute_dtype=dtype)
+        variables = jax.jit(network.init)(jax.random.key(seed), data.images[:1])
+        classifier = from_linen(network, variables, num_classes=classes)
+        n, steps = (10, 1) if small else (2000, 5)
+        search = IsotropicConfig(steps=steps, num_samples=4 if small else 100)
+        config = RunConfig(method=method, certify=CertifyConfig(n0=10, n=n), isotropic=search, leakage=None)
+        chosen = execution.fit(classifier, data, None, config, Execution(), parallel.device_mesh(1))
+        times = []
+        with tempfile.TemporaryDirectory() as folder:
+            done = lambda images, times=times: times.append(time.perf_counter())
+            certify_dataset(classifier, data, config, out=f"{folder}/run", reconcile=False, progress=done)
+        last = times[-1] - times[-2]  # the first batch is compiled
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+        rows.append({"dtype": dtype, "method": method, "batch": chosen[0], "chunk": chosen[1],
+                     "images_per_second": chosen[0] / last, "draws": n + 10, "peak_gib_so_far": peak})  # fmt: skip
+    return rows
+
+
 SECTIONS = {
     "traced bounds": check_bounds,
     "known classifiers": check_linear,
     "certification, SmallCNN": certify_small_cnn,
     "certification, ResNet-18": certify_resnet18,
+    "ImageNet, ResNet-50": imagenet,
     "votes that move": compare_votes,
     "search": search,
     "generators": generators,

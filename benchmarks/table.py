@@ -88,8 +88,14 @@ def lines():
             what = f"CIFAR-10, {r['split']}, {r['format']}: images, labels, ids as in the authors' files"
             figure = f"{r['same images']}, {r['labels']}, {r['ids']} ({r['images']:,} images)"
             yield what, figure, "True, True, True", "loading", found
-    if found := load("kill"):
-        yield "20 SIGKILLs: shards and table as without", found["results"]["passed"], "True", "kill", found
+    if found := load("faults"):
+        r, total = found["results"], sum(found["results"]["faults"].values())
+        what = f"{total} faults in {sum(r['runs'].values())} runs: shards lost; images twice; other bytes at the end"
+        yield what, f"{r['lost']}; {r['twice']}; {r['different']}", "0; 0; 0", "faults", found
+    if found := load("scaling"):
+        for r in found["results"]["sharded_path"]:
+            what = f"{r['network']}, one device: batches through the sharded path / plain jit and vmap"
+            yield what, f"{r['ratio']:.3f}", "<= 1.03", "scaling", found
     if found := load("convolution"):
         for r in found["results"]["rows"]:
             figure = f"{r['xla_over_ours']:.2f} ({r['xla_us_per_row']:.1f} / {r['ours_us_per_row']:.1f} us a row)"

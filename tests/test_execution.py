@@ -65,7 +65,7 @@ def _fit(monkeypatch, memory, config=FIXED, **execution):
 
 def test_batches_fit_into_memory(monkeypatch):
     assert _fit(monkeypatch, 10**9) == (10, 100)
-    assert _fit(monkeypatch, 10**9, devices=8) == (80, 100)
+    assert _fit(monkeypatch, 10**9, devices=8) == (56, 100)  # two batches, not one of 80 and one of 20
     assert _fit(monkeypatch, 10**9, devices=8, split="draws") == (10, 100)
     batch, chunk = _fit(monkeypatch, 60_000)
     assert batch == 10 and 1 < chunk < 100
