@@ -64,7 +64,9 @@ def compute(
     return Computed(theta, selected, votes, leaked, asked)
 
 
-def find_references(classifier: Classifier, dataset: Dataset, config: RunConfig, mesh: Mesh) -> References | None:
+def find_references(
+    classifier: Classifier, dataset: Dataset, config: RunConfig, execution: Execution, mesh: Mesh
+) -> References | None:
     """The images on which leakage is measured, the same whatever part of the data is certified; None if it is not."""
     if config.leakage is None or not config.data_dependent:
         return None
@@ -74,7 +76,8 @@ def find_references(classifier: Classifier, dataset: Dataset, config: RunConfig,
     keys = _example_keys(config.seed, parallel.replicate(dataset.ids[rows].astype(np.uint32), mesh))
     theta = jnp.asarray(config.theta, images.dtype)
     settings = {"certificate": CERTIFICATES[config.norm], "num_samples": config.leakage.num_samples}
-    return _make_references(keys, classifier, images=images, theta=theta, **settings, chunk=_USUAL_ON_CPU[1])
+    chunk = min(execution.chunk or _USUAL_ON_CPU[1], _USUAL_ON_CPU[1])
+    return _make_references(keys, classifier, images=images, theta=theta, **settings, chunk=chunk)
 
 
 def place(tree, split: Split, mesh: Mesh):
@@ -98,45 +101,56 @@ def fit(
     """
     devices = mesh.size if execution.split == "images" else 1
     usual = _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
-    chunk, even = execution.chunk or usual[1], math.ceil(len(dataset) / math.ceil(len(dataset) / usual[0] / devices))
-    batch = math.ceil(min(execution.batch_size or even, len(dataset)) / devices) * devices
-    if execution.batch_size and execution.chunk:
-        return batch, chunk
-    budget = int(_SHARE * parallel.free_memory(mesh))
+    per_device, chunk = usual[0], execution.chunk or usual[1]
     while True:
-        search, count = _needed_memory(classifier, dataset, references, config, execution.split, batch, chunk, mesh)
-        needed = max(search, count)
-        if needed <= budget:
+        even = math.ceil(len(dataset) / math.ceil(len(dataset) / per_device / devices))
+        batch = math.ceil(min(execution.batch_size or even, len(dataset)) / devices) * devices
+        if execution.batch_size and execution.chunk:
             return batch, chunk
-        more_chunk, more_batch = chunk > 1 and not execution.chunk, batch > devices and not execution.batch_size
-        if more_chunk and (count > budget or not more_batch):
-            chunk = _shrunk(chunk, needed, budget)
-        elif more_batch:
-            batch = _shrunk(batch // devices, needed, budget) * devices
+        budget = int(_SHARE * parallel.free_memory(mesh))
+        search, count = _needed_memory(classifier, dataset, references, config, execution.split, batch, chunk, mesh)
+        if max(search, count) <= budget:
+            return batch, chunk
+        if count > budget and chunk > 1 and not execution.chunk:
+            chunk = _shrunk(chunk, count, budget)
+        elif batch > devices and not execution.batch_size:
+            per_device = _shrunk(batch // devices, max(search, count), budget)
         else:
             warnings.warn(
-                f"a batch of {batch} images needs {needed / 2**20:,.0f} MiB on each device, and {budget / 2**20:,.0f} "
-                "are left: searches with fewer samples need less",
+                f"a batch of {batch} images needs {max(search, count) / 2**20:,.0f} MiB on each device, and "
+                f"{budget / 2**20:,.0f} are left: searches with fewer samples need less",
                 stacklevel=4,
             )
             return batch, chunk
 
 
 def _shrunk(size: int, needed: int, budget: int) -> int:
-    return max(1, min(size - 1, size * budget // needed))
+    return max(1, min(size * 3 // 4, size * budget // needed))
 
 
 def _needed_memory(classifier, dataset, references, config, split, batch, chunk, mesh) -> tuple[int, int]:
-    """Bytes that the search for theta and the counting of votes take on one device, by their compiled programs."""
+    """Bytes on one device for the search for theta, and for the counting of votes; by their compiled programs."""
     ids, images = place((np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)), split, mesh)
     keys, theta, search = _example_keys(config.seed, ids), _start(ids, images, config, split, mesh), 0
     if config.data_dependent:
-        lowered = _find_theta.lower(keys, classifier, images, theta, references, config=config, chunk=chunk)
-        found, compiled = lowered.out_info, lowered.compile()
-        theta = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=compiled.output_shardings)
-        search = _memory(compiled)
-    count, how = _counting(config, split, chunk, mesh)
-    return search, _memory(count.lower(keys, classifier, images, theta, **how).compile())
+        search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
+    function, how = _counting(config, split, chunk, mesh)
+    count, (selected, _) = _planned(function, keys, classifier, images, theta, **how)
+    if references is not None and config.leakage is not None:
+        how = {"certificate": how["certificate"], "num_samples": config.leakage.num_samples, "chunk": chunk}
+        count = max(count, _planned(_measure_leakage, references, classifier, images, theta, selected, **how)[0])
+    return search, count
+
+
+def _planned(function, *arguments, **static):
+    """Bytes on one device that a jitted function takes, and what its results will be."""
+    lowered = function.lower(*arguments, **static)
+    compiled = lowered.compile()
+    results = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        *(lowered.out_info, compiled.output_shardings),
+    )
+    return _memory(compiled), results
 
 
 def _memory(compiled) -> int:

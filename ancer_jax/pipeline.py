@@ -77,12 +77,13 @@ def certify_dataset(
     classifier = parallel.replicate(classifier, mesh)
     process = jax.process_index()
     mine = share(dataset, process_index=process, process_count=jax.process_count())
-    with open_run(out, _settings(classifier, dataset, config), _made_with(), process=process) as run:
+    place = {"process": process, "processes": jax.process_count()}
+    with open_run(out, _settings(classifier, dataset, config), _made_with(), **place) as run:
         done = run.done()
         todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
         progress(0 if mine is None else len(mine) - len(todo))
         if mine is not None and todo:
-            _certify_images(run, classifier, take(mine, todo), config, execution, mesh, progress)
+            _certify_images(run, classifier, mine, todo, config, execution, mesh, progress)
         if {*dataset.ids.tolist()} <= run.done():
             with run.exporting() as ours:  # not if another process has finished, too, and was first
                 if ours and reconcile and config.data_dependent:
@@ -115,15 +116,20 @@ def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
     run.write_memory(state, columns["ids"], np.concatenate([inside, inside_id]))
 
 
-def _certify_images(run: Run, classifier, dataset, config: RunConfig, execution: Execution, mesh, progress) -> None:
-    """Certify and store batch after batch; the devices have the next one before the host looks at the last one."""
-    references = find_references(classifier, dataset.whole, config, mesh)
+def _certify_images(
+    run: Run, classifier, dataset: Dataset, rows: list[int], config: RunConfig, execution: Execution, mesh, progress
+) -> None:
+    """Certify and store batch after batch of `rows`; the devices have the next one before the host looks at the last.
+
+    Batches are as large as those of the whole data set: one that is made again gives the same bits.
+    """
+    references = find_references(classifier, dataset.whole, config, execution, mesh)
     batch_size, chunk = fit(classifier, dataset, references, config, execution, mesh)
     how = {"split": execution.split, "chunk": chunk, "mesh": mesh}
     ended = time.perf_counter()
 
     def computing() -> Iterator[tuple[dict[str, np.ndarray], Any]]:
-        for batch in batches(dataset, batch_size):
+        for batch in batches(take(dataset, rows), batch_size):
             ids, images = place((batch["id"].astype(np.uint32), batch["image"]), execution.split, mesh)
             yield batch, compute(ids, classifier, images, references, config, **how)
         yield {}, None

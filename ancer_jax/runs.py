@@ -25,7 +25,18 @@ from ancer_jax import memory
 from ancer_jax.memory import Memory
 from ancer_jax.regions import Region
 from ancer_jax.results import Answer, leakage_share, write_table
-from ancer_jax.storage import list_folder, locked, read_arrays, write_file
+from ancer_jax.storage import (
+    as_os_error,
+    in_bucket,
+    list_folder,
+    locked,
+    locked_share,
+    read_arrays,
+    read_text,
+    remove,
+    rename,
+    write_file,
+)
 
 RESULTS = "results.tsv"
 RESULTS_MEMORY = "results_memory.tsv"
@@ -105,13 +116,13 @@ class Run:
         np.savez(buffer, key=np.array(self.key), **named)
         write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
-    def table(self) -> str:
+    def table(self, files: Sequence[epath.Path] | None = None) -> str:
         """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
-        return write_table(self.shards(), self.settings)
+        return write_table(self.shards(files=files), self.settings)
 
-    def memory_table(self) -> str | None:
+    def memory_table(self, files: Sequence[epath.Path] | None = None) -> str | None:
         """The text of `results_memory.tsv`; None if the finished inputs have not been reconciled."""
-        files = self.files()  # once: another process may be adding to them
+        files = self.files() if files is None else files  # once: another process may be adding to them
         answers = self._answers(files)
         return None if answers is None else write_table(self.shards(files=files), self.settings, answers)
 
@@ -135,16 +146,18 @@ class Run:
 
     def export(self) -> epath.Path:
         """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
-        text, path = self.memory_table(), self.path / RESULTS_MEMORY
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # first: the two tables are never of different inputs
-        write_file(self.path / RESULTS, self.table().encode())
+        self.still_held()
+        files, path = self.files(), self.path / RESULTS_MEMORY
+        table, text = self.table(files), self.memory_table(files)
+        remove(path)  # first: the two tables are never of different inputs
+        write_file(self.path / RESULTS, table.encode(), self.process)
         if text is not None:
-            write_file(path, text.encode())
+            write_file(path, text.encode(), self.process)
         return self.path / RESULTS
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
+        self.still_held()
         made_from = np.array(self._made_from(self.files(), len(ids)))
         save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, made_from=made_from)
 
@@ -185,7 +198,7 @@ class Run:
             return None
         names = (f"memory_replaced_{i}.npz" for i in itertools.count(1))
         aside = self.path / next(name for name in names if name not in there)
-        file.replace(aside)
+        rename(file, aside)
         return file, aside
 
     def _answers(self, files) -> dict[int, Answer] | None:
@@ -206,7 +219,12 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    path: epath.PathLike, settings: Mapping[str, Any], made_with: Mapping[str, Any], *, process: int = 0
+    path: epath.PathLike,
+    settings: Mapping[str, Any],
+    made_with: Mapping[str, Any],
+    *,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[Run]:
     """Open a new or unfinished run for writing; only one process of each number may.
 
@@ -214,11 +232,11 @@ def open_run(
       path: the run directory, made if it does not exist.
       settings: nested mapping of everything that changes results; JSON values.
       made_with: versions, device and the like: recorded, not compared.
-      process: number of this process among those that share the run.
+      process, processes: number of this process among those that share the run, and how many they are.
 
     Raises:
       ValueError: if the directory is something else, the run there has other settings (named), or another process
-        is writing to it.
+        of this number, or of a group of another size, is writing to it.
       OSError: if it cannot be written.
     """
     path = epath.Path(path)
@@ -230,18 +248,17 @@ def open_run(
     if foreign and "config.json" not in names:
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
-    with locked(path, f"lock-{process}") as still_held:
+    with locked_share(path, process, processes) as still_held:
         settings = json.loads(json.dumps(settings))
         run = dataclasses.replace(_run(path, settings), process=process, still_held=still_held)
         config = path / "config.json"
-        if config in list_folder(path):
-            refuse_other_settings(path, read_settings(path), settings)
-        else:
+        if config not in list_folder(path):
             document = {"hash": run.key, "settings": settings, "made_with": made_with}
             write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
+        refuse_other_settings(path, read_settings(path), settings)
         for file in list_folder(path / "shards"):
             if file.name.endswith(f".{process}.tmp"):
-                file.unlink()
+                remove(file)
         yield run
 
 
@@ -254,7 +271,9 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """
     config = epath.Path(path) / "config.json"
     try:
-        settings = json.loads(config.read_text())["settings"]
+        if (text := read_text(config)) is None:
+            raise FileNotFoundError
+        settings = json.loads(text)["settings"]
         if not isinstance(settings, dict):
             raise TypeError(f"settings are {settings!r}")
     except (FileNotFoundError, NotADirectoryError):
@@ -273,12 +292,13 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     regions = memory.regions
     arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
     path = epath.Path(path)
-    if path.is_dir():
+    if not in_bucket(path) and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
     named: dict[str, Any] = arrays | more
     write_file(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
 
 
+@as_os_error
 def load_memory(path: epath.PathLike) -> Memory:
     """The memory of a run directory, or of a file that `save_memory` wrote: to serve from, or to insert into.
 

@@ -25,6 +25,7 @@ class Stage(enum.IntEnum):
     ANISOTROPIC = 4
     GUARD = 5
     LEAKAGE = 6
+    DIFFERENTIABLE = 7
 
 
 def stage_key(key: Key[Array, ""], stage: Stage) -> Key[Array, ""]:

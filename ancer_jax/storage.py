@@ -5,6 +5,8 @@ files are read and folders listed, which raises.
 """
 
 import contextlib
+import functools
+import io
 import os
 import threading
 import time
@@ -24,6 +26,44 @@ BEAT, PATIENCE = 10.0, 40.0
 _SETTLE = 2.0
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is of a bucket, not of a disk."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root, as orbax wants it; that of a bucket is one already."""
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
+
+
+def as_os_error(function):
+    """Let errors of a bucket's library, which need not be any kind of OSError, be one."""
+
+    @functools.wraps(function)
+    def wrapper(path, *arguments, **options):
+        if not in_bucket(path):
+            return function(path, *arguments, **options)
+        try:
+            _see_what_others_write()
+            return function(path, *arguments, **options)
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as error:
+            raise OSError(f"{path}: {error}") from error
+
+    return wrapper
+
+
+@functools.cache
+def _see_what_others_write() -> None:
+    """Libraries for buckets keep what they have listed, and do not see other processes' files any more."""
+    from fsspec.config import conf
+
+    for protocol in ("gs", "gcs", "s3", "s3a", "az", "abfs", "hf"):
+        conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
+@as_os_error
 def write_file(path: epath.PathLike, content: bytes | Callable[[IO[bytes]], object], process: int = 0) -> None:
     """Write a whole file or nothing: a temporary name, of this process alone, then a rename.
 
@@ -39,12 +79,38 @@ def write_file(path: epath.PathLike, content: bytes | Callable[[IO[bytes]], obje
             with temporary.open("wb") as file:
                 content(file)
         temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+    except Exception as error:
+        with contextlib.suppress(Exception):
             temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
+        if not isinstance(error, OSError) and not in_bucket(path):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {why}; what was finished before is kept") from error
 
 
+@as_os_error
+def read_text(path: epath.PathLike) -> str | None:
+    """What is in a file; None, if it does not exist."""
+    try:
+        return epath.Path(path).read_text()
+    except FileNotFoundError:
+        return None
+
+
+@as_os_error
+def remove(path: epath.PathLike) -> None:
+    """Remove a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        epath.Path(path).unlink()
+
+
+@as_os_error
+def rename(path: epath.PathLike, new: epath.PathLike) -> None:
+    """Give a file another name."""
+    epath.Path(path).replace(new)
+
+
+@as_os_error
 def list_folder(path: epath.PathLike) -> list[epath.Path]:
     """What is in a folder; nothing, if it does not exist."""
     try:
@@ -53,6 +119,7 @@ def list_folder(path: epath.PathLike) -> list[epath.Path]:
         return []
 
 
+@as_os_error
 def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
     """The arrays of those names in an npz file; others are not read.
 
@@ -60,15 +127,40 @@ def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
       ValueError: if it is no such file.
       OSError: if it cannot be read.
     """
+    with contextlib.suppress(*_NO_ARRAYS), file.open("rb") as opened:
+        return _arrays(opened, names)
+    # It is damaged, or could not be read, which zipfile does not tell apart.
+    content = io.BytesIO(file.read_bytes())
     try:
-        with file.open("rb") as opened:
-            if not zipfile.is_zipfile(opened):
-                raise ValueError("truncated, or not an npz file")
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in names}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return _arrays(content, names)
+    except _NO_ARRAYS as error:
         raise ValueError(error) from None
+
+
+_NO_ARRAYS = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def _arrays(opened, names) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(opened):
+        raise ValueError("truncated, or not an npz file")
+    opened.seek(0)
+    with np.load(opened, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+@contextlib.contextmanager
+def locked_share(path: epath.Path, process: int, processes: int) -> Iterator[Callable[[], None]]:
+    """Hold the lock of one of several processes that share the folder `path`; yields as `locked`.
+
+    Raises:
+      ValueError: if another process holds it, or the folder is shared by another number of processes.
+    """
+    with locked(path, f"lock-{process}-of-{processes}") as still_held:
+        for file in list_folder(path):
+            if file.name.startswith("lock-") and "-of-" in file.name and not file.name.endswith(f"-of-{processes}"):
+                with locked(path, file.name):
+                    pass
+        yield still_held
 
 
 @contextlib.contextmanager
@@ -84,7 +176,7 @@ def locked(path: epath.Path, name: str = "lock") -> Iterator[Callable[[], None]]
     Raises:
       ValueError: if another process holds it.
     """
-    if "://" in os.fspath(path):
+    if in_bucket(path):
         with _lease(path, path / name) as still_held:
             yield still_held
         return
@@ -99,9 +191,9 @@ def locked(path: epath.Path, name: str = "lock") -> Iterator[Callable[[], None]]
 
 @contextlib.contextmanager
 def _lease(folder: epath.Path, file: epath.Path) -> Iterator[Callable[[], None]]:
-    me, over, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
+    me, over = uuid.uuid4().hex, threading.Event()
     _wait_until_stale(folder, file)
-    file.write_text(f"{me} 0")
+    _write_text(file, f"{me} 0")
     time.sleep(_SETTLE)  # of several that come at once, the one that wrote last has it
     if _owner(file) != me:
         raise ValueError(f"another process is writing to {folder}")
@@ -109,13 +201,13 @@ def _lease(folder: epath.Path, file: epath.Path) -> Iterator[Callable[[], None]]
     def renew():
         beats = 0
         while not over.wait(BEAT):
-            with contextlib.suppress(OSError):  # the next beat may succeed
+            with contextlib.suppress(Exception):  # the next beat may succeed
                 if _owner(file) != me:
-                    return lost.set()
-                file.write_text(f"{me} {(beats := beats + 1)}")
+                    return
+                _write_text(file, f"{me} {(beats := beats + 1)}")
 
     def still_held():
-        if lost.is_set():
+        if _owner(file) != me:
             raise ValueError(f"another process has taken over {folder}, because this one had not been heard of")
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -125,31 +217,29 @@ def _lease(folder: epath.Path, file: epath.Path) -> Iterator[Callable[[], None]]
     finally:
         over.set()
         thread.join()
-        with contextlib.suppress(OSError):  # else it gets stale
+        with contextlib.suppress(Exception):  # else it gets stale
             if _owner(file) == me:
-                file.unlink()
+                remove(file)
+
+
+@as_os_error
+def _write_text(file: epath.Path, text: str) -> None:
+    file.write_text(text)  # in a bucket: there as a whole, or not at all
 
 
 def _owner(file: epath.Path) -> str:
-    return _read(file).partition(" ")[0]
-
-
-def _read(file: epath.Path) -> str:
-    try:
-        return file.read_text()
-    except FileNotFoundError:
-        return ""
+    return (read_text(file) or "").partition(" ")[0]
 
 
 def _wait_until_stale(folder: epath.Path, file: epath.Path) -> None:
     """Watch a lock that is there already: whoever lives renews it. No clocks of different machines are compared."""
-    if not (found := _read(file)):
+    if (found := read_text(file)) is None:
         return
     until = time.monotonic() + PATIENCE
     warnings.warn(f"{file} is there: waiting up to {PATIENCE:g} s to see whether its process lives", stacklevel=4)
     while time.monotonic() < until:
         time.sleep(min(BEAT, PATIENCE) / 10)
-        if not (now := _read(file)):
+        if (now := read_text(file)) is None:
             return
         if now != found:
             raise ValueError(f"another process is writing to {folder}")

@@ -81,7 +81,7 @@ def cost(norm="l2", images=10, n=100_000):
     bundled, whole = aj.load_bundled(norm), load_dataset("fashion-mnist-subset")
     config = aj.RunConfig(norm=norm, method="isotropic", theta=bundled.theta, certify=aj.CertifyConfig(n=n))
     mesh = parallel.device_mesh(1)
-    references = execution.find_references(bundled.classifier, whole, config, mesh)
+    references = execution.find_references(bundled.classifier, whole, config, aj.Execution(), mesh)
     part = select(whole, skip=len(whole) // images, max_images=images)
     keys = execution._example_keys(SEED, part.ids.astype(np.uint32))
     theta = np.full(images, bundled.theta, np.float32)

@@ -31,7 +31,7 @@ from ancer_jax.models import make_network
 from ancer_jax.runs import open_run
 
 IMAGES, N, PER_PROCESS = 50_000, 100_100, 4
-SEARCH = 3 * (900 + 100) * 100 + 2 * 2 * 1000 + 64 * 200  # gradients cost three passes; guard; leakage
+SEARCH = 3 * (900 + 100) * 100 + 2 * 1000 + 64 * 200  # gradients cost three passes; guard; leakage
 DEVICES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 PUBLISHED = 909.0
 LAW = aj.GaussianL2()
@@ -129,7 +129,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-resnet", action="store_true", help="nothing on paper, nothing is stored")
     options = parser.parse_args()
-    paths = [sharded_path(*plan) for plan in (("SmallCNN", 2000, options.seed, 21), ("ResNet-18", 50, options.seed, 9))]
+    paths = [
+        sharded_path(*plan) for plan in (("SmallCNN", 2000, options.seed, 21), ("ResNet-18", 20, options.seed, 21))
+    ]
     record.show([{name: path[name] for name in ("network", "n", "ratio")} for path in paths])
     hosts = {"fixed": host(5000, (224, 224, 3), False), "ancer": host(500, (224, 224, 3), True)}
     record.show([*hosts.values()])

@@ -28,7 +28,7 @@ class Bucket(fsspec.AbstractFileSystem):
 
     def _fail(self):
         if self.random.random() < float(os.environ[FAILURES]):
-            raise OSError("503 Service Unavailable")
+            raise self.random.choice([OSError, BucketError])("503 Service Unavailable")
 
     def _key(self, path):
         return pathlib.Path(os.environ[FOLDER]) / "objects" / self._strip_protocol(path)
@@ -58,7 +58,7 @@ class Bucket(fsspec.AbstractFileSystem):
     def _open(self, path, mode="rb", **_):
         if mode == "rb":
             self._fail()
-            return io.BytesIO(self._key(path).read_bytes())
+            return _Download(self, self._key(path).read_bytes())
         return _Upload(self, path)
 
     def put_object(self, path, content):
@@ -90,6 +90,20 @@ class Bucket(fsspec.AbstractFileSystem):
         pass
 
     makedirs = mkdir
+
+
+class BucketError(Exception):
+    """As some libraries' errors, no OSError."""
+
+
+class _Download(io.BytesIO):
+    def __init__(self, bucket, content):
+        super().__init__(content)
+        self.bucket = bucket
+
+    def seek(self, *position):  # how reading an npz file begins
+        self.bucket._fail()
+        return super().seek(*position)
 
 
 class _Upload(io.BytesIO):

@@ -439,7 +439,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     _write(tmp_path / "run", [0])
     hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True)"
     hold += "; input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "run" / "lock-0")]
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / "lock-0-of-1")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout.readline() == b"held\n"

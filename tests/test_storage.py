@@ -1,5 +1,6 @@
 """Run directories in a bucket: no folders, no file locks, operations that fail at random."""
 
+import contextlib
 import threading
 import time
 
@@ -10,7 +11,7 @@ from etils.epath import gpath
 
 from ancer_jax import load_dataset, load_memory, storage
 from ancer_jax.runs import read_run
-from ancer_jax.storage import locked, read_arrays, write_file
+from ancer_jax.storage import locked, locked_share, read_arrays, write_file
 from tests import bucket
 from tests.test_pipeline import CONFIG, SEARCH, run
 
@@ -61,7 +62,7 @@ def test_a_bucket_that_fails_at_random_loses_and_doubles_nothing(gs, tmp_path, m
         out = f"gs://b/run{number}"
         done = set()
         while True:
-            gs(0.02)
+            gs(0.002)
             try:
                 found = run(out, config, batch_size=1, devices=1)
                 break
@@ -81,7 +82,35 @@ def test_a_bucket_that_fails_at_random_loses_and_doubles_nothing(gs, tmp_path, m
                 for where in (epath.Path(out), tmp_path / "disk")
             ]
             assert lines[0] == lines[1]
-    assert failures >= 10
+    assert failures >= 3
+
+
+def test_what_cannot_be_read_is_not_called_damaged(gs, tmp_path):
+    config = CONFIG.__class__(method="isotropic", theta=0.3, certify=CONFIG.certify, **SEARCH)
+    run("gs://b/run", config)
+    before = {path.name for path in epath.Path("gs://b/run").iterdir()}
+    gs(1)
+    with pytest.raises(OSError, match="503 Service Unavailable"):
+        read_run("gs://b/run")
+    gs(0)
+    opened = read_run("gs://b/run")
+    gs(0.2)
+    for _ in range(30):
+        for read in (opened.done, opened.read_memory, opened.memory_table):
+            with contextlib.suppress(OSError):
+                assert read() is not None
+    gs(0)
+    assert {path.name for path in epath.Path("gs://b/run").iterdir()} == before
+
+
+def test_a_group_of_another_size_is_refused(tmp_path):
+    with locked_share(epath.Path(tmp_path), 1, 2), locked_share(epath.Path(tmp_path), 0, 2):
+        with pytest.raises(ValueError, match="another process is writing"):
+            locked_share(epath.Path(tmp_path), 0, 1).__enter__()
+        with pytest.raises(ValueError, match="another process is writing"):
+            locked_share(epath.Path(tmp_path), 2, 3).__enter__()
+    with locked_share(epath.Path(tmp_path), 0, 1):
+        pass
 
 
 def test_a_second_writer_is_refused_while_the_first_lives(gs):

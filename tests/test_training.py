@@ -194,7 +194,7 @@ def test_other_settings_do_not_continue_a_training(tmp_path):
     with pytest.raises(ValueError, match="has 10 classes, the network only 9"):
         train(NETWORK.clone(num_classes=9), SOME, TEST, config, out=tmp_path / "new")
     with (
-        locked(epath.Path(tmp_path / "net"), "lock-0"),
+        locked(epath.Path(tmp_path / "net"), "lock-0-of-1"),
         pytest.raises(ValueError, match=r"another process is writing to .*net"),
     ):
         train(NETWORK, SOME, TEST, config, out=tmp_path / "net")
@@ -218,7 +218,7 @@ def test_a_training_that_was_killed_between_two_files_goes_on(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, again[:2], state[:2]))
     for file in (path for path in (tmp_path / "state").rglob("*") if path.is_file()):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="state: damaged, delete it to train anew") as error:
+    with pytest.raises(ValueError, match="state: cannot be read; if it is damaged, delete it") as error:
         train(NETWORK, SOME, TEST, config, out=tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "training.json").write_text('{"method": ')

@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 import tyro
@@ -26,16 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
             command.run()
     except (ValueError, OSError, ImportError) as error:
-        print(f"ancer-jax: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(error)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"ancer-jax: error: {_OUT_OF_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
-        raise SystemExit(2) from None
+        line = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in line:
+            _fail(f"{_OUT_OF_MEMORY} ({line})")
+        elif jax.distributed.is_initialized():
+            _fail(f"another process has stopped, or cannot be reached ({line})")
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _fail(why) -> NoReturn:
+    print(f"ancer-jax: error: {why}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():  # an orderly end would wait for the other processes
+        os._exit(2)
+    raise SystemExit(2) from None
 
 
 def _stop(number: int, _) -> None:

@@ -204,11 +204,12 @@ class Demo:
     """Draws per certificate."""
     out: str | None = None
     """Folder of the runs and pictures; default demo-<norm>. Started again, it continues there."""
-    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
+    compilation_cache: bool = Runtime.compilation_cache
+    """Keep compiled programs in the user's cache folder, so that starting again is quick."""
 
     def run(self) -> None:
         """Certify with eight settings, print the table, draw the pictures."""
-        self.runtime.start(survive=True)
+        Runtime(self.compilation_cache).start(survive=True)
         bundled = load_bundled(self.norm)
         whole = load_dataset(BUNDLED_SUBSET)
         dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)

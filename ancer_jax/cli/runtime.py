@@ -48,6 +48,7 @@ class Runtime:
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
             raise ValueError(f"--coordinator must be host:port, got {self.coordinator!r}")
         jax.config.update("jax_enable_recoverability", survive)
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
         try:
             jax.distributed.initialize(self.coordinator, self.processes, self.process)
         except (RuntimeError, ValueError, TypeError) as error:

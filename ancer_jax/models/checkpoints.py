@@ -21,7 +21,7 @@ from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
-from ancer_jax.storage import write_file
+from ancer_jax.storage import absolute, write_file
 
 NETWORKS: dict[str, Any] = {
     "small_cnn": SmallCNN(),
@@ -110,7 +110,7 @@ def save_network(trained: Trained, path: epath.PathLike, *, new: bool = True) ->
     """
     import orbax.checkpoint as ocp
 
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     if trained.theta is not None and not 0 < trained.theta < math.inf:
         raise ValueError(f"theta must be positive and finite, got {trained.theta}")
     if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -120,7 +120,8 @@ def save_network(trained: Trained, path: epath.PathLike, *, new: bool = True) ->
         checkpointer.save(path / _VARIABLES, trained.variables, force=True)
     info = dataclasses.asdict(dataclasses.replace(trained, variables=None))
     info["variables"] = _hash(trained.variables)
-    write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
+    if jax.process_index() == 0:
+        write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
 
 
 def is_network(path: epath.PathLike) -> bool:
@@ -136,7 +137,7 @@ def load_network(path: epath.PathLike) -> Trained:
     """
     import orbax.checkpoint as ocp
 
-    path = epath.Path(path).resolve()
+    path = absolute(path)
     file = path / _INFO
     if not file.exists():
         raise ValueError(f"{path} is not the folder of a network: there is no {_INFO}")

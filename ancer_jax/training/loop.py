@@ -23,7 +23,7 @@ from ancer_jax import parallel
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.runs import refuse_other_settings
-from ancer_jax.storage import list_folder, locked, write_file
+from ancer_jax.storage import absolute, list_folder, locked_share, write_file
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
@@ -177,7 +177,7 @@ def train(
     mesh = parallel.device_mesh(devices, all_processes=True)
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
-    out = epath.Path(out).resolve()
+    out = absolute(out)
     variables, moments = jax.tree.map(np.asarray, _start(network, data, config, steps))
     history = np.full((config.epochs, len(HISTORY)), np.nan)
     state = TrainState(parallel.replicate(variables, mesh), parallel.replicate(moments, mesh), history)
@@ -284,24 +284,25 @@ def _augment(key, images, config: TrainConfig):
 
 def _measure(network, variables, test: Dataset, config: TrainConfig, mesh: Mesh) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of the base classifier on `test`, each image under one draw of the noise."""
-    sums, batch_size = np.zeros(2), math.ceil(min(500, len(test)) / mesh.size) * mesh.size
+    sums, batch_size = np.zeros(2), min(500, len(test))
+    rows = np.arange(math.ceil(batch_size / mesh.size) * mesh.size)
     for start in range(0, len(test), batch_size):
-        rows = np.arange(start, start + batch_size)
-        inside = rows < len(test)
-        rows = np.where(inside, rows, 0)
-        batch = (parallel.take_rows(column, rows, mesh) for column in (test.images, test.labels))
-        sums += _measure_batch(
-            *(variables, np.int32(start), *batch, parallel.take_rows(inside, np.arange(batch_size), mesh)),
-            **{"network": network, "config": config},
-        )
+        inside = rows < min(batch_size, len(test) - start)
+        chosen = np.where(inside, start + rows, 0)
+        batch = (parallel.take_rows(column, chosen, mesh) for column in (test.images, test.labels))
+        mask = parallel.take_rows(inside, rows, mesh)
+        how = {"network": network, "config": config, "batch_size": batch_size}
+        sums += _measure_batch(variables, np.int32(start), *batch, mask, **how)
     loss, accuracy = sums / len(test)
     return float(loss), float(accuracy)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "config"))
-def _measure_batch(variables, start, images, labels, inside, *, network, config: TrainConfig):
+@functools.partial(jax.jit, static_argnames=("network", "config", "batch_size"))
+def _measure_batch(variables, start, images, labels, inside, *, network, config: TrainConfig, batch_size: int):
     key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
-    noise = CERTIFICATES[config.norm].sample(key, jnp.full(images.shape, config.theta))
+    # Of the images without the padding, which depends on the number of devices.
+    noise = CERTIFICATES[config.norm].sample(key, jnp.full((batch_size, *images.shape[1:]), config.theta))
+    noise = jnp.pad(noise, [(0, len(images) - batch_size), *[(0, 0)] * (images.ndim - 1)])
     logits = network.apply(variables, images + noise)
     losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.stack([(losses_ * inside).sum(), ((logits.argmax(-1) == labels) * inside).sum()])
@@ -365,7 +366,7 @@ def _restore(manager, epoch: int, like: TrainState) -> TrainState:
         return TrainState(**manager.restore(epoch, args=ocp.args.StandardRestore(like._asdict())))
     except Exception as error:  # orbax raises many kinds
         line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{manager.directory}: damaged, delete it to train anew ({line})") from None
+        raise ValueError(f"{manager.directory}: cannot be read; if it is damaged, delete it ({line})") from None
 
 
 @contextlib.contextmanager
@@ -378,9 +379,8 @@ def _same_training(out: epath.Path, network, data: Dataset, test: Dataset, confi
     if foreign and SETTINGS not in {p.name for p in list_folder(out)}:
         raise ValueError(f"{out} holds something else: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    process = jax.process_index()
-    with locked(out, f"lock-{process}"):
-        begun = (out / STATE).exists() and any(epoch.name.isdecimal() for epoch in (out / STATE).iterdir())
+    with locked_share(out, jax.process_index(), jax.process_count()):
+        begun = any(epoch.name.isdecimal() for epoch in list_folder(out / STATE))
         if not begun:  # whatever was tried here before left nothing to go on from
             _write(file, f"{json.dumps(settings, indent=2)}\n")
         _wait_for_all("settings")

@@ -1,0 +1,125 @@
+"""Certified regions as differentiable functions of the input, of theta and of the network: estimates, not certificates.
+
+What goes into a loss or an attack is a `Region` whose gap can be differentiated; `regions.radius`, `proxy_radius` and
+`log_volume` take it from there. What comes out of training or searching is then certified by `certify`, with draws of
+its own.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+from ancer_jax import bounds
+from ancer_jax.certificates import Certificate, GaussianL2
+from ancer_jax.classifiers import Classifier
+from ancer_jax.regions import Region
+from ancer_jax.smoothing import Stage, smoothed_probs, stage_key
+
+Estimate = Literal["soft", "votes"]
+
+
+def estimated_region(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    label: Int[ArrayLike, ""],
+    *,
+    num_samples: int,
+    alpha: float = 0.001,
+    estimate: Estimate = "soft",
+    chunk: int = 100,
+) -> Region:
+    """The region that `certify` would find for the class `label` from `num_samples` draws, differentiable.
+
+    Its gap is that of the Clopper-Pearson bound (`bounds.clopper_pearson_lower_traced`, by its implicit derivative) of
+    the share of the class: with "soft", the mean softmax output over reparameterised noise, which has derivatives in x,
+    theta and the classifier's variables, and a bias as large as the softmax is flat; with "votes", the share of hard
+    votes (`vote_share`), which is unbiased and has derivatives in x and theta only.
+
+    Args:
+      key: typed key of the draws; the stage is folded in here, the draws are those of no certificate.
+      classifier, certificate, x, theta: as in `smoothing.class_counts`; any of them may be differentiated.
+      label: [] the class that is to be certified.
+      num_samples: number of draws (static), below 2^24. "soft" holds all copies at once.
+      alpha: error probability of the bound.
+      estimate: "soft" or "votes" (static).
+      chunk: with "votes", draws at a time (static).
+
+    Returns:
+      The region, around x, of this theta. Where the bound is at most 1/2 its gap is 0, and so are all derivatives.
+
+    Guarantee: none. The estimate is compared with nothing, and whoever optimises it overfits its draws.
+
+    Raises:
+      ValueError: at trace time, if `estimate` is unknown; as in `vote_share`.
+    """
+    if estimate not in get_args(Estimate):
+        raise ValueError(f"estimate must be one of {', '.join(get_args(Estimate))}, got {estimate!r}")
+    arguments = stage_key(key, Stage.DIFFERENTIABLE), classifier, certificate, x, theta
+    if estimate == "soft":
+        share = smoothed_probs(*arguments, num_samples=num_samples)[label]
+    else:
+        share = vote_share(*arguments, label, num_samples=num_samples, chunk=chunk)
+    p_lower = bounds.clopper_pearson_lower_traced(share * num_samples, num_samples, alpha)
+    return Region(x, theta, certificate.gap(p_lower), certificate.norm)
+
+
+def vote_share(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    label: Int[ArrayLike, ""],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> Float[Array, ""]:
+    """Share of the draws that vote for `label`, with the score-function derivative of its expectation.
+
+    `d/dx E[v] = E[(v - b) eps / theta]` and `d/dtheta E[v] = E[(v - b) (eps^2 - 1) / theta]` for a vote v in {0, 1} and
+    Gaussian eps. The control variate b of a draw is the share of the other draws, so that the estimate stays unbiased.
+    Derivatives are of first order, and those in the classifier's variables are 0: votes do not move with them.
+
+    Args:
+      key, classifier, certificate, x, theta, num_samples, chunk: as in `smoothing.class_counts`, whose draws these are.
+      label: [] a class.
+
+    Returns:
+      float []: the value is `class_counts(...)[label] / num_samples`, of which a NaN logit gives no vote.
+
+    Raises:
+      ValueError: at trace time, if the noise is not Gaussian (the support of uniform noise moves with x and theta, so
+        that it has no score function), or there are fewer than 2 draws.
+
+    References: the score function or likelihood-ratio estimate, Glynn 1990; leave-one-out, Kool et al. 2019.
+    """
+    if not isinstance(certificate, GaussianL2):
+        raise ValueError(f"votes have derivatives under Gaussian noise only, got {certificate}: use the soft estimate")
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    x = jnp.asarray(x)
+    theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape)
+    fixed_classifier, center, scale = jax.lax.stop_gradient((classifier, x, theta))
+    chunk = min(chunk, num_samples)
+
+    def add(sums, start):
+        draws = start + jnp.arange(chunk)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
+        eps = jax.vmap(lambda k: certificate.sample(k, jnp.ones_like(scale)))(keys)
+        logits = fixed_classifier(center[None] + scale[None] * eps)
+        inside = draws < num_samples
+        votes = inside & (logits.argmax(-1) == label) & ~jnp.isnan(logits).any(-1)
+        moments = jnp.stack([eps, eps**2 - 1])  # the scores in x and theta, times theta
+        weighted = [jnp.tensordot(weights.astype(x.dtype), moments, (0, 1)) for weights in (votes, inside)]
+        return jax.tree.map(jnp.add, sums, (votes.sum(), *weighted)), None
+
+    zeros = jnp.zeros((2, *x.shape), x.dtype)
+    (count, voted, drawn), _ = jax.lax.scan(add, (jnp.int32(0), zeros, zeros), jnp.arange(0, num_samples, chunk))
+    share = count.astype(x.dtype) / num_samples
+    slopes = (voted - share * drawn) / (num_samples - 1) / scale
+    return share + (slopes * jnp.stack([x - center, theta - scale])).sum()  # the value is share: both differences are 0
