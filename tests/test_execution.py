@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ancer_jax import CertifyConfig, Execution, LeakageConfig, RunConfig, certify_dataset, execution, parallel
-from ancer_jax.data import Dataset
+from ancer_jax.data import Dataset, take
 from ancer_jax.execution import fit
+from ancer_jax.runs import read_run
 from tests.test_pipeline import CLASSIFIER, SEARCH
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -98,3 +99,27 @@ def test_what_does_not_fit_gets_smaller(monkeypatch, asked, memory, per_search, 
 
 def test_memory_of_the_machine_is_known():
     assert 2**20 < parallel.free_memory(parallel.device_mesh(2)) < 2**50
+
+
+def test_a_run_that_is_started_again_has_the_same_bits(tmp_path):
+    """Whatever is left of it: its batches stay as large as they were."""
+    odd = take(DATASET, np.arange(23))
+    start = lambda out, data: certify_dataset(
+        CLASSIFIER, data, ANCER, out=out, execution=Execution(devices=1), reconcile=False, progress=stop
+    )
+
+    class Stopped(Exception):
+        pass
+
+    def stop(images, calls=[]):  # noqa: B006
+        calls.append(images)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        start(tmp_path / "stopped", odd)
+    start(tmp_path / "stopped", odd)
+    start(tmp_path / "whole", odd)
+    runs = [read_run(tmp_path / name).columns("theta", "counts") for name in ("stopped", "whole")]
+    for name in runs[0]:
+        np.testing.assert_array_equal(runs[0][name], runs[1][name])
