@@ -57,8 +57,10 @@ def as_os_error(function):
 @functools.cache
 def _see_what_others_write() -> None:
     """Libraries for buckets keep what they have listed, and do not see other processes' files any more."""
-    from fsspec.config import conf
-
+    try:
+        from fsspec.config import conf
+    except ImportError:  # TensorFlow reads and writes buckets, too
+        return
     for protocol in ("gs", "gcs", "s3", "s3a", "az", "abfs", "hf"):
         conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
