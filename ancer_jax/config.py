@@ -10,7 +10,7 @@ from ancer_jax.certification import CertifyConfig
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.optimize import THETA_MAX_FACTOR, AnisotropicConfig, Guard, IsotropicConfig
 
-Method = Literal["fixed", "isotropic", "ancer"]
+Method = Literal["fixed", "shared", "isotropic", "ancer"]
 Split = Literal["images", "draws"]
 
 
@@ -20,7 +20,8 @@ class RunConfig:
 
     Attributes:
       norm: "l2" (Gaussian noise) or "l1" (uniform noise).
-      method: "fixed" theta, "isotropic" theta per input, or "ancer": isotropic, then one theta per coordinate.
+      method: "fixed" theta; "shared": one theta per coordinate, the same for all inputs, which `certify_dataset` is
+        given; "isotropic" theta per input; or "ancer": isotropic, then one theta per coordinate and input.
       theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
       certify, isotropic, anisotropic: settings of the stages. `theta_max=None` means 4 times `theta` in both searches.
       guard, guard_samples: the guarded choice between isotropic and anisotropic theta (`optimize.guarded_choice`).
@@ -73,13 +74,15 @@ class RunConfig:
     @property
     def data_dependent(self) -> bool:
         """Whether every input has a theta of its own."""
-        return self.method != "fixed"
+        return self.method in ("isotropic", "ancer")
 
     def settings(self) -> dict[str, Any]:
         """What is hashed into the run: the settings that the method uses."""
-        stages = {"fixed": (), "isotropic": ("isotropic",), "ancer": ("isotropic", "anisotropic")}[self.method]
-        used = ["norm", "method", "theta", "certify", *stages, "seed"]
-        used += ["guard", "guard_samples"] if self.method == "ancer" else []
+        stages = {"shared": (), "fixed": ("theta",), "isotropic": ("theta", "isotropic")}
+        stages["ancer"] = (*stages["isotropic"], "anisotropic")
+        used = ["norm", "method", "certify", *stages[self.method], "seed"]
+        used += ["guard"] if self.method == "ancer" else []
+        used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []
         used += ["leakage", "leakage_limit"] if self.data_dependent else []
         values = dataclasses.asdict(self)
         return {name: values[name] for name in used}

@@ -2,19 +2,23 @@
 
 What goes into a loss or an attack is a `Region` whose gap can be differentiated; `regions.radius`, `proxy_radius` and
 `log_volume` take it from there. What comes out of training or searching is then certified by `certify`, with draws of
-its own.
+its own. Two uses are here: `learn_theta`, one anisotropic theta for all inputs, and `attack`, on a certified region.
 """
 
+import functools
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
 from ancer_jax.certificates import Certificate, GaussianL2
 from ancer_jax.classifiers import Classifier
-from ancer_jax.regions import Region
+from ancer_jax.optimize import THETA_MAX_FACTOR
+from ancer_jax.regions import Region, proxy_radius
 from ancer_jax.smoothing import Stage, smoothed_probs, stage_key
 
 Estimate = Literal["soft", "votes"]
@@ -123,3 +127,113 @@ def vote_share(
     share = count.astype(x.dtype) / num_samples
     slopes = (voted - share * drawn) / (num_samples - 1) / scale
     return share + (slopes * jnp.stack([x - center, theta - scale])).sum()  # the value is share: both differences are 0
+
+
+def learn_theta(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    images: Float[ArrayLike, "images *d"],
+    labels: Int[ArrayLike, " images"],
+    theta_init: Float[ArrayLike, "..."],
+    *,
+    steps: int = 300,
+    batch_size: int = 32,
+    num_samples: int = 32,
+    learning_rate: float = 0.03,
+    alpha: float = 0.5,
+    theta_max: Float[ArrayLike, ""] | None = None,
+) -> tuple[Float[Array, "*d"], Float[Array, " steps"]]:
+    """One theta, a value for each coordinate, for all inputs: Adam ascent of the mean estimated proxy radius.
+
+    The objective is ACR-tilde with estimated regions (`estimated_region`, soft, of the images' labels): an image that
+    the smoothed classifier gets wrong counts 0. So noise that erases images, the trap of the search for each input,
+    does not pay. Ascends `log theta`, with a rate that falls to 0 along a cosine, in
+    `[theta_init / 10, theta_max]`.
+
+    Args:
+      key: typed key of the draws and of the choice of images.
+      classifier, certificate: as in `smoothing.class_counts`.
+      images, labels: of the training data. Test data would be sound, too, and flatter the accuracy.
+      theta_init: [] or [*d], the start.
+      steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image (static).
+      learning_rate: of log theta.
+      alpha: of the bound in the estimate (static); 1/2 is the median, as nothing is certified here.
+      theta_max: [] upper bound; None is 4 times `theta_init`.
+
+    Returns:
+      theta [*d], and the objective at each step [steps].
+
+    Guarantee: none of size. A certificate with this theta is one of the single smoothed classifier `g_theta`, for
+    whatever input: it needs no memory.
+    """
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    start = jnp.log(jnp.broadcast_to(jnp.asarray(theta_init, images.dtype), images.shape[1:]))
+    upper = start + math.log(THETA_MAX_FACTOR) if theta_max is None else jnp.log(theta_max)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    def size(log_theta, key, x, label):
+        region = estimated_region(
+            key, classifier, certificate, x, jnp.exp(log_theta), label, num_samples=num_samples, alpha=alpha
+        )
+        return proxy_radius(region)
+
+    def step(carry, i):
+        log_theta, state = carry
+        of_choice, of_noise = jax.random.split(jax.random.fold_in(key, i))
+        rows = jax.random.randint(of_choice, (batch_size,), 0, len(images))
+        keys = jax.random.split(of_noise, batch_size)
+        loss = lambda log_theta: -jax.vmap(functools.partial(size, log_theta))(keys, images[rows], labels[rows]).mean()
+        value, gradient = jax.value_and_grad(loss)(log_theta)
+        updates, state = optimizer.update(gradient, state)
+        return (jnp.clip(log_theta + updates, start - math.log(10.0), upper), state), -value
+
+    (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(steps))
+    return jnp.exp(log_theta), trace
+
+
+def attack(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    region: Region,
+    label: Int[ArrayLike, ""],
+    *,
+    steps: int = 50,
+    num_samples: int = 64,
+) -> Float[Array, "*d"]:
+    """The point of a region that projected gradient ascent through the noise finds least like `label`.
+
+    Increases `-log mean_i softmax(f(y + theta eps_i))_label` over y, with fresh draws at every step, in the coordinates
+    `(y - center) / theta`, where the region is a ball: steps along the normalised gradient, of `2.5 gap / steps`,
+    projected to the ball. It is an expectation-over-transformation attack (Athalye et al. 2018), SmoothAdv's (Salman et
+    al. 2019) for ellipsoids and cross-polytopes. Pixels may leave [0, 1], as the certificate allows it.
+
+    Args:
+      key: typed key of the draws; another one than that of the certificate.
+      classifier, certificate: as in `smoothing.class_counts`.
+      region: where to look, theta included. A gap larger than the certified one shows what the attack is worth.
+      label: [] the class that the region has.
+      steps, num_samples: of the ascent, and draws of each (static).
+
+    Returns:
+      y [*d], inside the region (`regions.contains`). What the smoothed classifier answers there, `certify` says.
+    """
+    key = stage_key(key, Stage.DIFFERENTIABLE)
+    center = jnp.asarray(region.center)
+    theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
+    gap = jnp.asarray(region.gap, center.dtype) * (1 - 1e-5)  # rounding
+    project = optax.projections.projection_l2_ball if region.norm == 2 else optax.projections.projection_l1_ball
+
+    def loss(scaled, key):
+        probs = smoothed_probs(key, classifier, certificate, center + theta * scaled, theta, num_samples=num_samples)
+        return -jnp.log(probs[label] + 1e-12)
+
+    def step(scaled, i):
+        gradient = jax.grad(loss)(scaled, jax.random.fold_in(key, i))
+        length = jnp.sqrt((gradient**2).sum())
+        scaled += 2.5 * gap / steps * gradient / jnp.where(length > 0, length, 1.0)
+        return jnp.where(gap > 0, project(scaled, jnp.where(gap > 0, gap, 1.0)), 0.0), None
+
+    scaled, _ = jax.lax.scan(step, jnp.zeros_like(center), jnp.arange(steps))
+    return center + theta * scaled

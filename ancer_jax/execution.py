@@ -28,7 +28,7 @@ class Computed(NamedTuple):
     """A batch's results, on the devices: arrays with an entry for each image.
 
     Attributes:
-      theta: [batch] for fixed and isotropic, [batch, *d] for ancer.
+      theta: [batch] for fixed and isotropic, [batch, *d] for shared and ancer.
       selected, votes: the selected class, and its votes.
       leaked, asked: references that theta sends to the selected class, and how many could be sent.
     """
@@ -44,6 +44,7 @@ def compute(
     ids,
     classifier: Classifier,
     images,
+    start: np.ndarray,
     references: References | None,
     config: RunConfig,
     *,
@@ -51,8 +52,8 @@ def compute(
     chunk: int,
     mesh: Mesh,
 ) -> Computed:
-    """Start a batch on the devices; nothing waits for it."""
-    keys, theta = _example_keys(config.seed, ids), _start(ids, images, config, split, mesh)
+    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits for it."""
+    keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
     if config.data_dependent:
         theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
     count, how = _counting(config, split, chunk, mesh)
@@ -88,6 +89,7 @@ def place(tree, split: Split, mesh: Mesh):
 def fit(
     classifier: Classifier,
     dataset: Dataset,
+    start: np.ndarray,
     references: References | None,
     config: RunConfig,
     execution: Execution,
@@ -108,7 +110,8 @@ def fit(
         if execution.batch_size and execution.chunk:
             return batch, chunk
         budget = int(_SHARE * parallel.free_memory(mesh))
-        search, count = _needed_memory(classifier, dataset, references, config, execution.split, batch, chunk, mesh)
+        how = {"split": execution.split, "chunk": chunk, "mesh": mesh}
+        search, count = _needed_memory(batch, classifier, dataset, start, references, config, **how)
         if max(search, count) <= budget:
             return batch, chunk
         if count > budget and chunk > 1 and not execution.chunk:
@@ -128,10 +131,10 @@ def _shrunk(size: int, needed: int, budget: int) -> int:
     return max(1, min(size * 3 // 4, size * budget // needed))
 
 
-def _needed_memory(classifier, dataset, references, config, split, batch, chunk, mesh) -> tuple[int, int]:
+def _needed_memory(batch, classifier, dataset, start, references, config, *, split, chunk, mesh) -> tuple[int, int]:
     """Bytes on one device for the search for theta, and for the counting of votes; by their compiled programs."""
     ids, images = place((np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)), split, mesh)
-    keys, theta, search = _example_keys(config.seed, ids), _start(ids, images, config, split, mesh), 0
+    keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
     if config.data_dependent:
         search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
     function, how = _counting(config, split, chunk, mesh)
@@ -158,9 +161,9 @@ def _memory(compiled) -> int:
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
 
 
-def _start(ids, images, config: RunConfig, split: Split, mesh: Mesh):
-    """Where the search starts: a theta for each image."""
-    return place(np.full(len(ids), config.theta, images.dtype), split, mesh)
+def _start(batch: int, start: np.ndarray, split: Split, mesh: Mesh):
+    """The theta of all images, or where their search starts, once for each image."""
+    return place(np.repeat(start[None], batch, axis=0), split, mesh)
 
 
 def _counting(config: RunConfig, split: Split, chunk: int, mesh: Mesh):

@@ -1,5 +1,6 @@
 """The main job: for every image of a data set find theta, certify, reconcile by memory, store in a run directory."""
 
+import hashlib
 import importlib.metadata
 import itertools
 import platform
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import ArrayLike, Float
 
 from ancer_jax import memory, parallel
 from ancer_jax.certificates import CERTIFICATES
@@ -29,6 +31,7 @@ def certify_dataset(
     config: RunConfig,
     *,
     out: epath.PathLike,
+    theta_map: Float[ArrayLike, "*d"] | None = None,
     execution: Execution = Execution(),
     reconcile: bool = True,
     progress: Callable[[int], object] = lambda images: None,
@@ -45,6 +48,7 @@ def certify_dataset(
       dataset: images in [0, 1] with labels.
       config: what to compute.
       out: run directory, new or unfinished. More images may be added to a run, other settings may not.
+      theta_map: with method "shared" (and no other), the theta of all images, say of `differentiable.learn_theta`.
       execution: how to compute it.
       reconcile: with method "isotropic" or "ancer", whether all finished images of the run go through a memory, in
         order of ids, at the end. It writes `memory.npz` and `results_memory.tsv`. A memory that these images do not
@@ -56,11 +60,13 @@ def certify_dataset(
       Path of `results.tsv`, which is written when all processes have finished.
 
     Guarantee: each line's region is certified as in `certification.certify`, with error probability `alpha` per
-    image. With method "isotropic" or "ancer" each line of `results.tsv` speaks of its own smoothed classifier, that of
-    the theta found for this image; the lines of `results_memory.tsv` speak of one classifier, that with memory.
+    image. With method "fixed" or "shared" the lines of `results.tsv` speak of one smoothed classifier. With "isotropic"
+    or "ancer" each speaks of its own, that of the theta found for this image, and the lines of `results_memory.tsv`
+    speak of one classifier, that with memory.
 
     Raises:
-      ValueError: if the classifier or the data cannot be certified, or `out` holds something else.
+      ValueError: if the classifier or the data cannot be certified, `theta_map` is missing, not wanted or no theta of
+        these images, or `out` holds something else.
       OSError: if `out` cannot be written.
     """
     if dataset.num_classes > classifier.num_classes:
@@ -72,18 +78,19 @@ def certify_dataset(
             f"{dataset.name} has folders of {dataset.num_classes} classes, the classifier knows "
             f"{classifier.num_classes}: labels are places in the list of folders, so all must be there"
         )
+    theta = _theta(config, theta_map, dataset.images.shape[1:])
     check_classifier(classifier, dataset.images[0])
     mesh = parallel.device_mesh(execution.devices)
     classifier = parallel.replicate(classifier, mesh)
     process = jax.process_index()
     mine = share(dataset, process_index=process, process_count=jax.process_count())
     place = {"process": process, "processes": jax.process_count()}
-    with open_run(out, _settings(classifier, dataset, config), _made_with(), **place) as run:
+    with open_run(out, _settings(classifier, dataset, config, theta), _made_with(), **place) as run:
         done = run.done()
         todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
         progress(0 if mine is None else len(mine) - len(todo))
         if mine is not None and todo:
-            _certify_images(run, classifier, mine, todo, config, execution, mesh, progress)
+            _certify_images(run, classifier, mine, todo, theta, config, execution, mesh, progress)
         if {*dataset.ids.tolist()} <= run.done():
             with run.exporting() as ours:  # not if another process has finished, too, and was first
                 if ours and reconcile and config.data_dependent:
@@ -116,22 +123,36 @@ def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
     run.write_memory(state, columns["ids"], np.concatenate([inside, inside_id]))
 
 
+def _theta(config: RunConfig, theta_map, shape) -> np.ndarray:
+    """The theta of all images, [] or [*d], or where their search starts."""
+    if (theta_map is None) == (config.method == "shared"):
+        raise ValueError(f"theta_map goes with method shared and only with it, got method {config.method}")
+    if theta_map is None:
+        return np.asarray(config.theta, np.float32)
+    theta = np.asarray(theta_map, np.float32)
+    if theta.shape != shape:
+        raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")
+    if not (np.isfinite(theta) & (theta >= np.finfo(np.float32).tiny)).all():
+        raise ValueError(f"theta_map must be positive and finite, got {theta.min()} to {theta.max()}")
+    return theta
+
+
 def _certify_images(
-    run: Run, classifier, dataset: Dataset, rows: list[int], config: RunConfig, execution: Execution, mesh, progress
+    run: Run, classifier, dataset: Dataset, rows: list[int], theta, config: RunConfig, execution, mesh, progress
 ) -> None:
     """Certify and store batch after batch of `rows`; the devices have the next one before the host looks at the last.
 
     Batches are as large as those of the whole data set: one that is made again gives the same bits.
     """
     references = find_references(classifier, dataset.whole, config, execution, mesh)
-    batch_size, chunk = fit(classifier, dataset, references, config, execution, mesh)
+    batch_size, chunk = fit(classifier, dataset, theta, references, config, execution, mesh)
     how = {"split": execution.split, "chunk": chunk, "mesh": mesh}
     ended = time.perf_counter()
 
     def computing() -> Iterator[tuple[dict[str, np.ndarray], Any]]:
         for batch in batches(take(dataset, rows), batch_size):
             ids, images = place((batch["id"].astype(np.uint32), batch["image"]), execution.split, mesh)
-            yield batch, compute(ids, classifier, images, references, config, **how)
+            yield batch, compute(ids, classifier, images, theta, references, config, **how)
         yield {}, None
 
     for (batch, computed), _ in itertools.pairwise(computing()):  # the next one is computing already
@@ -163,16 +184,21 @@ def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float)
     )
 
 
-def _settings(classifier, dataset, config) -> dict[str, Any]:
-    return config.settings() | {
-        "classifier": fingerprint(classifier, dataset.images[0]),
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "image_shape": list(dataset.images.shape[1:]),
-            "num_classes": dataset.num_classes,
-        },
-    }
+def _settings(classifier, dataset, config, theta) -> dict[str, Any]:
+    shared = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "shared" else {}
+    return (
+        config.settings()
+        | shared
+        | {
+            "classifier": fingerprint(classifier, dataset.images[0]),
+            "data": {
+                "name": dataset.name,
+                "fingerprint": dataset.fingerprint,
+                "image_shape": list(dataset.images.shape[1:]),
+                "num_classes": dataset.num_classes,
+            },
+        }
+    )
 
 
 def _made_with() -> dict[str, str]:

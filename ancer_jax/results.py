@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> fractions.Fraction | float:
     """Share of the reference images that theta sends to the predicted class; NaN if it was not measured."""
-    if settings["method"] == "fixed":
+    if settings["method"] in ("fixed", "shared"):
         return fractions.Fraction(0)  # all images have this theta
     if settings["leakage"] is not None and prediction == ABSTAIN:
         return fractions.Fraction(0)

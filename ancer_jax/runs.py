@@ -269,18 +269,31 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
       ValueError: if there is no `config.json`, or it is another file.
       OSError: if it cannot be read.
     """
+    return _read_document(path)["settings"]
+
+
+def read_made_with(path: epath.PathLike) -> dict[str, Any]:
+    """Versions, device and the like of a run when it began; empty if that is not recorded.
+
+    Raises:
+      As `read_settings`.
+    """
+    return dict(_read_document(path).get("made_with", {}))
+
+
+def _read_document(path: epath.PathLike) -> dict[str, Any]:
     config = epath.Path(path) / "config.json"
     try:
         if (text := read_text(config)) is None:
             raise FileNotFoundError
-        settings = json.loads(text)["settings"]
-        if not isinstance(settings, dict):
-            raise TypeError(f"settings are {settings!r}")
+        document = json.loads(text)
+        if not isinstance(document["settings"], dict):
+            raise TypeError(f"settings are {document['settings']!r}")
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a run directory: there is no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
-    return settings
+    return document
 
 
 def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> None:
@@ -339,7 +352,7 @@ def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked:
     Raises:
       ValueError: naming the settings that differ, and both values.
     """
-    flat = [dict(_flatten(settings)) for settings in (there, asked)]
+    flat = [dict(flatten(settings)) for settings in (there, asked)]
     differ = [name for name in sorted({*flat[0], *flat[1]}) if flat[0].get(name) != flat[1].get(name)]
     if differ:
         text = "; ".join(
@@ -352,9 +365,10 @@ def _short(value) -> str:
     return text if len(text := str(value)) < 40 else f"{text[:12]}..."
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings under dotted names."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

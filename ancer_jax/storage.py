@@ -122,6 +122,18 @@ def list_folder(path: epath.PathLike) -> list[epath.Path]:
 
 
 @as_os_error
+def read_array(file: epath.PathLike) -> np.ndarray:
+    """The array of an .npy file.
+
+    Raises:
+      ValueError: if the file cannot be read, is damaged or no such file.
+    """
+    try:
+        return np.load(io.BytesIO(epath.Path(file).read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: cannot be read as an .npy file ({error})") from None
+
+
 def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
     """The arrays of those names in an npz file; others are not read.
 

@@ -1,6 +1,6 @@
 """Do the training methods keep their promise? ACR of each on the embedded data set, at equal epochs.
 
-python benchmarks/training.py [--epochs 20] [--seeds 0 1 2]
+python benchmarks/training.py [--norm l2] [--epochs 20] [--seeds 0 1 2] [--methods volume ...]
 
 Trains the small network on the 1,667 bundled Fashion-MNIST training images by each method (Gaussian noise of 0.25, one
 learning rate and schedule), and certifies every second of the 500 test images with fixed noise (n = 2,000, alpha =
@@ -35,13 +35,14 @@ SETTINGS = {
     "macer": {"copies": 8, "weight": 2.0},
     "consistency": {"weight": 5.0},
     "stability": {"weight": 2.0},
+    "volume": {"copies": 8, "weight": 4.0},
 }
 
 
-def measure(name, epochs, seed, folder):
+def measure(name, epochs, seed, folder, norm="l2", **changes):
     method = name.split(",")[0]
     data, test = load_dataset("fashion-mnist-subset", split="train"), load_dataset("fashion-mnist-subset")
-    config = dataclasses.replace(PRESETS[method], epochs=epochs, seed=seed, **(SHARED | SETTINGS[name]))
+    config = dataclasses.replace(PRESETS[method], epochs=epochs, seed=seed, **(SHARED | SETTINGS[name] | changes))
     network = make_network("small_cnn")
     state = train(network, data, test, config, out=f"{folder}/{name}-{seed}")
     history = dict(zip(HISTORY, state.history.T, strict=True))

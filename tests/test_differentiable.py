@@ -10,7 +10,8 @@ import scipy.special
 import scipy.stats
 
 from ancer_jax import GaussianL2, UniformL1, log_volume, parallel, proxy_radius, radius
-from ancer_jax.differentiable import estimated_region, vote_share
+from ancer_jax.differentiable import attack, estimated_region, learn_theta, vote_share
+from ancer_jax.regions import Region, contains
 from ancer_jax.smoothing import Stage, class_counts, stage_key
 from tests import reference
 
@@ -197,3 +198,55 @@ def test_uniform_noise_has_the_soft_estimate_only():
         estimated_region(KEYS[0], CLASSIFIER, UniformL1(), X32, THETA32, 1, num_samples=100, estimate="votes")
     with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
         vote_share(KEYS[0], CLASSIFIER, L2, X32, THETA32, 1, num_samples=1, chunk=1)
+
+
+@pytest.mark.parametrize("norm", [2, 1])
+def test_an_attack_reaches_the_boundary_of_a_linear_classifier_and_not_beyond_the_region(norm):
+    """Under Gaussian noise the boundary is at gap 1.3; under uniform noise f(y) = 1[y_2 > t] has it where y_2 = t."""
+    if norm == 2:
+        classifier, certificate, w, boundary = reference.linear(4 * W, 4 * B), L2, W, 1.3
+    else:
+        w = np.eye(D)[2]
+        boundary = 0.6
+        classifier, certificate = reference.linear(40 * w, -40 * (X[2] - boundary * THETA[2])), UniformL1()
+    side = lambda y: w @ (np.asarray(y, np.float64) - X) / (np.linalg.norm(w * THETA) if norm == 2 else THETA[2])
+    find = jax.jit(lambda region, key: attack(key, classifier, certificate, region, 1, steps=20, num_samples=100))
+    for gap in (0.5 * boundary, 0.99 * boundary, 1.2 * boundary):
+        region = Region(X32, THETA32, np.float32(gap), norm)
+        y = find(region, KEYS[3])
+        assert contains(region, y)
+        assert side(y) == pytest.approx(-gap, rel=0.02)  # the worst point of the region, on its surface
+        answer = class_counts(KEYS[4], classifier, certificate, y, THETA32, num_samples=10_000, chunk=1000).argmax()
+        assert answer == (gap < boundary)
+    point = find(Region(X32, THETA32, np.float32(0), norm), KEYS[3])
+    np.testing.assert_array_equal(point, X32)
+
+
+def test_an_attack_with_nowhere_to_go_stays():
+    constant = reference.linear(0 * W, 1.0)
+    y = attack(KEYS[0], constant, L2, Region(X32, THETA32, np.float32(2), 2), 1, steps=3, num_samples=4)
+    np.testing.assert_array_equal(y, X32)
+
+
+def test_the_shared_theta_widens_where_the_classifier_does_not_look():
+    """Of f(y) = 1[y_0 > 0], coordinates 1 to 5 are free: their theta goes to the bound, that of 0 stays below."""
+    classifier = reference.linear(20 * np.eye(D)[0], 0.0)
+    images = np.float32(RNG.normal(size=(40, D)))
+    labels = (images[:, 0] > 0).astype(np.int32)
+    settings = {"steps": 120, "batch_size": 16, "num_samples": 50, "learning_rate": 0.1}
+    theta, trace = learn_theta(KEYS[0], classifier, L2, images, labels, np.float32(0.3), **settings)
+    np.testing.assert_allclose(theta[1:], 1.2, rtol=1e-4)
+    assert 0.1 < theta[0] < 1.0
+    assert trace.shape == (120,) and trace[-10:].mean() > 1.5 * trace[:10].mean()
+    bounded, _ = learn_theta(KEYS[0], classifier, L2, images, labels, np.full(D, 0.3), theta_max=0.5, **settings)
+    assert bounded.max() == pytest.approx(0.5)
+
+
+def test_a_theta_that_erases_every_image_does_not_pay():
+    """With noise of any size allowed, the images of a balanced problem keep it bounded: a constant is right on half."""
+    images = np.float32(RNG.normal(size=(60, 1)))
+    labels = (images[:, 0] > 0).astype(np.int32)
+    classifier = reference.linear(np.full(1, 20.0), 0.05)
+    settings = {"steps": 150, "batch_size": 30, "num_samples": 50, "learning_rate": 0.1, "theta_max": 1e4}
+    theta, _ = learn_theta(KEYS[0], classifier, L2, images, labels, np.float32(0.3), **settings)
+    assert theta < 10

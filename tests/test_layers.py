@@ -16,8 +16,8 @@ README = (PACKAGE.parent / "README.md").read_text()
 LAYERS = {
     "bounds": 0, "duals": 0, "regions": 0,
     "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
-    "certification": 2, "optimize": 2, "differentiable": 2,
-    "memory": 3, "metrics": 3, "parallel": 3,
+    "certification": 2, "optimize": 2,
+    "differentiable": 3, "memory": 3, "metrics": 3, "parallel": 3,
     "storage": 4, "runs": 4, "results": 4, "config": 4, "data": 4, "models": 4, "report": 4, "training": 4,
     "execution": 5,
     "pipeline": 6,

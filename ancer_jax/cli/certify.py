@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tqdm
 import tyro
 from etils import epath
@@ -26,7 +27,9 @@ from ancer_jax.models import load_bundled
 from ancer_jax.models.checkpoints import Trained, is_network, load_network
 from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Objective, SearchConfig
 from ancer_jax.pipeline import certify_dataset
+from ancer_jax.regions import geometric_mean
 from ancer_jax.runs import read_run
+from ancer_jax.storage import read_array
 from ancer_jax.training.loop import SETTINGS
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
@@ -50,12 +53,14 @@ class Certify:
     norm: Literal["l2", "l1"] = "l2"
     """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020)."""
     method: Method = "ancer"
-    """fixed: one theta for all; isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel (Eiras et al.
-    2022)."""
+    """fixed: one theta for all; shared: one per pixel, the same for all images (--theta-map); isotropic: one per image
+    (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
     l2, half-width of the uniform noise for l1. Default: what the bundled classifier (0.25, 0.5), or the network in the
     folder, was trained with."""
+    theta_map: str | None = None
+    """For shared: .npy file of theta, an array of the shape of an image (of differentiable.learn_theta, say)."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
     """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
     ancer as its scripts do (theta = sigma / sqrt(3))."""
@@ -121,19 +126,29 @@ class Certify:
     def run(self) -> None:
         """Certify, then print the table of this run."""
         self.runtime.start(survive=True)
-        classifier, sigma, trained = _classifier(self.classifier, self.norm, self.sigma)
+        theta_map = None
+        if self.theta_map is not None:
+            if self.sigma is not None or self.sigma_convention != "theta":
+                raise ValueError("--theta-map holds theta itself: --sigma and --sigma-convention do not go with it")
+            theta_map = read_array(self.theta_map)
+            if not (theta_map > 0).all():
+                raise ValueError(f"--theta-map {self.theta_map}: theta must be positive, got {theta_map.min()}")
+        sigma = self.sigma if theta_map is None else float(geometric_mean(theta_map))  # a name, then
+        classifier, sigma, trained = _classifier(self.classifier, self.norm, sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
         out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
-        self.certify(classifier, dataset, sigma, out)
+        self.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has done its share; {left} images are left")
             leave()
         print_table([out])
 
-    def certify(self, classifier: Classifier, dataset: Dataset, sigma: float, out: str) -> None:
+    def certify(
+        self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: np.ndarray | None = None
+    ) -> None:
         """One run, with a progress bar."""
         if self.sigma_convention != "theta" and self.norm != "l1":
             raise ValueError("--sigma-convention is for --norm l1; for l2, sigma is the standard deviation")
@@ -185,6 +200,7 @@ class Certify:
                 dataset,
                 config,
                 out=out,
+                theta_map=theta_map,
                 execution=execution,
                 reconcile=self.memory,
                 progress=progress,

@@ -1,8 +1,9 @@
-"""`ancer-jax report`: a table of runs, and their pictures."""
+"""`ancer-jax report`: runs as tables, as pictures, and as one HTML page."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 from etils import epath
@@ -12,12 +13,13 @@ from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
 from ancer_jax.runs import MEMORY, read_run
 
+PAGE = "report.html"
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Compare runs: a table of certified accuracy, curves and theta maps as PNG."""
+    """Compare runs: tables; curves and theta maps as PNG; and all of that, and more, as one HTML page."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
@@ -34,10 +36,10 @@ class Report:
     crop: Crop = "none"
     """What was done to its pictures, as in certify."""
     out: str = "report"
-    """Folder of the pictures."""
+    """Folder of report.html and of the pictures."""
 
     def run(self) -> None:
-        """Print the table, draw the pictures."""
+        """Print the tables, draw the pictures, write the page."""
         if not self.runs:
             raise ValueError("name at least one run directory or TSV file")
         if self.orders < 0:
@@ -51,10 +53,13 @@ class Report:
             raise ValueError("--orders needs a run directory with a memory")
         dataset = load_dataset(self.data, split=self.split, crop=self.crop)
         results = print_table(list(self.runs), self.radii, self.leakage_limit)
-        draw(list(self.runs), results, dataset, self.out)
+        more = []
         if self.orders:
-            print("\nIn order of ids (and the range over random orders)\n")
-            print(report.order_table(with_memory, orders=self.orders))
+            title = "In order of ids (and the range over random orders)"
+            more.append((title, report.order_rows(with_memory, orders=self.orders)))
+            print("", title, report.format_table(more[0][1]), sep="\n\n")
+        what = {"radii": self.radii or _RADII, "leakage_limit": self.leakage_limit, "more": more}
+        draw(list(self.runs), results, dataset, self.out, **what)
 
 
 def print_table(
@@ -68,8 +73,18 @@ def print_table(
     return results
 
 
-def draw(runs: list[str], results: list[report.Results], dataset: Dataset, out: str) -> None:
-    """Draw the curves of all runs and, beside the images of `dataset`, the theta maps of each; print what was drawn."""
+def draw(
+    runs: list[str],
+    results: list[report.Results],
+    dataset: Dataset,
+    out: str,
+    *,
+    radii: Sequence[float] = _RADII,
+    **options: Any,
+) -> None:
+    """Draw the curves of all runs and, beside the images of `dataset`, the theta maps of each; write the page, with
+    `options` of `report.write_page`; print what there is.
+    """
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = [folder / "certified_accuracy.png"], []
@@ -84,4 +99,5 @@ def draw(runs: list[str], results: list[report.Results], dataset: Dataset, out: 
             drawn.append(path)
         else:
             missing.append(f"no theta maps of {run}: {dataset.name} is not what it is of (--data, --split, --crop)")
-    print("", "pictures: " + ", ".join(map(str, drawn)), *missing, sep="\n")
+    report.write_page(results, folder / PAGE, radii=radii, datasets=[dataset], **options)
+    print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {folder / PAGE}", *missing, sep="\n")

@@ -1,12 +1,14 @@
 """Tables and pictures, made from results only."""
 
-from ancer_jax.report.orders import order_figures, order_table
+from ancer_jax.report.orders import order_figures, order_rows
+from ancer_jax.report.page import write_page
 from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_training
 from ancer_jax.report.tables import (
     LEAKAGE_LIMIT,
     NOT_RECONCILED,
     Results,
     compare_proxy_radius,
+    format_table,
     load_results,
     summary_table,
 )
@@ -16,11 +18,13 @@ __all__ = [
     "NOT_RECONCILED",
     "Results",
     "compare_proxy_radius",
+    "format_table",
     "load_results",
     "order_figures",
-    "order_table",
+    "order_rows",
     "plot_certified_accuracy",
     "plot_theta",
     "plot_training",
     "summary_table",
+    "write_page",
 ]

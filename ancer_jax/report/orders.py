@@ -9,7 +9,6 @@ from etils import epath
 from ancer_jax import memory
 from ancer_jax.metrics import average_certified_radius, round_down
 from ancer_jax.regions import Region, proxy_radius, radius
-from ancer_jax.report.tables import format_table
 from ancer_jax.runs import read_run
 
 
@@ -45,8 +44,8 @@ def order_figures(path: epath.PathLike, order: np.ndarray | None = None) -> dict
     }
 
 
-def order_table(paths: list[str], *, orders: int, seed: int = 0) -> str:
-    """Figures of each run in order of ids, and their range over random orders, as a GitHub-style table.
+def order_rows(paths: list[str], *, orders: int, seed: int = 0) -> list[dict[str, str]]:
+    """Figures of each run in order of ids, and their range over random orders: rows of a table.
 
     Raises:
       ValueError: if a run has no memory of all its inputs.
@@ -62,4 +61,4 @@ def order_table(paths: list[str], *, orders: int, seed: int = 0) -> str:
             text = [str(value) if isinstance(value, int) else round_down(value, 4) for value in values]
             row[name] = f"{text[0]} ({text[1]} to {text[2]})"
         rows.append(row)
-    return format_table(rows)
+    return rows

@@ -1,45 +1,119 @@
 """Pictures: certified accuracy curves and theta maps."""
 
+import io
+
 import numpy as np
 from etils import epath
 
 from ancer_jax.data import Dataset
-from ancer_jax.metrics import certified_accuracy, round_down
+from ancer_jax.metrics import average_certified_radius, certified_accuracy, round_down
 from ancer_jax.report.tables import NOT_RECONCILED, Results
 from ancer_jax.runs import Run
 
+_SIZE = (4.6, 4.1)  # inches: two of them beside each other on a desk, one on a phone
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+_MARKERS = "osD^vP*X<>"
+_SIZES = {"radius": "radius (image units, pixels in [0, 1])", "radius_proxy": "proxy radius (same volume)"}
 
 
 def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> None:
     """Certified accuracy against radius and against proxy radius, one curve a run, as PNG."""
-    norm = " / ".join(sorted({r.norm for r in results if r.norm}))
     figure, axes = _figure(1, 2, (10, 4.2), sharey=True)
-    for column, axis, label in (
-        ("radius", axes[0, 0], f"{norm} radius (image units, pixels in [0, 1])"),
-        ("radius_proxy", axes[0, 1], f"{norm} proxy radius (same volume)"),
-    ):
-        end = max(r[column].max() for r in results) * 1.05 or 1.0
-        at = np.linspace(0, end, 400)
-        fixed = [r for r in results if not r.data_dependent]
-        for i, r in enumerate(results):
-            name = r.name if r.reconciled else f"{r.name} *"
-            accuracy = certified_accuracy(r[column], r.correct, at)
-            width = 2.4 if r.data_dependent else 1.4
-            color = f"C{i % 10}"
-            if 0 < len(fixed) < len(results):  # fixed noise is what the others are compared with
-                others = [other for other in results if other.data_dependent]
-                color = f"C{others.index(r) % 10}" if r.data_dependent else str(0.7 - 0.5 * fixed.index(r) / len(fixed))
-            style = {"linestyle": _STYLES[i % len(_STYLES)], "color": color, "linewidth": width}
-            axis.plot(at, accuracy, drawstyle="steps-pre", label=name, **style)
-        axis.set(xlabel=label.strip(), xlim=(0, end), ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    sizes = sorted({len(r.correct) for r in results})
-    axes[0, 0].set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
+    for column, axis in zip(_SIZES, axes[0], strict=True):
+        _draw_accuracy(axis, results, column)
+    axes[0, 1].set_ylabel("")
     axes[0, 1].legend(fontsize=8)
     if not all(r.reconciled for r in results):
         figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
     _save(figure, path)
+
+
+def certified_accuracy_figure(results: list[Results], column: str) -> str:
+    """Certified accuracy against the `column` "radius" or "radius_proxy", one curve a run, as SVG."""
+    figure, axes = _figure(1, 1, _SIZE)
+    _draw_accuracy(axes[0, 0], results, column)
+    return _svg(figure)
+
+
+def p_lower_figure(results: list[Results]) -> str:
+    """Share of each run's inputs whose class probability has at least that lower bound, as SVG."""
+    figure, axes = _figure(1, 1, _SIZE)
+    axis = axes[0, 0]
+    for r, style in zip(results, _line_styles(results), strict=True):
+        bounds = np.sort(np.where(r["predict"] == -1, 0.0, r["p_lower"]))
+        axis.step([0.5, *bounds, 1.0], [1.0, *np.arange(len(bounds), 0, -1) / len(bounds), 0.0], label=r.name, **style)
+    label = "lower bound of the class probability (p_lower)"
+    axis.set(xlabel=label, ylabel="share of images with at least that", xlim=(0.5, 1.002), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def compute_figure(results: list[Results], x: str) -> str:
+    """ACR (hollow) and ACR-tilde (filled) against what an image costs, as SVG.
+
+    Args:
+      results: with what is asked for.
+      x: "seconds" or "passes".
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = _figure(1, 1, _SIZE)
+    axis = axes[0, 0]
+    for i, r in enumerate(results):
+        cost = r.seconds if x == "seconds" else sum(r.passes or ())
+        style = {"color": _colors(results)[i], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 7}
+        sizes = [average_certified_radius(r[column], r.correct) for column in _SIZES]
+        axis.plot([cost, cost], sizes, color=style["color"], linewidth=0.8)
+        axis.plot(cost, sizes[0], fillstyle="none", linestyle="none", **style)
+        axis.plot(cost, sizes[1], linestyle="none", label=r.name, **style)
+    label = "seconds for an image, as measured" if x == "seconds" else "passes through the network for an image"
+    axis.set(xlabel=label, ylabel="ACR (hollow), ACR-tilde (filled)", xscale="log")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.1)
+    axis.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _draw_accuracy(axis, results: list[Results], column: str) -> None:
+    end = max(r[column].max() for r in results) * 1.05 or 1.0
+    at = np.linspace(0, end, 400)
+    for r, style in zip(results, _line_styles(results), strict=True):
+        name = r.name if r.reconciled else f"{r.name} *"
+        accuracy = certified_accuracy(r[column], r.correct, at)
+        axis.plot(at, accuracy, drawstyle="steps-pre", label=name, **style)
+    norm = " / ".join(sorted({r.norm for r in results if r.norm}))
+    sizes = sorted({len(r.correct) for r in results})
+    axis.set(xlabel=f"{norm} {_SIZES[column]}".strip(), xlim=(0, end), ylim=(0, 1.02))
+    axis.set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
+    axis.grid(alpha=0.3)
+
+
+def _line_styles(results: list[Results]) -> list[dict]:
+    """A line for each run, which can be told from the others without colour."""
+    return [
+        {"linestyle": _STYLES[i % len(_STYLES)], "color": color, "linewidth": 2.4 if r.data_dependent else 1.4}
+        for i, (r, color) in enumerate(zip(results, _colors(results), strict=True))
+    ]
+
+
+def _colors(results: list[Results]) -> list[str]:
+    """Grey for fixed noise, which the others are compared with, if there are others."""
+    fixed = sum(not r.data_dependent for r in results)
+    if fixed in (0, len(results)):
+        return [f"C{i % 10}" for i in range(len(results))]
+    greys = (str(0.7 - 0.5 * i / fixed) for i in range(fixed))
+    colors = (f"C{i % 10}" for i in range(len(results)))
+    return [next(colors) if r.data_dependent else next(greys) for r in results]
+
+
+def heat_map(theta: np.ndarray, largest: float) -> np.ndarray:
+    """theta, averaged over channels, as colours on a scale from 0 to `largest`: uint8 [height, width, 3]."""
+    import matplotlib
+
+    return (matplotlib.colormaps["viridis"](theta.mean(axis=-1) / largest)[..., :3] * 255).astype(np.uint8)
 
 
 def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
@@ -124,3 +198,15 @@ def _figure(rows, columns, size, **options):
 def _save(figure, path):
     with epath.Path(path).open("wb") as file:
         figure.savefig(file, format="png", dpi=150)
+
+
+def _svg(figure) -> str:
+    """The figure as SVG with text in it as text, and a legend below."""
+    import matplotlib
+
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9, handlelength=3)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ancer-jax"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

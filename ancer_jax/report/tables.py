@@ -4,14 +4,16 @@ import dataclasses
 import datetime
 import fractions
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import tabulate
 from etils import epath
 
 from ancer_jax.metrics import average_certified_radius, round_down, round_up
+from ancer_jax.report.compute import passes
 from ancer_jax.results import parse_results, read_results
-from ancer_jax.runs import read_run
+from ancer_jax.runs import Run, read_run
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
 LEAKAGE_LIMIT = 0.1
@@ -28,12 +30,14 @@ class Results:
         gone through one.
       norm: "l2" or "l1"; "" where a table does not say.
       before: the columns before memory, where they are known and `columns` are not they.
+      run: where they come from, if that is a run directory.
     """
 
     name: str
     columns: dict[str, np.ndarray]
     norm: str = ""
     before: dict[str, np.ndarray] | None = None
+    run: Run | None = None
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
@@ -49,12 +53,25 @@ class Results:
         if "method" not in self.columns:
             min_sigma = self.columns.get("min_sigma", np.zeros(1))
             return bool((self["radius_proxy"] != self["radius"]).any() or (min_sigma != min_sigma[0]).any())
-        return bool((self["method"] != "fixed").any())
+        return bool((~np.isin(self["method"], ("fixed", "shared"))).any())
 
     @property
     def reconciled(self) -> bool:
         """Whether the columns are those of one classifier: theta is fixed, or there was a memory."""
         return "changed" in self.columns or not self.data_dependent
+
+    @property
+    def passes(self) -> tuple[int, int] | None:
+        """Forward and backward passes for each image (`compute.passes`); None where the settings are not known."""
+        return passes(self.run.settings) if self.run else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean seconds for each image; None where that is not known."""
+        try:
+            return float(np.mean([_parse_time(text) for text in self.columns["time"]]))
+        except (KeyError, ValueError):
+            return None
 
     @property
     def mean_proxy_radius(self) -> float:
@@ -75,13 +92,21 @@ def load_results(path: epath.PathLike) -> Results:
         run = read_run(path)
         before, after = parse_results(run.table(), path), run.memory_table()
         if after is None:
-            return Results(path.name, before, run.settings["norm"])
-        return Results(path.name, parse_results(after, path), run.settings["norm"], before)
+            return Results(path.name, before, run.settings["norm"], run=run)
+        return Results(path.name, parse_results(after, path), run.settings["norm"], before, run)
     return Results(path.stem, read_results(path))
 
 
-def summary_table(results: list[Results], radii: list[float], leakage_limit: float = LEAKAGE_LIMIT) -> str:
-    """GitHub-style tables: a line per run with its main figures; certified accuracy at `radii`; for data-dependent
+def summary_table(results: list[Results], radii: Sequence[float], leakage_limit: float = LEAKAGE_LIMIT) -> str:
+    """The tables of `summary` and their notes as GitHub-style text."""
+    parts = [part for title, rows in summary(results, radii, leakage_limit) for part in (title, format_table(rows))]
+    return "\n\n".join([*parts[1:], *notes(results)])
+
+
+def summary(
+    results: list[Results], radii: Sequence[float], leakage_limit: float = LEAKAGE_LIMIT
+) -> list[tuple[str, list[dict[str, str]]]]:
+    """Tables with their titles: a line per run with its main figures; certified accuracy at `radii`; for data-dependent
     noise what the memory changed, and how much of the certificates the noise carries.
 
     Every figure is over all images of its run, what is certified rounded down (leakage up); abstentions and wrong
@@ -90,9 +115,9 @@ def summary_table(results: list[Results], radii: list[float], leakage_limit: flo
     """
     figures = [
         {
-            "run": _name(r),
+            "run": mark(r),
             "norm": r.norm or "?",
-            "images": len(r.correct),
+            "images": str(len(r.correct)),
             "accuracy": _share(r.correct),
             "abstained": _share(r["predict"] == -1),
             "ACR": round_down(average_certified_radius(r["radius"], r.correct), 3),
@@ -100,31 +125,31 @@ def summary_table(results: list[Results], radii: list[float], leakage_limit: flo
             "ACR-tilde": round_down(average_certified_radius(r["radius_proxy"], r.correct), 3),
             "median proxy": round_down(np.median(r["radius_proxy"] * r.correct), 3),
             "theta at its bound": _at_bound(r),
-            "s/image": _seconds(r),
+            "s/image": "-" if r.seconds is None else f"{r.seconds:.2f}",
         }
         for r in results
     ]
     accuracies = [
-        {"run": _name(r), "by": by} | {f"{at:g}": _share(r.correct & (r[column] >= at)) for at in radii}
+        {"run": mark(r), "by": by} | {f"{at:g}": _share(r.correct & (r[column] >= at)) for at in radii}
         for by, column in (("radius", "radius"), ("proxy radius", "radius_proxy"))
         for r in results
         if column == "radius" or (r["radius_proxy"] != r["radius"]).any()
     ]
-    parts = [format_table(figures), "Certified accuracy at", format_table(accuracies)]
+    tables = [("Figures", figures), ("Certified accuracy at", accuracies)]
     if memories := [_memory(r) for r in results if "changed" in r.columns]:
-        parts += ["Memory (before -> after)", format_table(memories)]
+        tables.append(("Memory (before -> after)", memories))
     measured = [r for r in results if r.data_dependent and np.isfinite(r.columns.get("leakage", np.nan)).any()]
     if leakages := [_leakage(r, leakage_limit) for r in measured]:
         title = f"Leakage to the image's class, and figures without the thetas that leak more than {leakage_limit:g}"
-        parts += [title, format_table(leakages)]
-    return "\n\n".join([*parts, *_notes(results)])
+        tables.append((title, leakages))
+    return tables
 
 
 def _memory(results: Results) -> dict[str, str]:
     """What the memory changed in a run."""
     after, before = results.columns, results.before
     shrunk = after["changed"] == 1
-    row = {"run": _name(results), "regions changed": f"{int(shrunk.sum())} of {len(shrunk)}"}
+    row = {"run": mark(results), "regions changed": f"{int(shrunk.sum())} of {len(shrunk)}"}
     inside = after["answered_by"] >= 0
     if before is None:
         return row | {"inside an earlier region": str(int(inside.sum()))}
@@ -148,7 +173,7 @@ def _leakage(results: Results, limit: float) -> dict[str, str]:
     """Distribution of leakage over the inputs that were answered, and the main figures with every theta above the limit
     counted as certifying nothing.
     """
-    leakage, row = results["leakage"], {"run": _name(results)}
+    leakage, row = results["leakage"], {"run": mark(results)}
     # The column's decimals are exact; as binary numbers some would be rounded up once more.
     known = [fractions.Fraction(str(value)) for value in leakage[~np.isnan(leakage) & (results["predict"] != -1)]]
     kept = results.correct & (leakage <= limit)
@@ -168,19 +193,20 @@ def compare_proxy_radius(results: list[Results]) -> str:
     for r in (best, *(r for r in results if r.data_dependent)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
         mean = round_down(r.mean_proxy_radius, 3)
-        lines.append(f"  {_name(r):13} {mean}   {round_down(ratio, 2)} x the best fixed theta")
-    return "\n".join([*lines, *_notes(results)])
+        lines.append(f"  {mark(r):13} {mean}   {round_down(ratio, 2)} x the best fixed theta")
+    return "\n".join([*lines, *notes(results)])
 
 
-def _notes(results: list[Results]) -> list[str]:
-    notes = []
+def notes(results: list[Results]) -> list[str]:
+    """What has to be said of these runs beside each other."""
+    said = []
     if any(not np.array_equal(np.sort(r["idx"]), np.sort(results[0]["idx"])) for r in results):
-        notes.append("These runs are not of the same images: their figures do not compare.")
+        said.append("These runs are not of the same images: their figures do not compare.")
     if len({r.norm for r in results if r.norm}) > 1:
-        notes.append("These runs are of different norms: their figures do not compare.")
+        said.append("These runs are of different norms: their figures do not compare.")
     if not all(r.reconciled for r in results):
-        notes.append(f"{_MARK} {NOT_RECONCILED}")
-    return notes
+        said.append(f"{_MARK} {NOT_RECONCILED}")
+    return said
 
 
 def _share(mask) -> str:
@@ -192,7 +218,8 @@ def format_table(rows: list[dict]) -> str:
     return tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _name(results: Results) -> str:
+def mark(results: Results) -> str:
+    """The name of a run, marked where its certificates are not those of one classifier."""
     return results.name + ("" if results.reconciled else _MARK)
 
 
@@ -203,15 +230,6 @@ def _at_bound(results: Results) -> str:
         return "-"
     inputs = int((share > 0).sum())
     return f"{inputs} of {len(share)}" + (f" ({share[share > 0].mean():.0%} of coordinates)" if inputs else "")
-
-
-def _seconds(results: Results) -> str:
-    if "time" not in results.columns:
-        return "-"
-    try:
-        return f"{np.mean([_parse_time(text) for text in results['time']]):.2f}"
-    except ValueError:
-        return "-"
 
 
 def _parse_time(text: str) -> float:

@@ -26,7 +26,7 @@ from ancer_jax.runs import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_share, write_file
 from ancer_jax.training import losses
 
-TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability"]
+TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability", "volume"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrainConfig:
       copies: noisy copies of each image (m).
       learning_rate, momentum, nesterov, weight_decay: of SGD; the decay is on all parameters.
       drop_every: epochs after which the learning rate falls to a tenth, again and again; None is a cosine to 0.
-      weight: of the method's second term (MACER, consistency, stability).
+      weight: of the method's second term (MACER, consistency, stability, volume).
       epsilon, attack_steps, warmup_epochs: SmoothAdv's l2 ball, its steps, and the epochs in which the ball grows.
         Settings that the method has no use for are 0.
       shift: largest random shift, in pixels; 0 is none.
@@ -100,7 +100,7 @@ class TrainConfig:
 
 _USED: dict[TrainingMethod, tuple[str, ...]] = {
     "smoothadv": ("epsilon", "attack_steps", "warmup_epochs"),
-    **dict.fromkeys(("macer", "consistency", "stability"), ("weight",)),
+    **dict.fromkeys(("macer", "consistency", "stability", "volume"), ("weight",)),
 }
 
 # What the codes do beside: RS4A's runs the network on each copy by itself, so that batch statistics are of one copy,
@@ -121,6 +121,8 @@ PRESETS: dict[TrainingMethod, TrainConfig] = {
     "stability": TrainConfig(
         "stability", epochs=120, batch_size=64, copies=2, nesterov=True, drop_every=None, weight=6.0
     ),
+    # Ours: Cohen et al.'s with as many copies in a batch
+    "volume": TrainConfig("volume", batch_size=32, copies=8, learning_rate=0.02, weight=4.0),
 }
 
 SETTINGS, STATE, TABLE = "training.json", "state", "training.tsv"
@@ -264,6 +266,8 @@ def _loss(config: TrainConfig, logits, label):
             return losses.consistency(logits, label, weight=config.weight)
         case "stability":
             return losses.stability(logits, label, weight=config.weight)
+        case "volume":
+            return losses.volume(logits, label, config.theta, CERTIFICATES[config.norm], weight=config.weight)
     return losses.augmentation(logits, label)
 
 

@@ -9,6 +9,9 @@ import optax
 from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ancer_jax import bounds
+from ancer_jax.certificates import Certificate
+
 
 def augmentation(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
     """Noise augmentation: the mean cross-entropy of the noisy copies.
@@ -69,6 +72,35 @@ def stability(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""], *, wei
     log_each = jax.nn.log_softmax(logits)
     first, others = log_each[0], log_each[1:]
     return -first[label] + weight * (jnp.exp(first) * (first - others)).sum(axis=1).mean()
+
+
+def volume(
+    logits: Float[ArrayLike, "m K"],
+    label: Int[ArrayLike, ""],
+    theta: Float[ArrayLike, ""],
+    certificate: Certificate,
+    *,
+    weight: float = 4.0,
+    alpha: float = 0.5,
+) -> Float[Array, ""]:
+    """Certified volume: `-log p_label - weight * r`, with `p` the mean softmax of the logits and r the proxy radius.
+
+    `r = theta * gap(p_lower)` is the radius of the ball that has the volume of the region that the m copies would
+    certify, if p_label were a share of votes: 0, and without a slope, where `p_lower`, the Clopper-Pearson bound, is
+    at most 1/2. Its mean over images estimates ACR-tilde. The bound keeps one image from winning by an endless radius.
+
+    Args:
+      theta: noise parameter.
+      certificate: of the noise.
+      weight: of the radius, in units of [0, 1] pixels.
+      alpha: of the bound; 1/2 is the median.
+
+    References: ours; `differentiable.estimated_region` with the soft estimate.
+    """
+    probs = jax.nn.softmax(logits)
+    share = probs.mean(axis=0)[label]
+    p_lower = bounds.clopper_pearson_lower_traced(share * len(probs), len(probs), alpha)
+    return -jnp.log(share + 1e-10) - weight * theta * certificate.gap(p_lower)
 
 
 def smoothed_loss(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:

@@ -1,0 +1,27 @@
+"""What a run spends on each image, counted in passes through the network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def passes(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Forward and backward passes through the network for each image of a run with these settings (`run.settings`).
+
+    Noisy copies are counted one by one: of the searches, of the choice between thetas, of the certificate, and of the
+    leakage that is measured. Derivatives are with respect to the noise only. The references of leakage are those that
+    were asked for; a small data set has fewer.
+    """
+    certificate, leakage = settings["certify"], settings.get("leakage")
+    forward, backward = certificate["n0"] + certificate["n"], 0
+    searches = [settings[name] for name in ("isotropic", "anisotropic") if name in settings]
+    for search in searches:
+        batch = search["leakage_batch"] if search["leakage_weight"] > 0 else 0
+        forward += search["steps"] * (search["num_samples"] + batch)
+        backward += search["steps"] * (search["num_samples"] + batch)
+    measured = leakage["num_references"] * leakage["num_samples"] if leakage else 0
+    limited = settings.get("leakage_limit") is not None
+    guards = ["off", *([settings["guard"]] if len(searches) > 1 else [])] if searches else []
+    for guard in guards:  # how many thetas are compared
+        thetas = 2 if guard != "off" else int(limited)
+        forward += thetas * settings.get("guard_samples", 0) + measured * limited
+    return forward + (measured if searches else 0), backward
