@@ -1,4 +1,4 @@
-"""What the site takes from outside of docs/: the benchmarks' page and raw outputs, so that links to them hold here, too."""
+"""What the site takes from outside of docs/: the benchmarks' page and raw outputs, so that links to them hold."""
 
 import pathlib
 

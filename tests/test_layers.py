@@ -120,9 +120,17 @@ def test_the_commands_of_the_pages_are_understood(page, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_pages_link_to_is_there(page):
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    missing = [link for link in links if not link.startswith("https://") and not (page.parent / link).exists()]
-    assert not missing
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text())
+    for name, heading in [link for link in links if not link[0].startswith("https://")]:
+        target = page.parent / name if name else page
+        assert target.exists()
+        assert not heading or heading in _anchors(target.read_text())
+
+
+def _anchors(text):
+    """Names of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _blocks(text, language):
