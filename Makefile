@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow lint format docs clean
 
 demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
@@ -23,6 +23,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, into site/, without the network; the variable silences an advertisement.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 $(VENV)/package: pyproject.toml constraints.txt
@@ -39,5 +43,9 @@ $(VENV)/extras: $(VENV)/installed
 	$(INSTALL) ".[dev,torch,pictures]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/package
+	$(INSTALL) ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-l1 demo-l2
+	rm -rf $(VENV) demo-l1 demo-l2 site

@@ -118,7 +118,7 @@ def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tu
 
     Args:
       memory: what has been answered before.
-      region: the certified region of the input: center [*d], theta [] or [*d], gap []; 0 if it abstained.
+      region: the certified region of the input: center `[*d]`, theta `[]` or `[*d]`, gap `[]`; 0 if it abstained.
       prediction: the certified class, or `ABSTAIN`.
 
     Returns:

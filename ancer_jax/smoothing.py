@@ -116,9 +116,7 @@ def smoothed_probs(
     """Mean softmax output over `num_samples` noisy copies of `x`: a soft estimate of the class probabilities.
 
     Differentiable in x, theta (reparameterised noise) and the classifier's variables. All copies are held at once.
-
-    Args:
-      As in `class_counts`.
+    Arguments as in `class_counts`.
 
     Returns:
       float [K], sums to 1.

@@ -2,7 +2,7 @@
 
 python benchmarks/training.py [--norm l2] [--epochs 20] [--seeds 0 1 2] [--methods volume ...]
 
-Trains the small network on the 1,667 bundled Fashion-MNIST training images by each method (Gaussian noise of 0.25, one
+Trains the small network on the 2,000 bundled Fashion-MNIST training images by each method (Gaussian noise of 0.25, one
 learning rate and schedule), and certifies every second of the 500 test images with fixed noise (n = 2,000, alpha =
 0.001). Noise augmentation is also run with as many noisy copies as MACER takes, so that one sees what the copies alone
 give. Exits with status 1 if SmoothAdv or MACER, averaged over the seeds, does not beat plain noise augmentation.

@@ -4,15 +4,19 @@ import ast
 import inspect
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import ancer_jax
+from ancer_jax import cli
 
 PACKAGE = pathlib.Path(ancer_jax.__file__).parent
-README = (PACKAGE.parent / "README.md").read_text()
+ROOT = PACKAGE.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAYERS = {
     "bounds": 0, "duals": 0, "regions": 0,
     "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
@@ -85,8 +89,49 @@ def test_public_names_are_sorted_and_complete():
 
 def test_the_examples_of_the_readme_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    exec(compile(examples.replace("n=100_000", "n=2_000"), "README.md", "exec"), {})
+    _run_examples(README)
     printed = capsys.readouterr().out
     assert "certified radius" in printed and "False" in printed
     assert len(ancer_jax.load_memory(tmp_path / "memory.npz")) == 1
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_the_examples_of_the_guides_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _run_examples(page.read_text())
+
+
+def _run_examples(text):
+    examples = "\n".join(_blocks(text, "python"))
+    exec(compile(examples.replace("n=100_000", "n=2_000"), "examples", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_the_pages_are_understood(page, monkeypatch):
+    understood = []
+    for command in (cli.Certify, cli.Convert, cli.Demo, cli.Report, cli.Train):
+        monkeypatch.setattr(command, "run", lambda self: understood.append(self))
+    lines = "\n".join(_blocks(page.read_text(), "sh")).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("ancer-jax ")]
+    for command in commands:
+        cli.main(command)
+    assert len(understood) == len(commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_pages_link_to_is_there(page):
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text())
+    for name, heading in [link for link in links if not link[0].startswith("https://")]:
+        target = page.parent / name if name else page
+        assert target.exists()
+        assert not heading or heading in _anchors(target.read_text())
+
+
+def _anchors(text):
+    """Names of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
