@@ -141,15 +141,15 @@ def learn_theta(
     batch_size: int = 32,
     num_samples: int = 32,
     learning_rate: float = 0.03,
-    alpha: float = 0.5,
+    alpha: float = 0.05,
     theta_max: Float[ArrayLike, ""] | None = None,
 ) -> tuple[Float[Array, "*d"], Float[Array, " steps"]]:
     """One theta, a value for each coordinate, for all inputs: Adam ascent of the mean estimated proxy radius.
 
     The objective is ACR-tilde with estimated regions (`estimated_region`, soft, of the images' labels): an image that
-    the smoothed classifier gets wrong counts 0. So noise that erases images, the trap of the search for each input,
-    does not pay. Ascends `log theta`, with a rate that falls to 0 along a cosine, in
-    `[theta_init / 10, theta_max]`.
+    the smoothed classifier gets wrong counts 0. Ascends `log theta`, with a rate that falls to 0 along a cosine, in
+    `[theta_init / 10, theta_max]`. The upper bound is needed here, too: noise that erases every image leaves a constant
+    classifier, right on the images of one class, with regions as large as the noise.
 
     Args:
       key: typed key of the draws and of the choice of images.
@@ -158,7 +158,8 @@ def learn_theta(
       theta_init: [] or [*d], the start.
       steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image (static).
       learning_rate: of log theta.
-      alpha: of the bound in the estimate (static); 1/2 is the median, as nothing is certified here.
+      alpha: of the bound in the estimate (static). With 1/2, the luck of few draws would pass for a region, and pay
+        the more the larger the noise.
       theta_max: [] upper bound; None is 4 times `theta_init`.
 
     Returns:

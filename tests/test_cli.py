@@ -228,6 +228,8 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--theta-max", "nan"), "theta_max must be positive, got nan"),
         (("--skip", "0"), "skip must be at least 1, got 0"),
         (("--max", "0"), "max must be at least 1, got 0"),
+        (("--method", "shared"), "theta_map goes with method shared and only with it, got method shared"),
+        (("--theta-map", "no.npy"), "--theta-map holds theta itself: --sigma and --sigma-convention do not go with it"),
         (("--seed", "-1"), "seed must be an int in .*got -1"),
         (("--iso-steps", "0"), "steps must be at least 1, got 0"),
         (("--ancer-lr", "0"), "learning_rate must be positive, got 0"),
@@ -268,6 +270,20 @@ def test_bad_input_is_one_line(here, capsys, flags, message):
     assert re.search(message, _error(capsys, _toy(*flags)))
     assert not (here / "run").exists()
     assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["plugin.py", "toy.npz"]
+
+
+def test_a_theta_map_of_ones_own(here, capsys):
+    arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three", "--n", "50", "--method", "shared"]
+    arguments += ["--theta-map", "theta.npy"]
+    assert "theta.npy: cannot be read as an .npy file" in _error(capsys, arguments)
+    np.save(here / "theta.npy", np.zeros((1, 1, 1)))
+    assert "--theta-map theta.npy: theta must be positive, got 0.0" in _error(capsys, arguments)
+    np.save(here / "theta.npy", np.ones((2, 2, 1)))
+    assert "theta_map must be [2, 1, 1] as the images are, got [2, 2, 1]" in _error(capsys, arguments)
+    np.save(here / "theta.npy", np.full((2, 1, 1), 0.25))
+    cli.main(arguments)
+    lines = pd.read_csv(here / "runs" / "l2-shared-0.25" / "results.tsv", sep="\t")
+    assert set(lines["method"]) == {"shared"} and set(lines["min_sigma"]) == {0.25}
 
 
 def test_an_own_classifier_needs_sigma(capsys):
@@ -378,8 +394,10 @@ def test_report_compares_runs_and_files(here, capsys):
     assert re.search(r"^\| cohen +\| radius +\| 1\.000 +\| 1\.000 +\|$", printed, re.MULTILINE)
     assert re.search(r"^\| run +\| l2 +\| 4 ", printed, re.MULTILINE)
     assert NOT_RECONCILED not in printed
-    assert [path.name for path in (here / "pictures" / "here").iterdir()] == ["certified_accuracy.png"]
-    assert printed.splitlines()[-1] == "pictures: pictures/here/certified_accuracy.png"
+    files = {path.name for path in (here / "pictures" / "here").iterdir()}
+    assert files == {"certified_accuracy.png", "report.html"}
+    last = ["pictures: pictures/here/certified_accuracy.png", "page: pictures/here/report.html"]
+    assert printed.splitlines()[-2:] == last
 
 
 @pytest.mark.parametrize(
@@ -525,7 +543,7 @@ def test_theta_maps_are_beside_the_images_of_the_data_set_that_is_named(here, ca
     cli.main(["report", "a/run", "b/run", "--out", "pictures", "--data", "toy.npz"])
     assert "no theta maps" not in capsys.readouterr().out
     names = {path.name for path in (here / "pictures").iterdir()}
-    assert names == {"certified_accuracy.png", "theta_run.png", "theta_run_1.png"}
+    assert names == {"certified_accuracy.png", "theta_run.png", "theta_run_1.png", "report.html"}
     cli.main(["report", "a/run", "--out", "others"])
     assert "no theta maps of a/run: fashion-mnist-subset is not what it is of (--data," in capsys.readouterr().out
     assert "no data set is named 'toy'" in _error(capsys, ["report", "a/run", "--data", "toy"])

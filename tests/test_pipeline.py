@@ -110,7 +110,10 @@ def test_another_seed_draws_other_noise(tmp_path):
 
 def test_only_settings_that_the_method_uses_name_the_run():
     assert {"isotropic", "anisotropic", "guard"}.isdisjoint(RunConfig(method="fixed").settings())
-    assert "anisotropic" not in RunConfig(method="isotropic").settings()
+    isotropic = RunConfig(method="isotropic")
+    assert {"anisotropic", "guard", "guard_samples"}.isdisjoint(isotropic.settings())
+    assert "guard_samples" in dataclasses.replace(isotropic, leakage_limit=0.1).settings()  # they find the class
+    assert {"theta", "isotropic"}.isdisjoint(RunConfig(method="shared").settings())
     settings = RunConfig(method="ancer", theta=0.5).settings()
     assert settings["isotropic"]["theta_max"] == settings["anisotropic"]["theta_max"] == 2.0
 
@@ -119,7 +122,7 @@ def test_only_settings_that_the_method_uses_name_the_run():
     ("change", "text"),
     [
         ({"norm": "linf"}, "norm must be one of l2, l1, got 'linf'"),
-        ({"method": "best"}, "method must be one of fixed, isotropic, ancer"),
+        ({"method": "best"}, "method must be one of fixed, shared, isotropic, ancer"),
         ({"theta": 0.0}, "theta must be positive and finite as float32, got 0.0"),
         ({"theta": float("inf")}, "theta must be positive and finite"),
         ({"seed": -1}, "seed must be an int in"),
@@ -134,6 +137,40 @@ def test_settings_out_of_range_are_refused(change, text):
         for name, value in change.items():
             object.__setattr__(config, name, value)
         config.__post_init__()
+
+
+def test_the_shared_theta_is_that_of_every_image(tmp_path):
+    shared, theta_map = dataclasses.replace(CONFIG, method="shared"), np.linspace(0.1, 0.5, D).reshape(3, 3, 1)
+    certify_dataset(CLASSIFIER, DATASET, shared, out=tmp_path, theta_map=theta_map, execution=Execution(batch_size=2))
+    columns = read_run(tmp_path).columns("gap", "theta", "counts")
+    np.testing.assert_array_equal(columns["theta"], np.float32(np.repeat(theta_map[None], 5, axis=0)))
+    for i, x, gap in zip(DATASET.ids, DATASET.images, columns["gap"], strict=True):
+        key = jax.random.fold_in(jax.random.key(0), int(i))
+        assert certify(key, CLASSIFIER, GaussianL2(), x, np.float32(theta_map), config=CONFIG.certify).gap == gap
+    assert not (tmp_path / "memory.npz").exists()  # one smoothed classifier: nothing to reconcile
+    lines = parse_results((tmp_path / "results.tsv").read_text(), tmp_path)
+    assert (lines["method"] == "shared").all() and not lines["leakage"].any()
+    assert (lines["radius_proxy"] > lines["radius"]).any()
+    with pytest.raises(ValueError, match=r"other settings \(theta_map is "):
+        certify_dataset(CLASSIFIER, DATASET, shared, out=tmp_path, theta_map=theta_map / 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "theta_map", "text"),
+    [
+        ("shared", None, "theta_map goes with method shared and only with it, got method shared"),
+        ("fixed", np.ones((3, 3, 1)), "theta_map goes with method shared and only with it, got method fixed"),
+        ("shared", np.ones((3, 3)), r"theta_map must be \[3, 3, 1\] as the images are, got \[3, 3\]"),
+        ("shared", np.zeros((3, 3, 1)), "theta_map must be positive and finite, got 0.0 to 0.0"),
+        ("shared", np.full((3, 3, 1), np.inf), "theta_map must be positive and finite, got inf to inf"),
+    ],
+)
+def test_a_theta_map_that_does_not_fit_is_refused(tmp_path, method, theta_map, text):
+    with pytest.raises(ValueError, match=text):
+        certify_dataset(
+            CLASSIFIER, DATASET, dataclasses.replace(CONFIG, method=method), out=tmp_path / "a", theta_map=theta_map
+        )
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

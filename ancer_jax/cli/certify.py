@@ -138,7 +138,7 @@ class Certify:
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
-        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
+        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:.4g}"
         self.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})

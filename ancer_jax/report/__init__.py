@@ -10,6 +10,7 @@ from ancer_jax.report.tables import (
     compare_proxy_radius,
     format_table,
     load_results,
+    summary,
     summary_table,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "plot_certified_accuracy",
     "plot_theta",
     "plot_training",
+    "summary",
     "summary_table",
     "write_page",
 ]

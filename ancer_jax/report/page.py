@@ -16,7 +16,7 @@ from ancer_jax.data import Dataset
 from ancer_jax.metrics import average_certified_radius, round_down, round_up
 from ancer_jax.report import plots, tables
 from ancer_jax.report.tables import LEAKAGE_LIMIT, Results
-from ancer_jax.runs import flatten, read_made_with
+from ancer_jax.runs import Run, flatten, read_made_with
 
 _CARDS, _PIXELS = 6, 96  # regions of a kind that are shown; longer side of a picture
 
@@ -53,22 +53,19 @@ def write_page(
 
     template = importlib.resources.files("ancer_jax.report").joinpath("page.html").read_text("utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    page = (
-        jinja2.Environment(**options)
-        .from_string(template)
-        .render(
-            runs=results,
-            tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
-            notes=tables.notes(results),
-            curves=_curves(results),
-            bounds=_uri("svg+xml", plots.p_lower_figure(known)) if (known := _with(results, "p_lower")) else "",
-            compute=_compute(results),
-            regions=[_regions(r, datasets) for r in results if r.run],
-            settings=_settings([r for r in results if r.run]),
-            version=importlib.metadata.version("ancer-jax"),
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            leakage_limit=leakage_limit,
-        )
+    environment = jinja2.Environment(**options)
+    page = environment.from_string(template).render(
+        runs=results,
+        tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
+        notes=tables.notes(results),
+        curves=_curves(results),
+        bounds=_uri("svg+xml", plots.p_lower_figure(known)) if (known := _with(results, "p_lower")) else "",
+        compute=_compute(results),
+        regions=[_regions(r, r.run, datasets) for r in results if r.run],
+        settings=_settings({r.name: r.run for r in results if r.run}),
+        version=importlib.metadata.version("ancer-jax"),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        leakage_limit=leakage_limit,
     )
     with epath.Path(path).open("wb") as file:
         file.write(page.encode())
@@ -124,9 +121,8 @@ def _compute(results: list[Results]) -> dict[str, Any] | None:
     return {"table": _table(rows), "figures": figures}
 
 
-def _regions(results: Results, datasets: Sequence[Dataset]) -> dict[str, Any]:
+def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """The largest and the smallest certified regions of a run, its first ones, and those that the memory changed."""
-    run = results.run
     dataset = next((d for d in datasets if d.fingerprint == run.settings["data"].get("fingerprint")), None)
     size, ids = results["radius_proxy"], results["idx"].astype(int)
     certified = np.flatnonzero(size > 0)
@@ -142,7 +138,7 @@ def _regions(results: Results, datasets: Sequence[Dataset]) -> dict[str, Any]:
         groups.insert(0, (title, changed[np.argsort(-lost, kind="stable")][:_CARDS]))
     wanted = {int(ids[row]) for _, rows in groups for row in rows}
     thetas = {
-        int(i): theta
+        int(i): np.asarray(theta)
         for shard in run.shards(["theta"])
         for i, theta in zip(shard["ids"], shard["theta"], strict=True)
         if int(i) in wanted
@@ -157,7 +153,7 @@ def _regions(results: Results, datasets: Sequence[Dataset]) -> dict[str, Any]:
         "images": dataset is not None,
         "data": run.settings["data"]["name"],
         "groups": [
-            (title, [_card(results, row, thetas[int(ids[row])], largest, dataset) for row in rows])
+            (title, [_card(results, row, thetas[int(ids[row])], largest, dataset) for row in rows.tolist()])
             for title, rows in groups
             if len(rows)
         ],
@@ -204,14 +200,16 @@ def _picture(pixels: np.ndarray) -> str:
     return _uri("png", file.getvalue())
 
 
-def _settings(results: list[Results]) -> dict[str, Any]:
+def _settings(runs: dict[str, Run]) -> dict[str, Any]:
     """Settings and versions, a row for each; those that differ between the runs come first."""
-    versions = [{f"made with {name}": value for name, value in read_made_with(r.run.path).items()} for r in results]
-    columns = [dict(flatten(r.run.settings)) | made for r, made in zip(results, versions, strict=True)]
+    columns = []
+    for run in runs.values():
+        made = {f"made with {name}": value for name, value in read_made_with(run.path).items()}
+        columns.append(dict(flatten(run.settings)) | made)
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [_short(column.get(name)) for column in columns]) for name in names]
     differ = [row for row in rows if len(set(row[1])) > 1]
-    return {"runs": [r.name for r in results], "differ": differ, "same": [row for row in rows if row not in differ]}
+    return {"runs": list(runs), "differ": differ, "same": [row for row in rows if row not in differ]}
 
 
 def _short(value: Any) -> str:

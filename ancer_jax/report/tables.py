@@ -51,8 +51,9 @@ class Results:
     def data_dependent(self) -> bool:
         """Whether theta was chosen per input; in tables without a column `method`, whether it is not one number."""
         if "method" not in self.columns:
-            min_sigma = self.columns.get("min_sigma", np.zeros(1))
-            return bool((self["radius_proxy"] != self["radius"]).any() or (min_sigma != min_sigma[0]).any())
+            sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
+            varies = any((sigma != sigma[0]).any() for sigma in sigmas)
+            return bool((self["radius_proxy"] != self["radius"]).any() or varies)
         return bool((~np.isin(self["method"], ("fixed", "shared"))).any())
 
     @property

@@ -81,6 +81,7 @@ def volume(
     certificate: Certificate,
     *,
     weight: float = 4.0,
+    inverse_temperature: float = 1.0,
     alpha: float = 0.5,
 ) -> Float[Array, ""]:
     """Certified volume: `-log p_label - weight * r`, with `p` the mean softmax of the logits and r the proxy radius.
@@ -97,10 +98,11 @@ def volume(
 
     References: ours; `differentiable.estimated_region` with the soft estimate.
     """
-    probs = jax.nn.softmax(logits)
-    share = probs.mean(axis=0)[label]
-    p_lower = bounds.clopper_pearson_lower_traced(share * len(probs), len(probs), alpha)
-    return -jnp.log(share + 1e-10) - weight * theta * certificate.gap(p_lower)
+    sharp = jax.nn.softmax(inverse_temperature * jnp.asarray(logits))
+    share = sharp.mean(axis=0)[label]
+    p_lower = bounds.clopper_pearson_lower_traced(share * len(sharp), len(sharp), alpha)
+    mean = jax.nn.softmax(logits).mean(axis=0)[label]
+    return -jnp.log(mean + 1e-10) - weight * theta * certificate.gap(p_lower)
 
 
 def smoothed_loss(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
