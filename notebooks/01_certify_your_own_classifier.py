@@ -215,8 +215,9 @@ print("theta of each image:", *(f"{theta:.2f}" for theta in isotropic))
 print("theta of each pixel:", *(f"{theta.min():.2f}..{theta.max():.2f}" for theta in anisotropic))
 
 # %% [markdown]
-# An image's theta at the bound, 1.00, is a warning: the noise has grown until the network reads the noise rather
-# than the image. Its certificate is true of the smoothed classifier and says little about the image.
+# A theta of a whole image at the bound, four times `THETA`, is a warning: the noise has grown until the network reads
+# the noise rather than the image, and nothing is left for the search over pixels. The certificate is then true of the
+# smoothed classifier and says little about the image.
 #
 # The thetas that were found are then certified with draws of their own. `radius` is that of the largest ball inside
 # the region, `proxy_radius` that of the ball of the same volume. They differ where theta has a value for each pixel.

@@ -120,7 +120,7 @@ plane(axes[2], "smoothed classifier, theta = 0.10", majority(0.10))
 NAMES = "abcdefghij"
 INPUTS = np.array(
     [
-        *[(0.15, 0.1), (0.2, 0.28), (0.2, 0.56), (0.34, 0.85), (0.8, 0.93)],
+        *[(0.15, 0.1), (0.2, 0.28), (0.2, 0.56), (0.34, 0.85), (0.8, 0.9)],
         *[(0.25, 0.8), (0.85, 0.725), (0.52, 0.14), (0.44, 0.27), (0.8, 0.46)],
     ],
     np.float32,
@@ -244,7 +244,7 @@ _, axes = plt.subplots(1, 4, figsize=(11, 3.2))
 for axis, newest in zip(axes, "dfhi", strict=True):
     plane(axis, f"{newest} arrives")
     for name in NAMES[: NAMES.index(newest) + 1]:
-        draw(axis, *remembered[name], name, width=2.4 if name == newest else 1)
+        draw(axis, *remembered[name], name, width=2 if name == newest else 1)
 
 # %% [markdown]
 # ## The order matters

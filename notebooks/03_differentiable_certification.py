@@ -73,8 +73,9 @@ print(f"true probability {norm.cdf(true_region(x, theta).gap):.4f}, true radius 
 #
 # With `estimate="soft"` the share of a class is the mean softmax output over the draws. It has derivatives in
 # everything, the network's variables included, and a bias where the softmax is flat. With `estimate="votes"` it is
-# the share of hard votes, without bias, differentiated by its score function, in x and theta only. Both go through
-# the Clopper-Pearson bound, so that the radius is below the true one, by less the more draws there are.
+# the share of hard votes, without bias, differentiated by its score function, in x and theta only. Both shares go
+# through the Clopper-Pearson bound, which takes off less the more draws there are; here most of what is missing to the
+# true values is that.
 
 
 # %%
