@@ -167,11 +167,11 @@ for axis, column, title in (
     end = 1.05 * max(r[column].max() for r in results)
     at = np.linspace(0, end, 500)
     for r in results:
-        width = 2.2 if r.data_dependent else 1.2
+        width, name = (2.2, f"{r.name}, with memory") if r.data_dependent else (1.2, r.name)
         axis.plot(
-            at, certified_accuracy(r[column], r.correct, at), linestyle=styles[r.name], linewidth=width, label=r.name
+            at, certified_accuracy(r[column], r.correct, at), linestyle=styles[r.name], linewidth=width, label=name
         )
     axis.set(xlabel=f"{title}, units of pixels in [0, 1]", xlim=(0, end), ylim=(0, 1.02))
 axes[0].set_ylabel(f"certified accuracy ({len(images)} images)")
-axes[1].legend(handlelength=4)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=3.5)
 plt.show()

@@ -13,16 +13,19 @@ import base64
 import io
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
 
 import jupytext
+import matplotlib.font_manager  # noqa: F401 (makes the cache of fonts, of which a cell would print a warning)
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -40,7 +43,8 @@ def execute(text: pathlib.Path) -> nbformat.NotebookNode:
       CellExecutionError: if a cell fails.
     """
     notebook = jupytext.read(text)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as profile:
+        os.environ["IPYTHONDIR"] = profile  # else IPython makes one in the user's home
         options = {
             "timeout": 600,
             "extra_arguments": ["--log-level=ERROR"],
@@ -90,7 +94,7 @@ def main() -> int:
         try:
             notebook = execute(text)
         except (CellExecutionError, ValueError) as error:
-            print(f"{text.name}: {error}", file=sys.stderr)
+            print(f"{text.name}: {COLOURS.sub('', str(error))}", file=sys.stderr)
             failed = True
             continue
         print(f"{text.name}: {time.perf_counter() - began:.0f} s", flush=True)
