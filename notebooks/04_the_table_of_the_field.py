@@ -16,7 +16,7 @@
 #
 # Papers on randomized smoothing report certified accuracy at a few radii and the average certified radius (ACR). This
 # notebook makes that table with `certify_dataset` and `report`: for fixed noise of several strengths, for one noise
-# level per image and for ANCER, one per pixel; after memory, and with leakage. It does so on 12 images with few draws,
+# level per image and for ANCER, one per pixel; after memory, and with leakage. It does so on 10 images with few draws,
 # which shows how the table is made and proves nothing about the methods.
 #
 # Takes about 40 seconds on two CPU cores.
@@ -40,13 +40,13 @@ plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figur
 # %% [markdown]
 # ## Classifier and images
 #
-# The bundled classifier was trained on Fashion-MNIST with Gaussian noise. Twelve of the bundled test images, evenly
+# The bundled classifier was trained on Fashion-MNIST with Gaussian noise. Ten of the bundled test images, evenly
 # spread:
 
 # %%
 bundled = aj.load_bundled("l2")
 test = aj.load_dataset("fashion-mnist-subset")
-images = select(test, skip=40, max_images=12)
+images = select(test, skip=50, max_images=10)
 print(f"trained with theta = {bundled.theta}; images {images.ids.tolist()}")
 
 # %% [markdown]
@@ -79,7 +79,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## The table
 #
-# All figures are over all 12 images; a wrong answer or an abstention counts as radius 0. ACR is the mean radius, that
+# All figures are over all 10 images; a wrong answer or an abstention counts as radius 0. ACR is the mean radius, that
 # of the largest ball inside the region; ACR-tilde the mean proxy radius, that of the ball of the same volume. What is
 # certified is the smoothed classifier: with fixed noise one for all images, with `isotropic` and `ancer` the one with
 # memory, which `summary_table` takes wherever a run has gone through one.
@@ -94,7 +94,7 @@ Markdown(report.summary_table(without_times, radii=[0.0, 0.25, 0.5, 0.75, 1.0]))
 # %% [markdown]
 # ## How to read it
 #
-# - **Memory**: the line of a run says how many regions had to shrink, and which figures changed. Twelve images of
+# - **Memory**: the line of a run says how many regions had to shrink, and which figures changed. Ten images of
 #   clothes lie far apart, so that hardly any region meets another one; near-duplicates are where the memory works (see
 #   notebook 02). Its answers depend on the order of the images:
 
@@ -141,7 +141,7 @@ print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCIL
 #
 # ## What these numbers do not say
 #
-# - One image of twelve is a twelfth of accuracy. No method is better than another by this table.
+# - One image of ten is a tenth of accuracy. No method is better than another by this table.
 # - With few draws no radius can be large, even if all of them vote for one class:
 
 # %%
