@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format docs clean
+.PHONY: demo test slow lint format docs notebooks notebooks-check clean
 
 demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
@@ -27,6 +27,14 @@ format: $(VENV)/installed
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# Runs the notebooks from their text and stores them with their outputs.
+notebooks: $(VENV)/notebooks
+	$(BIN)/python notebooks/execute.py
+
+# Only runs them: the stored ones stay as they are.
+notebooks-check: $(VENV)/notebooks
+	$(BIN)/python notebooks/execute.py --check
+
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 $(VENV)/package: pyproject.toml constraints.txt
@@ -38,9 +46,13 @@ $(VENV)/installed: $(VENV)/package
 	$(INSTALL) ".[dev]"
 	touch $@
 
-# What some tests skip without: PyTorch to compare with, real weights and pictures.
+$(VENV)/notebooks: $(VENV)/package
+	$(INSTALL) ".[notebooks]"
+	touch $@
+
+# What some tests skip without: PyTorch to compare with, real weights and pictures, what reads notebooks.
 $(VENV)/extras: $(VENV)/installed
-	$(INSTALL) ".[dev,torch,pictures]"
+	$(INSTALL) ".[dev,torch,pictures,notebooks]"
 	touch $@
 
 $(VENV)/docs: $(VENV)/package
