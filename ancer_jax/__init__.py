@@ -1,5 +1,9 @@
 """Certify image classifiers by randomized smoothing with sample-wise, anisotropic noise (ANCER), in JAX."""
 
+from ancer_jax import differentiable as differentiable
+from ancer_jax import memory as memory
+from ancer_jax import parallel as parallel
+from ancer_jax import report as report
 from ancer_jax.certificates import GaussianL2, UniformL1
 from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
 from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx

@@ -276,7 +276,8 @@ def read_made_with(path: epath.PathLike) -> dict[str, Any]:
     """Versions, device and the like of a run when it began; empty if that is not recorded.
 
     Raises:
-      As `read_settings`.
+      ValueError: as `read_settings`.
+      OSError: as `read_settings`.
     """
     return dict(_read_document(path).get("made_with", {}))
 
