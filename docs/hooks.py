@@ -1,4 +1,4 @@
-"""What the site takes from outside of docs/: the notebooks, the benchmarks' page and raw outputs; links to them hold."""
+"""What the site takes from outside of docs/: notebooks, the benchmarks' page and raw outputs; links to them hold."""
 
 import pathlib
 import re
