@@ -1,6 +1,6 @@
 """Do the training methods keep their promise? ACR of each on the embedded data set, at equal epochs.
 
-python benchmarks/training.py [--norm l2] [--epochs 20] [--seeds 0 1 2] [--methods volume ...]
+python benchmarks/training.py [--epochs 20] [--seeds 0 1 2]
 
 Trains the small network on the 2,000 bundled Fashion-MNIST training images by each method (Gaussian noise of 0.25, one
 learning rate and schedule), and certifies every second of the 500 test images with fixed noise (n = 2,000, alpha =
@@ -35,19 +35,21 @@ SETTINGS = {
     "macer": {"copies": 8, "weight": 2.0},
     "consistency": {"weight": 5.0},
     "stability": {"weight": 2.0},
-    "volume": {"copies": 8, "weight": 4.0},
 }
 
 
-def measure(name, epochs, seed, folder, norm="l2", **changes):
+def measure(name, epochs, seed, folder, **changes):
+    """Train and certify; `changes` of the settings."""
     method = name.split(",")[0]
     data, test = load_dataset("fashion-mnist-subset", split="train"), load_dataset("fashion-mnist-subset")
-    config = dataclasses.replace(PRESETS[method], epochs=epochs, seed=seed, **(SHARED | SETTINGS[name] | changes))
+    config = dataclasses.replace(
+        PRESETS[method], epochs=epochs, seed=seed, **(SHARED | SETTINGS.get(name, {}) | changes)
+    )
     network = make_network("small_cnn")
     state = train(network, data, test, config, out=f"{folder}/{name}-{seed}")
     history = dict(zip(HISTORY, state.history.T, strict=True))
     classifier = aj.from_linen(network, state.variables, num_classes=10)
-    settings = aj.RunConfig(method="fixed", theta=SIGMA, certify=aj.CertifyConfig(n=2_000))
+    settings = aj.RunConfig(config.norm, "fixed", config.theta, aj.CertifyConfig(n=2_000))
     out = f"{folder}/run-{name}-{seed}"
     aj.certify_dataset(classifier, select(test, skip=2), settings, out=out)
     results = report.load_results(out)

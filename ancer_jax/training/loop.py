@@ -122,7 +122,7 @@ PRESETS: dict[TrainingMethod, TrainConfig] = {
         "stability", epochs=120, batch_size=64, copies=2, nesterov=True, drop_every=None, weight=6.0
     ),
     # Ours: Cohen et al.'s with as many copies in a batch
-    "volume": TrainConfig("volume", batch_size=32, copies=8, learning_rate=0.02, weight=4.0),
+    "volume": TrainConfig("volume", batch_size=32, copies=8, learning_rate=0.02, weight=8.0),
 }
 
 SETTINGS, STATE, TABLE = "training.json", "state", "training.tsv"

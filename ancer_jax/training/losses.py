@@ -80,15 +80,16 @@ def volume(
     theta: Float[ArrayLike, ""],
     certificate: Certificate,
     *,
-    weight: float = 4.0,
-    inverse_temperature: float = 1.0,
+    weight: float = 8.0,
+    inverse_temperature: float = 4.0,
     alpha: float = 0.5,
 ) -> Float[Array, ""]:
     """Certified volume: `-log p_label - weight * r`, with `p` the mean softmax of the logits and r the proxy radius.
 
     `r = theta * gap(p_lower)` is the radius of the ball that has the volume of the region that the m copies would
-    certify, if p_label were a share of votes: 0, and without a slope, where `p_lower`, the Clopper-Pearson bound, is
-    at most 1/2. Its mean over images estimates ACR-tilde. The bound keeps one image from winning by an endless radius.
+    certify, if `q_label` were a share of votes, with q the mean softmax of the logits times `inverse_temperature`: 0,
+    and without a slope, where `p_lower`, the Clopper-Pearson bound, is at most 1/2. Its mean over images estimates
+    ACR-tilde. The bound keeps one image from winning by an endless radius.
 
     Args:
       theta: noise parameter.
