@@ -175,27 +175,39 @@ def clopper_pearson_upper_traced(successes, trials, alpha) -> Float[Array, "..."
     """
     k, n, alpha = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (successes, trials, alpha)))
     valid = (k >= 0) & (k < n) & (n < _TOO_MANY_TRIALS) & (alpha >= _SMALLEST_ALPHA) & (alpha < 1)
-    k, n, alpha = jnp.where(valid, k, 0.0), jnp.where(valid, n, 1.0), jnp.where(valid, alpha, 0.5)
-    excess = lambda q, k, n, alpha: _log_tail(k, n, q) - (jnp.log(alpha) - _LOG_MARGIN)
+    q = _root(jnp.where(valid, k, 0.0), jnp.where(valid, n, 1.0), jnp.where(valid, alpha, 0.5))
+    return jnp.where(valid, q, 1.0)
 
-    fixed = jax.tree.map(jax.lax.stop_gradient, (k, n, alpha))
+
+@jax.custom_jvp
+def _root(k, n, alpha):
+    """The q, or a little more, at which `_excess` is 0; elementwise, float32 arrays of one shape."""
 
     def halve(_, interval):
         low, high = interval
         middle = (low + high) / 2
-        above = excess(middle, *fixed) > 0
+        above = _excess(middle, k, n, alpha) > 0
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     # The bound lies between k / n and 1, and on the safe side of the bisection is `high`.
-    _, q = jax.lax.fori_loop(0, _BISECTIONS, halve, (fixed[0] / fixed[1], jnp.ones_like(k)))
-    valid &= q < 1
-    q = jnp.where(valid, q, 0.75)
-    # Steps of size zero carry the implicit derivative; where that has no limit (counts next to 0 or n), it is 0.
-    slope, *partials = jax.grad(lambda *values: excess(*values).sum(), argnums=(0, 1, 2, 3))(q, *fixed)
-    for value, partial in zip((k, n, alpha), partials, strict=True):
-        derivative = jnp.nan_to_num(-partial / slope, nan=0.0, posinf=0.0, neginf=0.0)
-        q += jax.lax.stop_gradient(derivative) * (value - jax.lax.stop_gradient(value))
-    return jnp.where(valid, q, 1.0)
+    return jax.lax.fori_loop(0, _BISECTIONS, halve, (k / n, jnp.ones_like(k)))[1]
+
+
+@_root.defjvp
+def _implicit_derivative(values, tangents):
+    """The implicit derivative; where that has no limit (counts next to 0 or n), it is 0."""
+    q = _root(*values)
+    inside = jnp.where(q < 1, q, 0.75)
+    slope, *partials = jax.grad(lambda *at: _excess(*at).sum(), argnums=(0, 1, 2, 3))(inside, *values)
+    moved = jnp.zeros_like(q)
+    for partial, tangent in zip(partials, tangents, strict=True):
+        moved += jnp.nan_to_num(-partial / slope, nan=0.0, posinf=0.0, neginf=0.0) * tangent
+    return q, jnp.where(q < 1, moved, 0.0)
+
+
+def _excess(q, k, n, alpha):
+    """By how much the logarithm of the tail at q exceeds that of alpha, rounding included."""
+    return _log_tail(k, n, q) - (jnp.log(alpha) - _LOG_MARGIN)
 
 
 def _log_tail(k, n, q):

@@ -13,6 +13,7 @@ import scipy.stats
 from etils import epath
 
 from ancer_jax import cli, training
+from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.data import load_dataset, take
 from ancer_jax.models import load_network, make_network
 from ancer_jax.storage import locked
@@ -65,11 +66,28 @@ def test_macer_is_its_equation(label):
     np.testing.assert_allclose(value, macer_reference(LOGITS, label, 0.5), rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("label", range(4))
+def test_volume_is_its_equation(label, norm):
+    logits, m = LOGITS * [3, 1, 1, 1] + [1, 0, 0, 0], len(LOGITS)
+    share = softmax(2.0 * logits).mean(axis=0)[label]
+    p_lower = scipy.stats.beta.ppf(0.3, share * m, m - share * m + 1)
+    radius = 0.5 * max(0.0, scipy.stats.norm.ppf(p_lower) if norm == "l2" else 2 * p_lower - 1)
+    assert (radius > 0) == (label == 0)
+    loss = functools.partial(losses.volume, certificate=CERTIFICATES[norm], inverse_temperature=2.0, alpha=0.3)
+    value, slope = jax.value_and_grad(loss)(jnp.array(logits), label, 0.5, weight=3.0)
+    np.testing.assert_allclose(value, -np.log(softmax(logits).mean(axis=0)[label]) - 3 * radius, rtol=1e-3)
+    without = jax.grad(loss)(jnp.array(logits), label, 0.5, weight=0.0)
+    assert np.allclose(slope, without) == (label != 0)  # nothing to gain where nothing is certified
+
+
 def test_macer_of_sure_logits_is_finite_and_has_no_second_term():
     """One class with probability 1: the radius is infinite, and nothing is left to gain."""
     sure = jnp.array([[50.0, 0.0, 0.0]] * 4)
     value, gradient = jax.value_and_grad(losses.macer)(sure, 0, 0.5)
     assert value == pytest.approx(0, abs=1e-6) and np.isfinite(gradient).all()
+    value, gradient = jax.value_and_grad(losses.volume)(sure, 0, 0.5, CERTIFICATES["l2"])
+    assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_the_attack_stays_in_its_ball_and_finds_the_worst_point_of_a_linear_classifier():
@@ -235,7 +253,8 @@ def test_presets_are_the_published_settings():
         "consistency": (150, 128, 2, 0.1, 1e-4, 50, 10),
         "stability": (120, 64, 2, 0.1, 1e-4, None, 6),
     }
-    assert {method: tuple(getattr(preset, name) for name in names) for method, preset in PRESETS.items()} == published
+    found = {method: tuple(getattr(preset, name) for name in names) for method, preset in PRESETS.items()}
+    assert found.pop("volume") and found == published
     assert all(preset.momentum == 0.9 and preset.shift == 4 and preset.flip for preset in PRESETS.values())
     assert [method for method, preset in PRESETS.items() if preset.nesterov] == ["stability"]
     attack = PRESETS["smoothadv"]
