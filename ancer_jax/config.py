@@ -61,7 +61,7 @@ class RunConfig:
             if search.theta_max is None:
                 search = dataclasses.replace(search, theta_max=THETA_MAX_FACTOR * self.theta)
                 object.__setattr__(self, name, search)
-            if search.theta_max < self.theta:
+            if search.theta_max < self.theta and self.method != "shared":
                 raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
         if self.leakage_limit is not None and not 0 <= self.leakage_limit <= 1:
             raise ValueError(f"leakage_limit must be in [0, 1], got {self.leakage_limit}")

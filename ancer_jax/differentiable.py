@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from ancer_jax import bounds
 from ancer_jax.certificates import Certificate, GaussianL2
 from ancer_jax.classifiers import Classifier
-from ancer_jax.optimize import THETA_MAX_FACTOR
+from ancer_jax.optimize import THETA_MAX_FACTOR, check_start
 from ancer_jax.regions import Region, proxy_radius
 from ancer_jax.smoothing import Stage, smoothed_probs, stage_key
 
@@ -156,21 +156,28 @@ def learn_theta(
       classifier, certificate: as in `smoothing.class_counts`.
       images, labels: of the training data. Test data would be sound, too, and flatter the accuracy.
       theta_init: [] or [*d], the start.
-      steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image (static).
+      steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image (static). All noisy
+        copies of a step are held at once.
       learning_rate: of log theta.
       alpha: of the bound in the estimate (static). With 1/2, the luck of few draws would pass for a region, and pay
         the more the larger the noise.
-      theta_max: [] upper bound; None is 4 times `theta_init`.
+      theta_max: [] upper bound, never below `theta_init`; None is 4 times that. ACR-tilde depends on it: report it.
 
     Returns:
-      theta [*d], and the objective at each step [steps].
+      theta [*d], and the objective at each step [steps]. Where a step is not finite, the last finite theta is kept.
 
     Guarantee: none of size. A certificate with this theta is one of the single smoothed classifier `g_theta`, for
     whatever input: it needs no memory.
+
+    Raises:
+      ValueError: outside jit, if `theta_init` or `theta_max` is not positive and finite.
     """
+    for bound in (theta_init, *(() if theta_max is None else (theta_max,))):
+        check_start(bound)
+    key = stage_key(key, Stage.DIFFERENTIABLE)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     start = jnp.log(jnp.broadcast_to(jnp.asarray(theta_init, images.dtype), images.shape[1:]))
-    upper = start + math.log(THETA_MAX_FACTOR) if theta_max is None else jnp.log(theta_max)
+    upper = start + math.log(THETA_MAX_FACTOR) if theta_max is None else jnp.maximum(jnp.log(theta_max), start)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def size(log_theta, key, x, label):
@@ -186,8 +193,11 @@ def learn_theta(
         keys = jax.random.split(of_noise, batch_size)
         loss = lambda log_theta: -jax.vmap(functools.partial(size, log_theta))(keys, images[rows], labels[rows]).mean()
         value, gradient = jax.value_and_grad(loss)(log_theta)
-        updates, state = optimizer.update(gradient, state)
-        return (jnp.clip(log_theta + updates, start - math.log(10.0), upper), state), -value
+        updates, new_state = optimizer.update(gradient, state)
+        new = jnp.clip(log_theta + updates, start - math.log(10.0), upper)
+        finite = jnp.isfinite(new).all()
+        keep = lambda new, old: jnp.where(finite, new, old)
+        return jax.tree.map(keep, (new, new_state), (log_theta, state)), -value
 
     (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(steps))
     return jnp.exp(log_theta), trace
@@ -223,7 +233,10 @@ def attack(
     key = stage_key(key, Stage.DIFFERENTIABLE)
     center = jnp.asarray(region.center)
     theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
-    gap = jnp.asarray(region.gap, center.dtype) * (1 - 1e-5)  # rounding
+    norm = lambda values: jnp.sqrt((values**2).sum()) if region.norm == 2 else jnp.abs(values).sum()
+    # What rounding may add to the distance of center + theta * scaled.
+    slack = 4 * float(jnp.finfo(center.dtype).eps) * norm(jnp.abs(center) / theta + region.gap)
+    gap = jnp.maximum(jnp.asarray(region.gap, center.dtype) * (1 - 1e-5) - slack, 0.0)
     project = optax.projections.projection_l2_ball if region.norm == 2 else optax.projections.projection_l1_ball
 
     def loss(scaled, key):

@@ -133,7 +133,7 @@ def optimize_isotropic(
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
-    _check_start(theta_init)
+    check_start(theta_init)
     x = jnp.asarray(x)
     theta_init = jnp.asarray(theta_init, x.dtype)
 
@@ -188,7 +188,7 @@ def optimize_anisotropic(
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
-    _check_start(theta_init)
+    check_start(theta_init)
     x = jnp.asarray(x)
     theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)
 
@@ -211,8 +211,8 @@ def optimize_anisotropic(
     )
 
 
-def _check_start(theta_init) -> None:
-    """Refuse a start that is not positive and finite, outside jit."""
+def check_start(theta_init) -> None:
+    """Refuse a start, or a bound, that is not positive and finite, outside jit."""
     if not isinstance(theta_init, jax.core.Tracer):
         theta = np.asarray(theta_init)
         if not ((theta > 0) & np.isfinite(theta)).all():

@@ -84,8 +84,8 @@ def certify_dataset(
     classifier = parallel.replicate(classifier, mesh)
     process = jax.process_index()
     mine = share(dataset, process_index=process, process_count=jax.process_count())
-    place = {"process": process, "processes": jax.process_count()}
-    with open_run(out, _settings(classifier, dataset, config, theta), _made_with(), **place) as run:
+    who = {"process": process, "processes": jax.process_count()}
+    with open_run(out, _settings(classifier, dataset, config, theta), _made_with(), **who) as run:
         done = run.done()
         todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
         progress(0 if mine is None else len(mine) - len(todo))

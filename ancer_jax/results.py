@@ -41,8 +41,10 @@ class Answer(NamedTuple):
 
 def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> fractions.Fraction | float:
     """Share of the reference images that theta sends to the predicted class; NaN if it was not measured."""
-    if settings["method"] in ("fixed", "shared"):
-        return fractions.Fraction(0)  # all images have this theta
+    if settings["method"] == "fixed":
+        return fractions.Fraction(0)  # all images have this theta, the usual one
+    if settings["method"] == "shared":
+        return math.nan
     if settings["leakage"] is not None and prediction == ABSTAIN:
         return fractions.Fraction(0)
     return fractions.Fraction(int(leaked), int(references)) if references else math.nan

@@ -121,19 +121,22 @@ def list_folder(path: epath.PathLike) -> list[epath.Path]:
         return []
 
 
-@as_os_error
 def read_array(file: epath.PathLike) -> np.ndarray:
-    """The array of an .npy file.
+    """The array of numbers in an .npy file.
 
     Raises:
-      ValueError: if the file cannot be read, is damaged or no such file.
+      ValueError: if the file cannot be read, is damaged, or holds something else.
     """
     try:
-        return np.load(io.BytesIO(epath.Path(file).read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(io.BytesIO(epath.Path(file).read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: cannot be read as an .npy file ({error})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.size:
+        raise ValueError(f"{file}: not an .npy file with an array of real numbers")
+    return array
 
 
+@as_os_error
 def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
     """The arrays of those names in an npz file; others are not read.
 

@@ -74,7 +74,7 @@ with tempfile.TemporaryDirectory() as folder:
     for name, config in configs.items():
         aj.certify_dataset(bundled.classifier, images, config, out=pathlib.Path(folder, name))
         results.append(report.load_results(pathlib.Path(folder, name)))
-    orders = report.order_table([str(pathlib.Path(folder, "ancer"))], orders=5)
+    orders = report.format_table(report.order_rows(results[-1:], orders=5))
 
 # %% [markdown]
 # ## The table

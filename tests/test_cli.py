@@ -278,6 +278,11 @@ def test_a_theta_map_of_ones_own(here, capsys):
     assert "theta.npy: cannot be read as an .npy file" in _error(capsys, arguments)
     np.save(here / "theta.npy", np.zeros((1, 1, 1)))
     assert "--theta-map theta.npy: theta must be positive, got 0.0" in _error(capsys, arguments)
+    for other in (np.array(["a"]), np.ones(2, complex), np.zeros(0)):
+        np.save(here / "theta.npy", other)
+        assert "theta.npy: not an .npy file with an array of real numbers" in _error(capsys, arguments)
+    np.savez(here / "theta.npz", theta=np.ones(1))
+    assert "theta.npz: not an .npy file" in _error(capsys, [*arguments[:-1], "theta.npz"])
     np.save(here / "theta.npy", np.ones((2, 2, 1)))
     assert "theta_map must be [2, 1, 1] as the images are, got [2, 2, 1]" in _error(capsys, arguments)
     np.save(here / "theta.npy", np.full((2, 1, 1), 0.25))

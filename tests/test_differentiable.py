@@ -222,6 +222,24 @@ def test_an_attack_reaches_the_boundary_of_a_linear_classifier_and_not_beyond_th
     np.testing.assert_array_equal(point, X32)
 
 
+@pytest.mark.parametrize("norm", [2, 1])
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.03, 1.0])
+def test_an_attack_stays_inside_a_region_of_any_size(norm, gap):
+    """Of many pixels, whose distances are sums that are rounded."""
+    w, center = RNG.normal(size=784), np.float32(RNG.uniform(size=784))
+    theta, certificate = np.full(784, 0.25, np.float32), L2 if norm == 2 else UniformL1()
+    region = Region(center, theta, np.float32(gap), norm)
+    find = lambda key: attack(key, reference.linear(w, 5.0), certificate, region, 1, steps=5, num_samples=4)
+    assert all(contains(region, y) for y in np.asarray(jax.jit(jax.vmap(find))(KEYS[:10])))
+
+
+def test_a_start_or_bound_that_is_no_theta_is_refused():
+    images, labels = np.zeros((2, D), np.float32), np.zeros(2, np.int32)
+    for bad in ({"theta_init": 0.0}, {"theta_init": np.nan}, {"theta_init": 0.5, "theta_max": -1.0}):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            learn_theta(KEYS[0], CLASSIFIER, L2, images, labels, **bad)
+
+
 def test_an_attack_with_nowhere_to_go_stays():
     constant = reference.linear(0 * W, 1.0)
     y = attack(KEYS[0], constant, L2, Region(X32, THETA32, np.float32(2), 2), 1, steps=3, num_samples=4)

@@ -61,7 +61,7 @@ def test_each_program_is_compiled_once(tmp_path, compilations, config, how):
 def _fit(monkeypatch, memory, config=FIXED, **execution):
     monkeypatch.setattr(parallel, "free_memory", lambda mesh: memory)
     mesh = parallel.device_mesh(execution.pop("devices", 1))
-    return fit(CLASSIFIER, DATASET, None, config, Execution(**execution), mesh)
+    return fit(CLASSIFIER, DATASET, np.asarray(0.3, np.float32), None, config, Execution(**execution), mesh)
 
 
 def test_batches_fit_into_memory(monkeypatch):
@@ -82,7 +82,7 @@ def test_batches_fit_into_memory(monkeypatch):
 def test_what_does_not_fit_gets_smaller(monkeypatch, asked, memory, per_search, per_count):
     """With programs whose needs are known."""
     needs = lambda batch, chunk: (batch // 2 * per_search, batch // 2 * chunk * per_count)
-    monkeypatch.setattr(execution, "_needed_memory", lambda *arguments: needs(*arguments[-3:-1]))
+    monkeypatch.setattr(execution, "_needed_memory", lambda batch, *_, chunk, **how: needs(batch, chunk))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         batch, chunk = _fit(monkeypatch, memory, ANCER, devices=2, **asked)

@@ -133,12 +133,12 @@ class Certify:
             theta_map = read_array(self.theta_map)
             if not (theta_map > 0).all():
                 raise ValueError(f"--theta-map {self.theta_map}: theta must be positive, got {theta_map.min()}")
-        sigma = self.sigma if theta_map is None else float(geometric_mean(theta_map))  # a name, then
+        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map):.4g}")  # a name, then
         classifier, sigma, trained = _classifier(self.classifier, self.norm, sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
-        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:.4g}"
+        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
         self.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})

@@ -11,7 +11,7 @@ from etils import epath
 from ancer_jax import report
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
-from ancer_jax.runs import MEMORY, read_run
+from ancer_jax.runs import read_run
 
 PAGE = "report.html"
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -48,12 +48,11 @@ class Report:
             raise ValueError(f"--leakage-limit must be in [0, 1], got {self.leakage_limit}")
         if not all(0 <= radius < math.inf for radius in self.radii or ()):
             raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
-        with_memory = [run for run in self.runs if (epath.Path(run) / MEMORY).exists()]
-        if self.orders and not with_memory:
-            raise ValueError("--orders needs a run directory with a memory")
         dataset = load_dataset(self.data, split=self.split, crop=self.crop)
         results = print_table(list(self.runs), self.radii, self.leakage_limit)
-        more = []
+        with_memory, more = [r for r in results if "changed" in r.columns], []
+        if self.orders and not with_memory:
+            raise ValueError("--orders needs a run directory with a memory")
         if self.orders:
             title = "In order of ids (and the range over random orders)"
             more.append((title, report.order_rows(with_memory, orders=self.orders)))

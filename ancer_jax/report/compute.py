@@ -9,13 +9,14 @@ def passes(settings: Mapping[str, Any]) -> tuple[int, int]:
 
     Noisy copies are counted one by one: of the searches, of the choice between thetas, of the certificate, and of the
     leakage that is measured. Derivatives are with respect to the noise only. The references of leakage are those that
-    were asked for; a small data set has fewer.
+    were asked for; a small data set has fewer. What is spent once a run is left out: choosing the references, and
+    learning the theta of method "shared".
     """
     certificate, leakage = settings["certify"], settings.get("leakage")
     forward, backward = certificate["n0"] + certificate["n"], 0
     searches = [settings[name] for name in ("isotropic", "anisotropic") if name in settings]
     for search in searches:
-        batch = search["leakage_batch"] if search["leakage_weight"] > 0 else 0
+        batch = min(search["leakage_batch"], leakage["num_references"]) if search["leakage_weight"] > 0 else 0
         forward += search["steps"] * (search["num_samples"] + batch)
         backward += search["steps"] * (search["num_samples"] + batch)
     measured = leakage["num_references"] * leakage["num_samples"] if leakage else 0

@@ -9,6 +9,7 @@ from etils import epath
 from ancer_jax import memory
 from ancer_jax.metrics import average_certified_radius, round_down
 from ancer_jax.regions import Region, proxy_radius, radius
+from ancer_jax.report.tables import Results
 from ancer_jax.runs import read_run
 
 
@@ -44,18 +45,20 @@ def order_figures(path: epath.PathLike, order: np.ndarray | None = None) -> dict
     }
 
 
-def order_rows(paths: list[str], *, orders: int, seed: int = 0) -> list[dict[str, str]]:
+def order_rows(results: list[Results], *, orders: int, seed: int = 0) -> list[dict[str, str]]:
     """Figures of each run in order of ids, and their range over random orders: rows of a table.
 
     Raises:
-      ValueError: if a run has no memory of all its inputs.
+      ValueError: if one is of no run directory, or has no memory of all its inputs.
     """
     rows = []
-    for path in paths:
-        rng, count = np.random.default_rng(seed), len(read_run(path).done())
+    for r in results:
+        if r.run is None:
+            raise ValueError(f"{r.name} is no run directory: it has no memory")
+        path, count, rng = r.run.path, len(r.correct), np.random.default_rng(seed)
         by_id = order_figures(path)
         others = [order_figures(path, rng.permutation(count)) for _ in range(orders)]
-        row = {"run": epath.Path(path).name, "random orders": str(orders)}
+        row = {"run": r.name, "random orders": str(orders)}
         for name, figure in by_id.items():
             values = (figure, min(other[name] for other in others), max(other[name] for other in others))
             text = [str(value) if isinstance(value, int) else round_down(value, 4) for value in values]

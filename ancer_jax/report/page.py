@@ -48,21 +48,26 @@ def write_page(
       radii, leakage_limit: as in `tables.summary`.
       datasets: data sets whose images are shown, where a run is of one of them.
       more: further tables with their titles.
+
+    Raises:
+      ValueError: if there are no results.
     """
     import jinja2
 
+    if not results:
+        raise ValueError("results must hold at least one run")
     template = importlib.resources.files("ancer_jax.report").joinpath("page.html").read_text("utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(**options)
     page = environment.from_string(template).render(
-        runs=results,
+        runs=[tables.mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
         notes=tables.notes(results),
         curves=_curves(results),
         bounds=_uri("svg+xml", plots.p_lower_figure(known)) if (known := _with(results, "p_lower")) else "",
         compute=_compute(results),
         regions=[_regions(r, r.run, datasets) for r in results if r.run],
-        settings=_settings({r.name: r.run for r in results if r.run}),
+        settings=_settings({tables.mark(r): r.run for r in results if r.run}),
         version=importlib.metadata.version("ancer-jax"),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         leakage_limit=leakage_limit,
@@ -136,33 +141,33 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
         lost = (results.before or results.columns)["radius_proxy"][changed] - size[changed]
         title = f"Changed by the memory: {len(changed)}, those that lost most first"
         groups.insert(0, (title, changed[np.argsort(-lost, kind="stable")][:_CARDS]))
+    groups = [(title, rows.tolist()) for title, rows in groups]
     wanted = {int(ids[row]) for _, rows in groups for row in rows}
     thetas = {
-        int(i): np.asarray(theta)
+        int(i): np.array(theta)  # not a part of its shard, which would stay
         for shard in run.shards(["theta"])
         for i, theta in zip(shard["ids"], shard["theta"], strict=True)
         if int(i) in wanted
     }
     largest = max((float(theta.max()) for theta in thetas.values()), default=1.0)
     maps = any(theta.ndim == 3 for theta in thetas.values())
+    cards = {row: _card(results, row, thetas[int(ids[row])], largest, dataset) for _, rows in groups for row in rows}
     return {
-        "results": results,
+        "name": tables.mark(results),
+        "note": "" if results.reconciled else tables.NOT_RECONCILED,
         "maps": maps,
         "bar": _picture(plots.heat_map(np.linspace(0, 1, 64)[None, :, None], 1.0)) if maps else "",
         "largest": f"{largest:.3g}",
         "images": dataset is not None,
         "data": run.settings["data"]["name"],
-        "groups": [
-            (title, [_card(results, row, thetas[int(ids[row])], largest, dataset) for row in rows.tolist()])
-            for title, rows in groups
-            if len(rows)
-        ],
+        "groups": [(title, [cards[row] for row in rows]) for title, rows in groups if rows],
     }
 
 
 def _card(results: Results, row: int, theta: np.ndarray, largest: float, dataset: Dataset | None) -> Card:
     line = {name: column[row] for name, column in results.columns.items()}
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
+    own = answer if results.before is None else int(results.before["predict"][row])  # p_lower is of that
     image = ""
     if dataset is not None and i in dataset.ids:
         image = _picture((np.clip(dataset.images[np.searchsorted(dataset.ids, i)], 0, 1) * 255).astype(np.uint8))
@@ -173,7 +178,7 @@ def _card(results: Results, row: int, theta: np.ndarray, largest: float, dataset
         f"radius {round_down(line['radius'], 3)}",
         f"proxy radius {round_down(line['radius_proxy'], 3)}",
         f"gap {round_down(line['gap'], 3)}",
-        f"p_lower {round_down(line['p_lower'], 4)}",
+        f"p_lower {round_down(line['p_lower'], 4)}" + (f" of {own}, its own answer" if own != answer else ""),
         f"theta {spread}",
     ]
     if results.data_dependent and np.isfinite(line["leakage"]):
@@ -200,18 +205,24 @@ def _picture(pixels: np.ndarray) -> str:
     return _uri("png", file.getvalue())
 
 
-def _settings(runs: dict[str, Run]) -> dict[str, Any]:
-    """Settings and versions, a row for each; those that differ between the runs come first."""
+def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """Settings and versions, a row for each: those that differ between the runs, and the others."""
     columns = []
     for run in runs.values():
         made = {f"made with {name}": value for name, value in read_made_with(run.path).items()}
         columns.append(dict(flatten(run.settings)) | made)
     names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, [_short(column.get(name)) for column in columns]) for name in names]
-    differ = [row for row in rows if len(set(row[1])) > 1]
-    return {"runs": list(runs), "differ": differ, "same": [row for row in rows if row not in differ]}
+    rows = {name: [column.get(name) for column in columns] for name in names}
+    tables = []
+    for title, differs in (("What differs between the runs", True), ("The same for all", False)):
+        part = {name: row for name, row in rows.items() if any(value != row[0] for value in row) == differs}
+        shown = [(name, [_short(value) for value in (row if differs else row[:1])]) for name, row in part.items()]
+        tables.append({"title": title, "open": differs, "runs": list(runs) if differs else ["value"], "rows": shown})
+    if len(runs) == 1:
+        tables[1] |= {"title": "Of this run", "open": True}
+    return [table for table in tables if table["rows"]]
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,13 +1,14 @@
 """Pictures: certified accuracy curves and theta maps."""
 
 import io
+import itertools
 
 import numpy as np
 from etils import epath
 
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import average_certified_radius, certified_accuracy, round_down
-from ancer_jax.report.tables import NOT_RECONCILED, Results
+from ancer_jax.report.tables import NOT_RECONCILED, Results, mark
 from ancer_jax.runs import Run
 
 _SIZE = (4.6, 4.1)  # inches: two of them beside each other on a desk, one on a phone
@@ -32,7 +33,7 @@ def certified_accuracy_figure(results: list[Results], column: str) -> str:
     """Certified accuracy against the `column` "radius" or "radius_proxy", one curve a run, as SVG."""
     figure, axes = _figure(1, 1, _SIZE)
     _draw_accuracy(axes[0, 0], results, column)
-    return _svg(figure)
+    return _svg(figure, results)
 
 
 def p_lower_figure(results: list[Results]) -> str:
@@ -40,12 +41,14 @@ def p_lower_figure(results: list[Results]) -> str:
     figure, axes = _figure(1, 1, _SIZE)
     axis = axes[0, 0]
     for r, style in zip(results, _line_styles(results), strict=True):
-        bounds = np.sort(np.where(r["predict"] == -1, 0.0, r["p_lower"]))
-        axis.step([0.5, *bounds, 1.0], [1.0, *np.arange(len(bounds), 0, -1) / len(bounds), 0.0], label=r.name, **style)
+        own = r.before or r.columns  # a class that the memory gave has no bound of its own
+        bounds = np.sort(np.where(own["predict"] == -1, 0.0, own["p_lower"]))
+        shares = np.arange(len(bounds), 0, -1) / len(bounds)
+        axis.step([0.5, *bounds, 1.0], [1.0, *shares, 0.0], label=_label(r), **style)
     label = "lower bound of the class probability (p_lower)"
     axis.set(xlabel=label, ylabel="share of images with at least that", xlim=(0.5, 1.002), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
-    return _svg(figure)
+    return _svg(figure, results)
 
 
 def compute_figure(results: list[Results], x: str) -> str:
@@ -65,7 +68,7 @@ def compute_figure(results: list[Results], x: str) -> str:
         sizes = [average_certified_radius(r[column], r.correct) for column in _SIZES]
         axis.plot([cost, cost], sizes, color=style["color"], linewidth=0.8)
         axis.plot(cost, sizes[0], fillstyle="none", linestyle="none", **style)
-        axis.plot(cost, sizes[1], linestyle="none", label=r.name, **style)
+        axis.plot(cost, sizes[1], linestyle="none", label=_label(r), **style)
     label = "seconds for an image, as measured" if x == "seconds" else "passes through the network for an image"
     axis.set(xlabel=label, ylabel="ACR (hollow), ACR-tilde (filled)", xscale="log")
     axis.set_ylim(bottom=0)
@@ -74,21 +77,26 @@ def compute_figure(results: list[Results], x: str) -> str:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.margins(x=0.1)
     axis.grid(alpha=0.3)
-    return _svg(figure)
+    return _svg(figure, results)
 
 
 def _draw_accuracy(axis, results: list[Results], column: str) -> None:
     end = max(r[column].max() for r in results) * 1.05 or 1.0
     at = np.linspace(0, end, 400)
     for r, style in zip(results, _line_styles(results), strict=True):
-        name = r.name if r.reconciled else f"{r.name} *"
         accuracy = certified_accuracy(r[column], r.correct, at)
-        axis.plot(at, accuracy, drawstyle="steps-pre", label=name, **style)
+        axis.plot(at, accuracy, drawstyle="steps-pre", label=_label(r), **style)
     norm = " / ".join(sorted({r.norm for r in results if r.norm}))
     sizes = sorted({len(r.correct) for r in results})
     axis.set(xlabel=f"{norm} {_SIZES[column]}".strip(), xlim=(0, end), ylim=(0, 1.02))
     axis.set_ylabel(f"certified accuracy ({' / '.join(map(str, sizes))} images)")
     axis.grid(alpha=0.3)
+
+
+def _label(results: Results) -> str:
+    """The name of a run, marked, without what a legend would take for a formula or leave out."""
+    name = mark(results).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _line_styles(results: list[Results]) -> list[dict]:
@@ -130,14 +138,15 @@ def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int
     """
     if dataset.fingerprint != run.settings["data"]["fingerprint"]:
         return False
-    found = [
+    of_images = (
         (int(i), theta, int(label), int(prediction), float(gap))
         for shard in run.shards()
         for i, theta, label, prediction, gap in zip(
             shard["ids"], shard["theta"], shard["labels"], shard["predictions"], shard["gap"], strict=True
         )
         if theta.ndim == 3 and i in dataset.ids
-    ][:columns]
+    )
+    found = list(itertools.islice(of_images, columns))
     if not found:
         return False
     from matplotlib.cm import ScalarMappable
@@ -200,10 +209,13 @@ def _save(figure, path):
         figure.savefig(file, format="png", dpi=150)
 
 
-def _svg(figure) -> str:
-    """The figure as SVG with text in it as text, and a legend below."""
+def _svg(figure, results: list[Results]) -> str:
+    """The figure as SVG with text in it as text, a legend below, and a note where the memory has not been at work."""
     import matplotlib
 
+    if not all(r.reconciled for r in results):
+        axis = figure.axes[0]
+        axis.set_xlabel(f"{axis.get_xlabel()}\n* {NOT_RECONCILED}", fontsize=8)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9, handlelength=3)
     text = io.StringIO()
