@@ -12,14 +12,14 @@ def passes(settings: Mapping[str, Any]) -> tuple[int, int]:
     were asked for; a small data set has fewer. What is spent once a run is left out: choosing the references, and
     learning the theta of method "shared".
     """
-    certificate, leakage = settings["certify"], settings.get("leakage")
+    certificate, leakage = settings["certify"], settings.get("leakage") or {"num_references": 0, "num_samples": 0}
     forward, backward = certificate["n0"] + certificate["n"], 0
     searches = [settings[name] for name in ("isotropic", "anisotropic") if name in settings]
     for search in searches:
         batch = min(search["leakage_batch"], leakage["num_references"]) if search["leakage_weight"] > 0 else 0
         forward += search["steps"] * (search["num_samples"] + batch)
         backward += search["steps"] * (search["num_samples"] + batch)
-    measured = leakage["num_references"] * leakage["num_samples"] if leakage else 0
+    measured = leakage["num_references"] * leakage["num_samples"]
     limited = settings.get("leakage_limit") is not None
     guards = ["off", *([settings["guard"]] if len(searches) > 1 else [])] if searches else []
     for guard in guards:  # how many thetas are compared
