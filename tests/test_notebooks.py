@@ -1,16 +1,20 @@
 """The notebooks: stored are the cells of the text, which uses public names. `make notebooks-check` runs them."""
 
 import ast
+import importlib
+import inspect
 import pathlib
 import re
 
 import pytest
 
+import ancer_jax
+
 jupytext = pytest.importorskip("jupytext", reason="reads notebooks: pip install '.[notebooks]'")
 nbformat = pytest.importorskip("nbformat", reason="reads notebooks: pip install '.[notebooks]'")
 
 TEXTS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("[0-9]*.py"))
-MACHINE = re.compile(r"(/home/|/root/|/tmp/|/Users/|/work/|site-packages|[A-Z]:\\\\)")
+MACHINE = re.compile(r"(/home/|/root/|/tmp/|/Users/|site-packages|[A-Z]:\\\\)")
 
 
 def stored(text):
@@ -41,6 +45,23 @@ def test_a_notebook_uses_public_names_only(text):
             assert not [part for part in parts if part.startswith("_")]
         elif isinstance(node, ast.Attribute):
             assert not node.attr.startswith("_"), f"line {node.lineno}: {node.attr}"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
+def test_the_names_that_a_notebook_uses_are_there(text):
+    tree = ast.parse(text.read_text())
+    there = {"aj": ancer_jax}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ancer_jax"):
+            module = importlib.import_module(node.module)
+            there |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and inspect.ismodule(there.get(node.value.id))
+        ):
+            assert hasattr(there[node.value.id], node.attr), f"line {node.lineno}: {node.value.id}.{node.attr}"
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
