@@ -4,12 +4,12 @@
 
 A linear classifier in 20 dimensions, anisotropic Gaussian noise, class probability 0.9. The gap of its region, from n
 draws at alpha = 0.001, is `Phi^-1(b(p))` with `b` the Clopper-Pearson bound; its derivatives in x and theta are taken
-by central differences in float64 and compared with those of `differentiable.estimated_region` over 400 keys, relative to
-the exact derivative's length: bias is the length of the mean's error, with the standard error of that mean, and spread
-the root mean square deviation of one key's derivative. Logits are `steepness` times the margin: the soft estimate is
-one of another function where they are flat. "votes, plain" is the score function without its control variate, of the
-share only, put through the same bound. Exit status 1 if the votes, or the soft estimate of steep logits, are biased by
-more than 5 % and 4 standard errors.
+by central differences in float64 and compared with those of `differentiable.estimated_region` over 400 keys, relative
+to the exact derivative's length: bias is the length of the mean's error, with the standard error of that mean, and
+spread the root mean square deviation of one key's derivative. Logits are `steepness` times the margin: the soft
+estimate is one of another function where they are flat. "votes, plain" is the score function without its control
+variate, of the share only, put through the same bound. Exit status 1 if the votes, or the soft estimate of steep
+logits, are biased by more than 5 % and 4 standard errors.
 """
 
 import sys

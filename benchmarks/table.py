@@ -77,6 +77,28 @@ def lines():
             bar = "> augmentation" if name in ("smoothadv", "macer") else ""
             what = f"ACR after {found['results']['epochs']} epochs of {name}, mean of {len(found['seed'])} seeds"
             yield what, round_down(acr, 3), bar, "training", found
+    if found := load("volume_training"):
+        for name, acr in found["results"]["acr"].items():
+            bar = "> augmentation" if name.endswith("volume") else ""
+            what = f"ACR after {found['results']['epochs']} epochs, {name}, mean of {len(found['seed'])} seeds"
+            yield what, round_down(acr, 3), bar, "volume_training", found
+    if found := load("shared_theta"):
+        for r in found["results"]["rows"]:
+            images = found["results"]["images"]
+            what = f"{r['norm']}, {r['method']}, {images} images: ACR; ACR-tilde; without leaky thetas"
+            figure = "; ".join(round_down(r[name], 3) for name in ("ACR", "ACR-tilde", "ACR-tilde without leaky"))
+            bar = "> fixed" if r["method"] == "shared" else ""
+            yield what, figure, bar, "shared_theta", found
+    if found := load("attack"):
+        for r in found["results"]["rows"]:
+            what = f"{r['norm']}, {r['method']}: answers flipped by an attack in regions {r['size']:g} times as large"
+            figure = f"{r['attack_flips']} of {r['certified']} (random points: {r['random_flips']})"
+            yield what, figure, "0" if r["size"] == 1 else "", "attack", found
+    if found := load("gradients"):
+        for r in found["results"]["rows"]:
+            what = f"{r['estimate']}, n = {r['n']:,}: bias and spread of derivatives in x; in theta"
+            figure = "; ".join(f"{r[f'bias_{v}']:.3f}, {r[f'spread_{v}']:.2f}" for v in ("x", "theta"))
+            yield what, figure, "", "gradients", found
     if found := load("cifar10"):
         for r in found["results"]["rows"]:
             if r["run"] != "network":
