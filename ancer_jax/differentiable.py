@@ -10,7 +10,9 @@ import math
 from typing import Literal, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
@@ -59,8 +61,9 @@ def estimated_region(
     Guarantee: none. The estimate is compared with nothing, and whoever optimises it overfits its draws.
 
     Raises:
-      ValueError: at trace time, if `estimate` is unknown; as in `vote_share`.
+      ValueError: at trace time, if `estimate` is unknown; outside jit, if `label` is no class; as in `vote_share`.
     """
+    _check_labels(label, classifier)
     if estimate not in get_args(Estimate):
         raise ValueError(f"estimate must be one of {', '.join(get_args(Estimate))}, got {estimate!r}")
     arguments = stage_key(key, Stage.DIFFERENTIABLE), classifier, certificate, x, theta
@@ -70,6 +73,14 @@ def estimated_region(
         share = vote_share(*arguments, label, num_samples=num_samples, chunk=chunk)
     p_lower = bounds.clopper_pearson_lower_traced(share * num_samples, num_samples, alpha)
     return Region(x, theta, certificate.gap(p_lower), certificate.norm)
+
+
+def _check_labels(labels, classifier: Classifier) -> None:
+    """Refuse what is no class, outside jit: `ABSTAIN`, say, would count as the last one."""
+    if not isinstance(labels, jax.core.Tracer):
+        low, high = np.min(labels), np.max(labels)
+        if not 0 <= low <= high < classifier.num_classes:
+            raise ValueError(f"labels must be in 0..{classifier.num_classes - 1}, got {low} to {high}")
 
 
 def vote_share(
@@ -170,8 +181,12 @@ def learn_theta(
     whatever input: it needs no memory.
 
     Raises:
-      ValueError: outside jit, if `theta_init` or `theta_max` is not positive and finite.
+      ValueError: if there is not a label for each image; outside jit, if one is no class, or if `theta_init` or
+        `theta_max` is not positive and finite.
     """
+    if len(np.shape(labels)) != 1 or np.shape(labels) != np.shape(images)[:1]:
+        raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
+    _check_labels(labels, classifier)
     for bound in (theta_init, *(() if theta_max is None else (theta_max,))):
         check_start(bound)
     key = stage_key(key, Stage.DIFFERENTIABLE)
@@ -229,7 +244,13 @@ def attack(
 
     Returns:
       y [*d], inside the region (`regions.contains`). What the smoothed classifier answers there, `certify` says.
+
+    Raises:
+      ValueError: if region and noise have different norms; outside jit, if `label` is no class.
     """
+    if region.norm != certificate.norm:
+        raise ValueError(f"the region is of norm {region.norm}, the noise certifies norm {certificate.norm}")
+    _check_labels(label, classifier)
     key = stage_key(key, Stage.DIFFERENTIABLE)
     center = jnp.asarray(region.center)
     theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)

@@ -126,7 +126,7 @@ def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
 def _theta(config: RunConfig, theta_map, shape) -> np.ndarray:
     """The theta of all images, [] or [*d], or where their search starts."""
     if (theta_map is None) == (config.method == "shared"):
-        raise ValueError(f"theta_map goes with method shared and only with it, got method {config.method}")
+        raise ValueError(f"method shared needs a theta_map (--theta-map), and no other takes one: got {config.method}")
     if theta_map is None:
         return np.asarray(config.theta, np.float32)
     theta = np.asarray(theta_map, np.float32)

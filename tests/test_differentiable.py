@@ -240,6 +240,22 @@ def test_a_start_or_bound_that_is_no_theta_is_refused():
             learn_theta(KEYS[0], CLASSIFIER, L2, images, labels, **bad)
 
 
+def test_what_is_no_class_or_no_fitting_region_is_refused():
+    images, labels = np.zeros((2, D), np.float32), np.array([0, 1])
+    region = Region(X32, THETA32, np.float32(1), 2)
+    for bad in (-1, 2):
+        with pytest.raises(ValueError, match=rf"labels must be in 0\.\.1, got {bad} to {bad}"):
+            estimated_region(KEYS[0], CLASSIFIER, L2, X32, THETA32, bad, num_samples=10)
+        with pytest.raises(ValueError, match=r"labels must be in 0\.\.1"):
+            attack(KEYS[0], CLASSIFIER, L2, region, bad)
+    with pytest.raises(ValueError, match="the region is of norm 2, the noise certifies norm 1"):
+        attack(KEYS[0], CLASSIFIER, UniformL1(), region, 1)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.1, got 50 to 51"):
+        learn_theta(KEYS[0], CLASSIFIER, L2, images, labels + 50, 0.5)
+    with pytest.raises((ValueError, TypeError)):  # where types are checked, as here, they are first
+        learn_theta(KEYS[0], CLASSIFIER, L2, images, labels[:1], 0.5)
+
+
 def test_an_attack_with_nowhere_to_go_stays():
     constant = reference.linear(0 * W, 1.0)
     y = attack(KEYS[0], constant, L2, Region(X32, THETA32, np.float32(2), 2), 1, steps=3, num_samples=4)

@@ -87,6 +87,7 @@ def test_public_names_are_sorted_and_complete():
     assert public == set(ancer_jax.__all__)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_examples_of_the_readme_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_examples(README)
@@ -95,6 +96,7 @@ def test_the_examples_of_the_readme_run(capsys, tmp_path, monkeypatch):
     assert len(ancer_jax.load_memory(tmp_path / "memory.npz")) == 1
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_examples_of_the_guides_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ KEYS = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0, impl="threefry2x3
 VOTES = functools.partial(count_votes, config=CertifyConfig(n0=20, n=501), chunk=64)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("devices", [1, 3, 8])
 @pytest.mark.parametrize("certificate", [GaussianL2(), UniformL1()])
 def test_pmap_gives_the_counts_of_vmap(devices, certificate):
     one = lambda key, x, theta: VOTES(key, CLASSIFIER, certificate, x, theta)
@@ -47,7 +47,7 @@ def test_pmap_of_unequal_arguments_is_refused():
         parallel.pmap_examples(lambda a: a, devices=9)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("devices", [1, 3, 8])
 @pytest.mark.parametrize(("num_samples", "chunk"), [(1, 10), (3, 10), (500, 64), (501, 1000)])
 def test_draws_that_are_shared_out_are_the_same_draws(devices, num_samples, chunk):
     """By one integer sum; also where there are fewer draws than devices."""

@@ -158,8 +158,8 @@ def test_the_shared_theta_is_that_of_every_image(tmp_path):
 @pytest.mark.parametrize(
     ("method", "theta_map", "text"),
     [
-        ("shared", None, "theta_map goes with method shared and only with it, got method shared"),
-        ("fixed", np.ones((3, 3, 1)), "theta_map goes with method shared and only with it, got method fixed"),
+        ("shared", None, "no other takes one: got shared"),
+        ("fixed", np.ones((3, 3, 1)), "no other takes one: got fixed"),
         ("shared", np.ones((3, 3)), r"theta_map must be \[3, 3, 1\] as the images are, got \[3, 3\]"),
         ("shared", np.zeros((3, 3, 1)), "theta_map must be positive and finite, got 0.0 to 0.0"),
         ("shared", np.full((3, 3, 1), np.inf), "theta_map must be positive and finite, got inf to inf"),

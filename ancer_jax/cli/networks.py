@@ -41,7 +41,7 @@ class Train:
     efficientnet_lite0."""
     method: TrainingMethod = "augmentation"
     """augmentation (Cohen et al. 2019), smoothadv (Salman et al. 2019), macer (Zhai et al. 2020), consistency (Jeong &
-    Shin 2020) or stability (Yang et al. 2020)."""
+    Shin 2020), stability (Yang et al. 2020) or volume (ours)."""
     norm: Literal["l2", "l1"] = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float = 0.25
@@ -59,7 +59,7 @@ class Train:
     drop_every: int | None = None
     """Epochs after which the learning rate falls to a tenth, again and again; 0 is a cosine to 0."""
     weight: float | None = None
-    """Weight of the method's second term (macer, consistency, stability)."""
+    """Weight of the method's second term (macer, consistency, stability, volume)."""
     epsilon: float | None = None
     """SmoothAdv: l2 radius of its attack, in units of pixels in [0, 1]."""
     attack_steps: int | None = None

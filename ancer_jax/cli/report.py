@@ -89,7 +89,12 @@ def draw(
     drawn, missing = [folder / "certified_accuracy.png"], []
     report.plot_certified_accuracy(results, drawn[0])
     for i, run in enumerate(runs):
-        if not epath.Path(run).is_dir() or "anisotropic" not in read_run(run).settings:
+        if not epath.Path(run).is_dir():
+            continue
+        settings = read_run(run).settings
+        if "anisotropic" not in settings:
+            if settings["data"]["fingerprint"] != dataset.fingerprint:
+                missing.append(f"no images of {run}: {dataset.name} is not what it is of (--data, --split, --crop)")
             continue
         path = folder / f"theta_{epath.Path(run).name}.png"
         if path in drawn:

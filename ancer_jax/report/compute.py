@@ -1,16 +1,25 @@
 """What a run spends on each image, counted in passes through the network."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def passes(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Forward and backward passes through the network for each image of a run with these settings (`run.settings`).
+class Passes(NamedTuple):
+    """Passes through the network for an image: of search, choice and certificate; and forward ones beside, for the
+    leakage that is measured.
+    """
 
-    Noisy copies are counted one by one: of the searches, of the choice between thetas, of the certificate, and of the
-    leakage that is measured. Derivatives are with respect to the noise only. The references of leakage are those that
-    were asked for; a small data set has fewer. What is spent once a run is left out: choosing the references, and
-    learning the theta of method "shared".
+    forward: int
+    backward: int
+    leakage: int
+
+
+def passes(settings: Mapping[str, Any]) -> Passes:
+    """What each image of a run with these settings (`run.settings`) costs.
+
+    Noisy copies are counted one by one. Derivatives are with respect to the noise only. The references of leakage are
+    those that were asked for; a small data set has fewer. What is spent once a run is left out: choosing the
+    references, and learning the theta of method "shared".
     """
     certificate, leakage = settings["certify"], settings.get("leakage") or {"num_references": 0, "num_samples": 0}
     forward, backward = certificate["n0"] + certificate["n"], 0
@@ -25,4 +34,4 @@ def passes(settings: Mapping[str, Any]) -> tuple[int, int]:
     for guard in guards:  # how many thetas are compared
         thetas = 2 if guard != "off" else int(limited)
         forward += thetas * settings.get("guard_samples", 0) + measured * limited
-    return forward + (measured if searches else 0), backward
+    return Passes(forward, backward, measured if searches else 0)

@@ -5,7 +5,7 @@ import datetime
 import importlib.metadata
 import importlib.resources
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,7 @@ def write_page(
     page = environment.from_string(template).render(
         runs=[tables.mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
+        facts=_facts([r.run.settings for r in results if r.run]),
         notes=tables.notes(results),
         curves=_curves(results),
         bounds=_uri("svg+xml", plots.p_lower_figure(known)) if (known := _with(results, "p_lower")) else "",
@@ -86,6 +87,17 @@ def _uri(kind: str, content: str | bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def _facts(settings: Sequence[Mapping[str, Any]]) -> str:
+    """What one has to know of all runs before their figures mean anything."""
+    values = [
+        (", ".join(dict.fromkeys(s["data"]["name"] for s in settings)), ""),
+        (", ".join(dict.fromkeys(s["norm"] for s in settings)), ""),
+        (", ".join(dict.fromkeys(f"{s['certify']['n']:,}" for s in settings)), "n = "),
+        (", ".join(dict.fromkeys(str(s["certify"].get("alpha", "?")) for s in settings)), "alpha = "),
+    ]
+    return "; ".join(f"{name}{value}" for value, name in values)
+
+
 def _with(results: list[Results], column: str) -> list[Results]:
     return [r for r in results if column in r.columns]
 
@@ -106,13 +118,14 @@ def _compute(results: list[Results]) -> dict[str, Any] | None:
         return None
     rows, figures = [], []
     for r in results:
-        forward, backward = r.passes or (None, None)
+        forward, backward, leakage = (f"{count:,}" for count in r.passes) if r.passes else "---"
         rows.append(
             {
                 "run": tables.mark(r),
                 "s/image": "-" if r.seconds is None else f"{r.seconds:.3g}",
-                "forward passes/image": "-" if forward is None else f"{forward:,}",
-                "backward passes/image": "-" if backward is None else f"{backward:,}",
+                "forward passes": forward,
+                "backward passes": backward,
+                "for leakage": leakage,
                 "ACR": round_down(average_certified_radius(r["radius"], r.correct), 3),
                 "ACR-tilde": round_down(average_certified_radius(r["radius_proxy"], r.correct), 3),
             }
@@ -132,11 +145,13 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
     size, ids = results["radius_proxy"], results["idx"].astype(int)
     certified = np.flatnonzero(size > 0)
     order = certified[np.argsort(size[certified], kind="stable")]
-    groups = [
-        ("Largest regions", order[::-1][:_CARDS]),
-        ("Smallest regions", order[:_CARDS]),
-        ("First images", np.argsort(ids)[:_CARDS]),
-    ]
+    groups = [("All images, largest proxy radius first", np.argsort(-size, kind="stable"))]
+    if len(ids) > _CARDS:
+        groups = [
+            ("Largest regions (proxy radius)", order[::-1][:_CARDS]),
+            ("Smallest regions", order[:_CARDS]),
+            ("First images", np.argsort(ids)[:_CARDS]),
+        ]
     if "changed" in results.columns and (changed := np.flatnonzero(results["changed"] == 1)).size:
         lost = (results.before or results.columns)["radius_proxy"][changed] - size[changed]
         title = f"Changed by the memory: {len(changed)}, those that lost most first"
@@ -149,22 +164,22 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
         for i, theta in zip(shard["ids"], shard["theta"], strict=True)
         if int(i) in wanted
     }
-    largest = max((float(theta.max()) for theta in thetas.values()), default=1.0)
-    maps = any(theta.ndim == 3 for theta in thetas.values())
-    cards = {row: _card(results, row, thetas[int(ids[row])], largest, dataset) for _, rows in groups for row in rows}
+    shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3]
+    maps, scale = bool(shown), (float(np.min(shown)), float(np.max(shown))) if shown else (0.0, 1.0)
+    cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
     return {
         "name": tables.mark(results),
         "note": "" if results.reconciled else tables.NOT_RECONCILED,
         "maps": maps,
-        "bar": _picture(plots.heat_map(np.linspace(0, 1, 64)[None, :, None], 1.0)) if maps else "",
-        "largest": f"{largest:.3g}",
+        "bar": _picture(plots.heat_map(np.linspace(0, 1, 64)[None, :, None], 0.0, 1.0)) if maps else "",
+        "scale": [f"{value:.3g}" for value in scale],
         "images": dataset is not None,
         "data": run.settings["data"]["name"],
         "groups": [(title, [cards[row] for row in rows]) for title, rows in groups if rows],
     }
 
 
-def _card(results: Results, row: int, theta: np.ndarray, largest: float, dataset: Dataset | None) -> Card:
+def _card(results: Results, row: int, theta: np.ndarray, scale: tuple[float, float], dataset: Dataset | None) -> Card:
     line = {name: column[row] for name, column in results.columns.items()}
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
     own = answer if results.before is None else int(results.before["predict"][row])  # p_lower is of that
@@ -190,7 +205,7 @@ def _card(results: Results, row: int, theta: np.ndarray, largest: float, dataset
         lines.append(f"before memory: {before}")
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
-    picture = _picture(plots.heat_map(theta, largest)) if theta.ndim == 3 else ""
+    picture = _picture(plots.heat_map(theta, *scale)) if theta.ndim == 3 else ""
     return Card(f"#{i}", image, picture, lines)
 
 

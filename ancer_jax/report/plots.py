@@ -63,7 +63,7 @@ def compute_figure(results: list[Results], x: str) -> str:
     figure, axes = _figure(1, 1, _SIZE)
     axis = axes[0, 0]
     for i, r in enumerate(results):
-        cost = r.seconds if x == "seconds" else sum(r.passes or ())
+        cost = r.seconds if x == "seconds" else sum((r.passes or ())[:2])
         style = {"color": _colors(results)[i], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 7}
         sizes = [average_certified_radius(r[column], r.correct) for column in _SIZES]
         axis.plot([cost, cost], sizes, color=style["color"], linewidth=0.8)
@@ -71,6 +71,7 @@ def compute_figure(results: list[Results], x: str) -> str:
         axis.plot(cost, sizes[1], linestyle="none", label=_label(r), **style)
     label = "seconds for an image, as measured" if x == "seconds" else "passes through the network for an image"
     axis.set(xlabel=label, ylabel="ACR (hollow), ACR-tilde (filled)", xscale="log")
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -117,11 +118,12 @@ def _colors(results: list[Results]) -> list[str]:
     return [next(colors) if r.data_dependent else next(greys) for r in results]
 
 
-def heat_map(theta: np.ndarray, largest: float) -> np.ndarray:
-    """theta, averaged over channels, as colours on a scale from 0 to `largest`: uint8 [height, width, 3]."""
+def heat_map(theta: np.ndarray, least: float, largest: float) -> np.ndarray:
+    """theta, averaged over channels, as colours between `least` and `largest`: uint8 [height, width, 3]."""
     import matplotlib
 
-    return (matplotlib.colormaps["viridis"](theta.mean(axis=-1) / largest)[..., :3] * 255).astype(np.uint8)
+    shade = (theta.mean(axis=-1) - least) / max(largest - least, 1e-9)
+    return (matplotlib.colormaps["viridis"](shade)[..., :3] * 255).astype(np.uint8)
 
 
 def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:

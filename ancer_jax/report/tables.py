@@ -11,7 +11,7 @@ import tabulate
 from etils import epath
 
 from ancer_jax.metrics import average_certified_radius, round_down, round_up
-from ancer_jax.report.compute import passes
+from ancer_jax.report.compute import Passes, passes
 from ancer_jax.results import parse_results, read_results
 from ancer_jax.runs import Run, read_run
 
@@ -62,8 +62,8 @@ class Results:
         return "changed" in self.columns or not self.data_dependent
 
     @property
-    def passes(self) -> tuple[int, int] | None:
-        """Forward and backward passes for each image (`compute.passes`); None where the settings are not known."""
+    def passes(self) -> Passes | None:
+        """Passes through the network for each image; None where the settings are not known."""
         return passes(self.run.settings) if self.run else None
 
     @property
@@ -194,7 +194,10 @@ def compare_proxy_radius(results: list[Results]) -> str:
     for r in (best, *(r for r in results if r.data_dependent)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
         mean = round_down(r.mean_proxy_radius, 3)
-        lines.append(f"  {mark(r):13} {mean}   {round_down(ratio, 2)} x the best fixed theta")
+        leaky = r.columns.get("leakage", np.zeros(len(r.correct))) > LEAKAGE_LIMIT
+        honest = round_down(float((r["radius_proxy"] * ~leaky).mean()), 3)
+        text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {honest}"
+        lines.append(f"  {mark(r):13} {mean}   {text}")
     return "\n".join([*lines, *notes(results)])
 
 
