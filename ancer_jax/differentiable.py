@@ -189,7 +189,7 @@ def learn_theta(
     _check_labels(labels, classifier)
     for bound in (theta_init, *(() if theta_max is None else (theta_max,))):
         check_start(bound)
-    key = stage_key(key, Stage.DIFFERENTIABLE)
+    key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     start = jnp.log(jnp.broadcast_to(jnp.asarray(theta_init, images.dtype), images.shape[1:]))
     upper = start + math.log(THETA_MAX_FACTOR) if theta_max is None else jnp.maximum(jnp.log(theta_max), start)

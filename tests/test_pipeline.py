@@ -89,7 +89,7 @@ def test_other_images_beside_it_change_no_count(tmp_path):
     np.testing.assert_array_equal(rows["counts"], expected["counts"][[1, 4]])
 
 
-@pytest.mark.parametrize("method", ["isotropic", "ancer"])
+@pytest.mark.parametrize("method", [pytest.param("isotropic", marks=pytest.mark.slow), "ancer"])
 def test_searched_thetas_agree_between_execution_plans(tmp_path, method):
     config = RunConfig(method=method, theta=0.3, certify=CertifyConfig(n0=20, n=500), guard="off", **SEARCH)
     plans = [

@@ -44,7 +44,7 @@ def test_a_file_is_whole_or_not_there(gs):
 
 
 def test_a_run_in_a_bucket_is_that_on_a_disk(gs, tmp_path):
-    config = CONFIG.__class__(method="ancer", theta=0.3, certify=CONFIG.certify, **SEARCH)
+    config = CONFIG.__class__(method="isotropic", theta=0.3, certify=CONFIG.certify, **SEARCH)
     expected, found = run(tmp_path / "disk", config), run("gs://b/run", config)
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])

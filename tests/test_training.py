@@ -118,7 +118,13 @@ NETWORK = make_network("small_cnn", features=(4, 8, 8), hidden=16)
 SOME = take(TRAIN, np.arange(500))
 
 
-@pytest.mark.parametrize("method", PRESETS)
+# Of the others the default suite has the equations, and benchmarks/training.py what they are worth.
+_QUICK = ("augmentation", "volume")
+
+
+@pytest.mark.parametrize(
+    "method", [*_QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if name not in _QUICK)]
+)
 def test_every_method_improves_its_objective_on_real_images(method, tmp_path):
     config = short(method, epochs=4, weight=1.0 if method == "macer" else PRESETS[method].weight)
     state = train(NETWORK, TRAIN, TEST, config, out=tmp_path / "net")
@@ -167,7 +173,10 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, network, method):
         assert len(lines) == 4 and lines[0] == "\t".join(HISTORY)
 
 
-@pytest.mark.parametrize(("network", "devices"), [("small_cnn", 2), ("small_cnn", 8), ("cifar_resnet20", 4)])
+_BATCH_NORM = pytest.param("cifar_resnet20", 4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("network", "devices"), [("small_cnn", 8), _BATCH_NORM])
 def test_devices_share_a_batch(tmp_path, network, devices):
     """As one device has it, batch norm and all, up to rounding."""
     color = 3 if network == "cifar_resnet20" else 1
