@@ -86,7 +86,12 @@ _SHORT |= {
 _SHORT["wrn_40_2"] = {"depth": 10, "widen_factor": 1}
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+_SLOW = ("efficientnet_lite0", "imagenet_resnet50")  # to compile
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in sorted(NETWORKS)]
+)
 def test_every_network_is_a_sound_classifier(name):
     """Batch statistics are used, not computed, and logits are float32 in either dtype; training changes statistics."""
     attributes = {"num_classes": 3, **_SHORT.get(name, {})}
