@@ -59,13 +59,14 @@ def write_page(
     template = importlib.resources.files("ancer_jax.report").joinpath("page.html").read_text("utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(**options)
+    bounded = [r for r in results if "p_lower" in r.columns]
     page = environment.from_string(template).render(
         runs=[tables.mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
         facts=_facts([r.run.settings for r in results if r.run]),
         notes=tables.notes(results),
         curves=_curves(results),
-        bounds=_uri("svg+xml", plots.p_lower_figure(known)) if (known := _with(results, "p_lower")) else "",
+        bounds=_uri("svg+xml", plots.p_lower_figure(bounded)) if bounded else "",
         compute=_compute(results),
         regions=[_regions(r, r.run, datasets) for r in results if r.run],
         settings=_settings({tables.mark(r): r.run for r in results if r.run}),
@@ -96,10 +97,6 @@ def _facts(settings: Sequence[Mapping[str, Any]]) -> str:
         (", ".join(dict.fromkeys(str(s["certify"].get("alpha", "?")) for s in settings)), "alpha = "),
     ]
     return "; ".join(f"{name}{value}" for value, name in values)
-
-
-def _with(results: list[Results], column: str) -> list[Results]:
-    return [r for r in results if column in r.columns]
 
 
 def _curves(results: list[Results]) -> list[tuple[str, str]]:
