@@ -21,6 +21,7 @@ from ancer_jax.optimize import (
 from ancer_jax.pipeline import certify_dataset
 from ancer_jax.regions import Region, disjoint, is_superset, log_volume, proxy_radius, radius
 from ancer_jax.runs import load_memory, save_memory
+from ancer_jax.sequential import SequentialConfig, certify_sequentially
 
 __all__ = [
     "ABSTAIN",
@@ -34,9 +35,11 @@ __all__ = [
     "LeakageConfig",
     "Region",
     "RunConfig",
+    "SequentialConfig",
     "UniformL1",
     "certify",
     "certify_dataset",
+    "certify_sequentially",
     "check_classifier",
     "count_votes",
     "disjoint",

@@ -73,6 +73,32 @@ def clopper_pearson_upper(successes, trials, alpha):
     return np.where(successes == trials, 1.0, proven)
 
 
+def confidence_sequence_lower(successes, trials, alpha):
+    """Lower bound that holds after every draw at once: count, look at it, and stop whenever you like.
+
+    The lower end of the confidence sequence of the Beta(1/2, 1/2) mixture: with k successes in t trials, the largest
+    p below k / t for which `M_t(p) = B(k + 1/2, t - k + 1/2) / (B(1/2, 1/2) p^k (1 - p)^(t - k))` is 1 / alpha.
+
+    Arguments and errors as in `clopper_pearson_lower`.
+
+    Guarantee: for independent draws of probability p, the bound exceeds p after any number of draws with probability
+    at most alpha (Ville's inequality: at the true p, M_t is a martingale that begins at 1).
+
+    References: Robbins 1970; Waudby-Smith & Ramdas 2024 (arXiv 2010.09686); Voracek 2024 (arXiv 2406.17830).
+
+    >>> round(float(confidence_sequence_lower(1000, 1000, 0.001)), 6)
+    0.989125
+    """
+    k, t, alpha = np.broadcast_arrays(*_checked(successes, trials, alpha))
+    error = 1e-9 + 1e-12 * t  # of the logarithms, many times
+
+    def tail(p):
+        log_m = scipy.special.betaln(k + 0.5, t - k + 0.5) - math.log(math.pi)
+        return np.exp(scipy.special.xlogy(k, p) + scipy.special.xlog1py(t - k, -p) - log_m + error)
+
+    return _proven(tail, k / t, 0.0, alpha)
+
+
 def _proven(tail, guess, safe, alpha):
     """`guess`, or, where `tail(guess) <= alpha` does not hold, the result of a bisection between it and `safe`."""
     holds = tail(guess) <= alpha

@@ -71,7 +71,6 @@ def count_votes(
     *,
     config: CertifyConfig,
     chunk: int,
-    axis_name: str | None = None,
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The traced half of `certify`, for jit, vmap and many devices: the selected class and its count.
 
@@ -81,12 +80,26 @@ def count_votes(
     Returns:
       int32 [] selected class, int32 [] its count among the n draws; `certification` turns them into a certificate.
     """
-    draw = lambda stage, num_samples: class_counts(
-        *(stage_key(key, stage), classifier, certificate, x, theta),
-        **{"num_samples": num_samples, "chunk": chunk, "axis_name": axis_name},
+    selected = select_class(key, classifier, certificate, x, theta, n0=config.n0, chunk=chunk)
+    counts = class_counts(
+        stage_key(key, Stage.ESTIMATE), classifier, certificate, x, theta, num_samples=config.n, chunk=chunk
     )
-    selected = draw(Stage.SELECT, config.n0).argmax()
-    return selected, draw(Stage.ESTIMATE, config.n)[selected]
+    return selected, counts[selected]
+
+
+def select_class(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    *,
+    n0: int,
+    chunk: int,
+) -> Int[Array, ""]:
+    """The class that most of `n0` draws vote for, int32 []; arguments as in `count_votes`."""
+    counts = class_counts(stage_key(key, Stage.SELECT), classifier, certificate, x, theta, num_samples=n0, chunk=chunk)
+    return counts.argmax()
 
 
 def certification(selected, count, *, certificate: Certificate, config: CertifyConfig) -> Certification:
@@ -144,7 +157,11 @@ def certify(
     config = config or CertifyConfig()
     selected, count = _count_votes(key, classifier, certificate, x32, theta32, config=config, chunk=chunk)
     result = certification(selected, count, certificate=certificate, config=config)
-    # The draws were around x and theta as float32: keep the part of that region that has the caller's centre and shape.
+    return in_callers_numbers(result, certificate, x, theta, x32, theta32)
+
+
+def in_callers_numbers(result: Certification, certificate: Certificate, x, theta, x32, theta32) -> Certification:
+    """The part of a region around x and theta as float32, which were certified, that has the caller's x and theta."""
     center, center32, axes, axes32 = (np.asarray(value, np.float64) for value in (x, x32, theta, theta32))
     shift = np.linalg.norm(np.ravel((center - center32) / axes32), ord=certificate.norm)
     stretch = np.maximum(1.0, np.max(axes / axes32))

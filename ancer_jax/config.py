@@ -9,6 +9,7 @@ from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.optimize import THETA_MAX_FACTOR, AnisotropicConfig, Guard, IsotropicConfig
+from ancer_jax.sequential import SequentialConfig
 
 Method = Literal["fixed", "shared", "isotropic", "ancer"]
 Split = Literal["images", "draws"]
@@ -23,6 +24,7 @@ class RunConfig:
       method: "fixed" theta; "shared": one theta per coordinate, the same for all inputs, which `certify_dataset` is
         given; "isotropic" theta per input; or "ancer": isotropic, then one theta per coordinate and input.
       theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
+      sampling: when drawing stops before `certify.n`; None is never.
       certify, isotropic, anisotropic: settings of the stages. `theta_max=None` means 4 times `theta` in both searches.
       guard, guard_samples: the guarded choice between isotropic and anisotropic theta (`optimize.guarded_choice`).
       leakage: how the leakage of data-dependent noise is measured; None is not at all.
@@ -38,6 +40,7 @@ class RunConfig:
     method: Method = "fixed"
     theta: float = 0.25
     certify: CertifyConfig = CertifyConfig()
+    sampling: SequentialConfig | None = None
     isotropic: IsotropicConfig = IsotropicConfig()
     anisotropic: AnisotropicConfig = AnisotropicConfig()
     guard: Guard = "volume"
@@ -81,6 +84,7 @@ class RunConfig:
         stages = {"shared": (), "fixed": ("theta",), "isotropic": ("theta", "isotropic")}
         stages["ancer"] = (*stages["isotropic"], "anisotropic")
         used = ["norm", "method", "certify", *stages[self.method], "seed"]
+        used += ["sampling"] if self.sampling is not None else []
         used += ["guard"] if self.method == "ancer" else []
         used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []
         used += ["leakage", "leakage_limit"] if self.data_dependent else []

@@ -3,21 +3,23 @@
 import functools
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ancer_jax import parallel
+from ancer_jax import counting, parallel
 from ancer_jax.certificates import CERTIFICATES
-from ancer_jax.certification import count_votes
+from ancer_jax.certification import Certification, certification
 from ancer_jax.classifiers import Classifier
 from ancer_jax.config import Execution, RunConfig, Split
 from ancer_jax.data import Dataset
 from ancer_jax.leakage import References, leakage, make_references
 from ancer_jax.optimize import guarded_choice, optimize_anisotropic, optimize_isotropic
+from ancer_jax.sequential import estimate, scales_of
+from ancer_jax.smoothing import Stage
 
 # Images for each device, and noisy copies of each: what is usual where nothing is asked for and memory allows it.
 _USUAL, _USUAL_ON_CPU = (32, 128), (10, 100)
@@ -29,15 +31,18 @@ class Computed(NamedTuple):
 
     Attributes:
       theta: [batch] for fixed and isotropic, [batch, *d] for shared and ancer.
-      selected, votes: the selected class, and its votes.
+      selected: the selected class.
       leaked, asked: references that theta sends to the selected class, and how many could be sent.
+      votes: what counts the votes.
+      begun: votes of all draws, being counted; None where sampling is sequential.
     """
 
     theta: jax.Array
     selected: jax.Array
-    votes: jax.Array
     leaked: jax.Array | np.ndarray
     asked: jax.Array | np.ndarray
+    votes: counting.Votes
+    begun: Any
 
 
 def compute(
@@ -56,13 +61,35 @@ def compute(
     keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
     if config.data_dependent:
         theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
-    count, how = _counting(config, split, chunk, mesh)
-    selected, votes = count(keys, classifier, images, theta, **how)
+    how = {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
+    selected = counting.select(keys, classifier, images, theta, n0=config.certify.n0, **how)
     leaked = asked = np.zeros(len(ids), np.int32)
     if references is not None and config.leakage is not None:
-        how = {"certificate": how["certificate"], "num_samples": config.leakage.num_samples, "chunk": chunk}
-        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, **how)
-    return Computed(theta, selected, votes, leaked, asked)
+        samples = config.leakage.num_samples
+        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, num_samples=samples, **how)
+    votes = counting.Votes(keys, classifier, images, theta, selected, config, chunk=chunk, mesh=mesh)
+    rows = np.arange(len(ids))
+    everything = Stage.ESTIMATE, rows, np.zeros_like(rows), np.full_like(rows, config.certify.n)
+    return Computed(theta, selected, leaked, asked, votes, None if config.sampling else votes.begin(*everything))
+
+
+def certificates(computed: Computed, rows: np.ndarray, config: RunConfig) -> tuple[Certification, np.ndarray]:
+    """Certificates of the images `rows` of a batch, and how many draws each one's took, selection included."""
+    certificate, selected, n0 = CERTIFICATES[config.norm], np.asarray(computed.selected)[rows], config.certify.n0
+    if config.sampling is None:
+        votes = computed.votes.end(computed.begun)[rows]
+        result = certification(selected, votes, certificate=certificate, config=config.certify)
+        return result, n0 + result.n
+    draw = lambda stage, some, first, stop: computed.votes(stage, rows[some], first, stop)
+    result, pilot = estimate(
+        draw,
+        selected,
+        scales_of(np.asarray(computed.theta)[rows]),
+        certificate=certificate,
+        config=config.certify,
+        sequential=config.sampling,
+    )
+    return result, n0 + pilot + result.n
 
 
 def find_references(
@@ -137,12 +164,19 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
     if config.data_dependent:
         search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
-    function, how = _counting(config, split, chunk, mesh)
-    count, (selected, _) = _planned(function, keys, classifier, images, theta, **how)
+    how = {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
+    select, selected = _planned(counting.select, keys, classifier, images, theta, n0=config.certify.n0, **how)
+    leakage = 0
     if references is not None and config.leakage is not None:
-        how = {"certificate": how["certificate"], "num_samples": config.leakage.num_samples, "chunk": chunk}
-        count = max(count, _planned(_measure_leakage, references, classifier, images, theta, selected, **how)[0])
-    return search, count
+        how["num_samples"] = config.leakage.num_samples
+        leakage, _ = _planned(_measure_leakage, references, classifier, images, theta, selected, **how)
+    count, how = counting.pieces(config, batch, chunk, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    on_all = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+    arrays = jax.tree.map(on_all, (keys, images, theta, selected))
+    pieces = parallel.split_rows(np.zeros((count, 3), np.int32), mesh)
+    votes, _ = _planned(counting.count_pieces, *arrays, classifier, pieces, np.int32(1), np.int32(0), **how)
+    return search, max(select, leakage, votes)
 
 
 def _planned(function, *arguments, **static):
@@ -164,12 +198,6 @@ def _memory(compiled) -> int:
 def _start(batch: int, start: np.ndarray, split: Split, mesh: Mesh):
     """The theta of all images, or where their search starts, once for each image."""
     return place(np.repeat(start[None], batch, axis=0), split, mesh)
-
-
-def _counting(config: RunConfig, split: Split, chunk: int, mesh: Mesh):
-    """The compiled function that counts votes, and its static arguments."""
-    how = {"certificate": CERTIFICATES[config.norm], "config": config.certify, "chunk": chunk}
-    return (_count, how) if split == "images" else (_count_by_draws, how | {"mesh": mesh})
 
 
 @jax.jit
@@ -207,24 +235,6 @@ def _find_theta(keys, classifier, images, theta, references, *, config: RunConfi
         return theta
 
     return jax.vmap(per_image)(keys, images, theta)
-
-
-@functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk"))
-def _count(keys, classifier, images, theta, *, certificate, config, chunk):
-    votes = functools.partial(count_votes, config=config, chunk=chunk)
-    one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
-    return jax.vmap(one)(keys, images, theta)
-
-
-@functools.partial(jax.jit, static_argnames=("certificate", "config", "chunk", "mesh"))
-def _count_by_draws(keys, classifier, images, theta, *, certificate, config, chunk, mesh):
-    """`_count`, with the draws of each image shared out over the devices and one integer sum at the end."""
-    votes = functools.partial(count_votes, config=config, chunk=chunk, axis_name=mesh.axis_names[0])
-    one = lambda key, x, theta: votes(key, classifier, certificate, x, jnp.broadcast_to(theta, x.shape))
-    everywhere = PartitionSpec()
-    return jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(
-        keys, images, theta
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))

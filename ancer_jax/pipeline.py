@@ -16,11 +16,11 @@ from jaxtyping import ArrayLike, Float
 
 from ancer_jax import memory, parallel
 from ancer_jax.certificates import CERTIFICATES
-from ancer_jax.certification import ABSTAIN, certification
+from ancer_jax.certification import ABSTAIN
 from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
 from ancer_jax.config import Execution, RunConfig
 from ancer_jax.data import Dataset, batches, pixel_hashes, share, take
-from ancer_jax.execution import Computed, compute, find_references, fit, place
+from ancer_jax.execution import Computed, certificates, compute, find_references, fit, place
 from ancer_jax.regions import Region
 from ancer_jax.runs import RESULTS, Run, open_run
 
@@ -163,23 +163,25 @@ def _certify_images(
 
 def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float) -> None:
     """The host's part of a batch: certificates from integers, and its shard."""
-    theta, selected, count, leaked, asked = map(np.asarray, computed)
-    seconds, mask = time.perf_counter() - began, batch["mask"]
-    result = certification(selected, count, certificate=CERTIFICATES[config.norm], config=config.certify)
+    rows = np.flatnonzero(batch["mask"])
+    result, draws = certificates(computed, rows, config)
+    theta, leaked, asked = (np.asarray(values)[rows] for values in (computed.theta, computed.leaked, computed.asked))
     answered = result.prediction != ABSTAIN  # nothing can leak to an abstention
     run.write_shard(
         {
-            "ids": batch["id"][mask],
-            "labels": batch["label"][mask],
-            "pixels": pixel_hashes(batch["image"][mask]),
-            "predictions": result.prediction[mask],
-            "counts": result.count[mask],
-            "p_lower": result.p_lower[mask],
-            "gap": result.gap[mask],
-            "theta": theta[mask],
-            "leaked": (leaked * answered)[mask],
-            "references": (asked * answered)[mask],
-            "seconds": np.full(mask.sum(), seconds / mask.sum()),
+            "ids": batch["id"][rows],
+            "labels": batch["label"][rows],
+            "pixels": pixel_hashes(batch["image"][rows]),
+            "predictions": result.prediction,
+            "counts": result.count,
+            "n": result.n,
+            "draws": draws,
+            "p_lower": result.p_lower,
+            "gap": result.gap,
+            "theta": theta,
+            "leaked": leaked * answered,
+            "references": asked * answered,
+            "seconds": np.full(len(rows), (time.perf_counter() - began) / len(rows)),
         }
     )
 

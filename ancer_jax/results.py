@@ -91,7 +91,7 @@ def _rows(shard, settings, answers):
             round_down(gap, 6),
             round_down(one["p_lower"], 8),
             int(one["counts"]),
-            settings["certify"]["n"],
+            int(one["n"]),
             round_down(log_volume(region), 3),
             settings["method"],
             round_down(at_bound, 4),

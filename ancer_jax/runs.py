@@ -42,8 +42,8 @@ RESULTS = "results.tsv"
 RESULTS_MEMORY = "results_memory.tsv"
 MEMORY = "memory.npz"
 _ARRAYS = (
-    *("ids", "labels", "pixels", "predictions", "counts", "p_lower", "gap", "theta", "leaked", "references"),
-    "seconds",
+    *("ids", "labels", "pixels", "predictions", "counts", "n", "draws", "p_lower", "gap", "theta", "leaked"),
+    *("references", "seconds"),
 )
 
 

@@ -26,9 +26,10 @@ class Stage(enum.IntEnum):
     GUARD = 5
     LEAKAGE = 6
     DIFFERENTIABLE = 7
+    PILOT = 8
 
 
-def stage_key(key: Key[Array, ""], stage: Stage) -> Key[Array, ""]:
+def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:
     """The key of one stage of one example.
 
     Raises:
@@ -59,7 +60,6 @@ def class_counts(
     *,
     num_samples: int,
     chunk: int,
-    axis_name: str | None = None,
 ) -> Int[Array, " K"]:
     """How many of `num_samples` noisy copies of `x` the base classifier puts into each class.
 
@@ -73,35 +73,57 @@ def class_counts(
       theta: [] or [*d] noise parameter, in the units of x.
       num_samples: number of draws (static).
       chunk: how many draws at a time (static); changes speed and memory, never the draws.
-      axis_name: inside `shard_map` or `pmap`, the axis whose devices share out the draws: one sum of integers at the
-        end. None: all draws are made here.
 
     Returns:
-      int32 [K], the same on all devices of the axis.
+      int32 [K].
 
     Raises:
       ValueError: at trace time, if `num_samples` or `chunk` is below 1 or x is not floating point.
     """
-    for name, value in (("num_samples", num_samples), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    devices, device = (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)) if axis_name else (1, 0)
-    share = math.ceil(num_samples / devices)
-    first, chunk = device * share, min(chunk, share)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    chunk = min(chunk, num_samples)
+    steps = math.ceil(num_samples / max(chunk, 1))
+    return class_counts_between(
+        key, classifier, certificate, x, theta, first=0, stop=num_samples, steps=steps, chunk=chunk
+    )
 
-    def count(start):
-        draws = first + start + jnp.arange(chunk)
+
+def class_counts_between(
+    key: Key[Array, ""],
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    *,
+    first: Int[ArrayLike, ""],
+    stop: Int[ArrayLike, ""],
+    steps: Int[ArrayLike, ""],
+    chunk: int,
+) -> Int[Array, " K"]:
+    """`class_counts` of the draws `first`, ..., `stop - 1` alone: counts of ranges add up to those of their union.
+
+    Args:
+      first, stop: range of draws.
+      steps: how many chunks are computed, `(stop - first) / chunk` or more; draws after these are left out. Like
+        first and stop it may be traced, but should be the same for all examples of a batch.
+      The rest as in `class_counts`.
+
+    Raises:
+      ValueError: at trace time, if `chunk` is below 1 or x is not floating point.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+
+    def add(step, counts):
+        draws = first + step * chunk + jnp.arange(chunk)
         logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, draws)
-        left = jnp.minimum(share, num_samples - first) - start
+        left = jnp.asarray(stop) - first - step * chunk
         counted = (jnp.arange(chunk) < left) & ~jnp.isnan(logits).any(axis=-1)
         votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
-        return (votes * counted[:, None]).sum(axis=0)
+        return counts + (votes * counted[:, None]).sum(axis=0)
 
-    def add(counts, start):
-        return counts + count(start), None
-
-    counts, _ = jax.lax.scan(add, jnp.zeros(classifier.num_classes, jnp.int32), jnp.arange(0, share, chunk))
-    return jax.lax.psum(counts, axis_name) if axis_name else counts
+    return jax.lax.fori_loop(0, steps, add, jnp.zeros(classifier.num_classes, jnp.int32))
 
 
 def smoothed_probs(

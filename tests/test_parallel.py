@@ -1,4 +1,4 @@
-"""One device, several by a mesh, several by pmap, draws shared out: the same counts, and thetas to rounding."""
+"""One device, several by a mesh, several by pmap: the same counts, and thetas to rounding."""
 
 import functools
 
@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from ancer_jax import CertifyConfig, GaussianL2, IsotropicConfig, UniformL1, count_votes, optimize_isotropic, parallel
-from ancer_jax.smoothing import class_counts
 from tests import reference
 
 RNG = np.random.default_rng(0)
@@ -45,16 +43,3 @@ def test_pmap_of_unequal_arguments_is_refused():
         parallel.pmap_examples(lambda a, b: a + b)(np.ones(3), np.ones(5))
     with pytest.raises(ValueError, match=r"devices must be in 1\.\.8"):
         parallel.pmap_examples(lambda a: a, devices=9)
-
-
-@pytest.mark.parametrize("devices", [1, 3, 8])
-@pytest.mark.parametrize(("num_samples", "chunk"), [(1, 10), (3, 10), (500, 64), (501, 1000)])
-def test_draws_that_are_shared_out_are_the_same_draws(devices, num_samples, chunk):
-    """By one integer sum; also where there are fewer draws than devices."""
-    mesh = parallel.device_mesh(devices)
-    count = functools.partial(class_counts, KEYS[0], CLASSIFIER, GaussianL2(), IMAGES[0], 0.4)
-    count = functools.partial(count, num_samples=num_samples, chunk=chunk)
-    split = lambda: count(axis_name="rows")
-    found = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False))()
-    np.testing.assert_array_equal(found, jax.jit(count)())
-    assert found.sum() == num_samples

@@ -48,6 +48,8 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
                 "pixels": np.arange(n, dtype=np.uint64),
                 "predictions": np.arange(n) - 1,
                 "counts": np.full(n, 99),
+                "n": np.full(n, 100),
+                "draws": np.full(n, 110),
                 "p_lower": np.full(n, 0.9),
                 "gap": np.arange(n) / 2,
                 "theta": theta,

@@ -43,6 +43,8 @@ def _arrays(ids, *, per_coordinate=True, seed=0):
         "pixels": rng.integers(0, 2**63, n).astype(np.uint64),
         "predictions": predictions,
         "counts": rng.integers(0, 1001, n).astype(np.int32),
+        "n": np.full(n, 1000),
+        "draws": np.full(n, 1100),
         "p_lower": rng.random(n),
         "gap": np.where(predictions < 0, 0.0, rng.exponential(size=n)),
         "theta": np.minimum(rng.exponential(size=(n, 3, 2, 1) if per_coordinate else n), 1.5).astype(np.float32),

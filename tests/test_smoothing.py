@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from ancer_jax import GaussianL2, UniformL1, from_function
-from ancer_jax.smoothing import Stage, class_counts, smoothed_probs, stage_key
+from ancer_jax.smoothing import Stage, class_counts, class_counts_between, smoothed_probs, stage_key
 from tests import reference
 
 KEY = jax.random.key(0)
@@ -29,6 +29,18 @@ def test_chunk_changes_no_count(chunk):
         counts, class_counts(KEY, CLASSIFIER, GaussianL2(), X, 0.5, num_samples=1003, chunk=64)
     )
     assert counts.sum() == 1003
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_counts_of_ranges_add_up(chunk):
+    """Whether their ends are known when they are compiled or not, and however many steps too many are made."""
+    arguments = KEY, CLASSIFIER, GaussianL2(), X, 0.5
+    between = jax.jit(lambda first, stop, steps: class_counts_between(*arguments, first=first, stop=stop, steps=steps,
+                                                                     chunk=chunk))  # fmt: skip
+    parts = [between(a, b, -(-(b - a) // chunk) + i) for i, (a, b) in enumerate([(0, 1), (1, 400), (400, 1003)])]
+    whole = class_counts(*arguments, num_samples=1003, chunk=100)
+    np.testing.assert_array_equal(sum(parts), whole)
+    assert not between(5, 5, 3).any()
 
 
 def test_batch_and_order_change_no_count():

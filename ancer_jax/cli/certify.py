@@ -17,7 +17,7 @@ from etils import epath
 from ancer_jax import report
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
-from ancer_jax.cli.report import draw, print_table
+from ancer_jax.cli.report import RADII, draw, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, leave
 from ancer_jax.config import Execution, Method, RunConfig, Split
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, check_classes, load_dataset, select, share
@@ -29,6 +29,7 @@ from ancer_jax.optimize import AnisotropicConfig, Guard, IsotropicConfig, Object
 from ancer_jax.pipeline import certify_dataset
 from ancer_jax.regions import geometric_mean
 from ancer_jax.runs import read_run
+from ancer_jax.sequential import SequentialConfig
 from ancer_jax.storage import read_array
 from ancer_jax.training.loop import SETTINGS
 
@@ -70,6 +71,12 @@ class Certify:
     """Draws that estimate its probability (Cohen et al. 2019: 100,000)."""
     alpha: float = CertifyConfig.alpha
     """Probability that a certificate is wrong, per image (Cohen et al. 2019: 0.001)."""
+    sampling: Literal["fixed", "sequential"] = "fixed"
+    """fixed: n draws for every image; sequential: at most n, as many as --radii or --tolerance need; alpha holds."""
+    radii: tuple[str, ...] | None = None
+    """For sequential: radii like 0,0.25,0.5; an image is done when it is decided which of them it reaches."""
+    tolerance: float | None = None
+    """For sequential: an image is done when its region is smaller by this share at most than n draws would make it."""
     skip: int = 1
     """Take every skip-th image."""
     max: int | None = None
@@ -144,7 +151,16 @@ class Certify:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has done its share; {left} images are left")
             leave()
-        print_table([out])
+        print_table([out], parse_radii(self.radii) or RADII)
+
+    def _sampling(self) -> SequentialConfig | None:
+        if self.sampling == "sequential":
+            if self.radii is None and self.tolerance is None:
+                raise ValueError("--sampling sequential needs --radii (0,0.25,0.5, say) or --tolerance (0.02, say)")
+            return SequentialConfig(parse_radii(self.radii), self.tolerance)
+        if self.radii is not None or self.tolerance is not None:
+            raise ValueError("--radii and --tolerance are for --sampling sequential")
+        return None
 
     def certify(
         self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: np.ndarray | None = None
@@ -162,6 +178,7 @@ class Certify:
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
             certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),
+            sampling=self._sampling(),
             isotropic=IsotropicConfig(
                 steps=self.iso_steps, num_samples=self.iso_samples, learning_rate=self.iso_lr, **search
             ),

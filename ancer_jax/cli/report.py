@@ -14,7 +14,7 @@ from ancer_jax.data.pictures import Crop
 from ancer_jax.runs import read_run
 
 PAGE = "report.html"
-_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Report:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
-    radii: tuple[float, ...] | None = None
-    """Radii at which to list certified accuracy."""
+    radii: tuple[str, ...] | None = None
+    """Radii at which to list certified accuracy, with commas or spaces between them."""
     leakage_limit: float = report.LEAKAGE_LIMIT
     """Leakage above which a theta counts as certifying nothing, in the figures that say so."""
     orders: int = 0
@@ -46,10 +46,11 @@ class Report:
             raise ValueError(f"--orders must not be negative, got {self.orders}")
         if not 0 <= self.leakage_limit <= 1:
             raise ValueError(f"--leakage-limit must be in [0, 1], got {self.leakage_limit}")
-        if not all(0 <= radius < math.inf for radius in self.radii or ()):
+        radii = parse_radii(self.radii) or RADII
+        if not all(0 <= radius < math.inf for radius in radii):
             raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
         dataset = load_dataset(self.data, split=self.split, crop=self.crop)
-        results = print_table(list(self.runs), self.radii, self.leakage_limit)
+        results = print_table(list(self.runs), radii, self.leakage_limit)
         with_memory, more = [r for r in results if "changed" in r.columns], []
         if self.orders and not with_memory:
             raise ValueError("--orders needs a run directory with a memory")
@@ -57,18 +58,26 @@ class Report:
             title = "In order of ids (and the range over random orders)"
             more.append((title, report.order_rows(with_memory, orders=self.orders)))
             print("", title, report.format_table(more[0][1]), sep="\n\n")
-        what = {"radii": self.radii or _RADII, "leakage_limit": self.leakage_limit, "more": more}
+        what = {"radii": radii, "leakage_limit": self.leakage_limit, "more": more}
         draw(list(self.runs), results, dataset, self.out, **what)
 
 
+def parse_radii(texts: Sequence[str] | None) -> tuple[float, ...] | None:
+    """The numbers in texts like "0.25,0.5"."""
+    try:
+        return None if texts is None else tuple(float(number) for number in ",".join(texts).split(","))
+    except ValueError:
+        raise ValueError(f"--radii takes numbers, like 0.25,0.5, got {' '.join(texts or ())!r}") from None
+
+
 def print_table(
-    runs: list[str], radii: Sequence[float] | None = None, leakage_limit: float = report.LEAKAGE_LIMIT
+    runs: list[str], radii: Sequence[float] = RADII, leakage_limit: float = report.LEAKAGE_LIMIT
 ) -> list[report.Results]:
     """Print the table of the runs; return what it is of."""
     results = [report.load_results(run) for run in runs]
     if len({r.name for r in results}) < len(runs):
         results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
-    print(report.summary_table(results, list(radii or _RADII), leakage_limit))
+    print(report.summary_table(results, list(radii), leakage_limit))
     return results
 
 
@@ -78,7 +87,7 @@ def draw(
     dataset: Dataset,
     out: str,
     *,
-    radii: Sequence[float] = _RADII,
+    radii: Sequence[float] = RADII,
     **options: Any,
 ) -> None:
     """Draw the curves of all runs and, beside the images of `dataset`, the theta maps of each; write the page, with

@@ -9,20 +9,22 @@ class Passes(NamedTuple):
     leakage that is measured.
     """
 
-    forward: int
-    backward: int
-    leakage: int
+    forward: float
+    backward: float
+    leakage: float
 
 
-def passes(settings: Mapping[str, Any]) -> Passes:
+def passes(settings: Mapping[str, Any], draws: float | None = None) -> Passes:
     """What each image of a run with these settings (`run.settings`) costs.
+
+    `draws` is how many its certificate took on average (`shard["draws"]`); by default all that the settings allow.
 
     Noisy copies are counted one by one. Derivatives are with respect to the noise only. The references of leakage are
     those that were asked for; a small data set has fewer. What is spent once a run is left out: choosing the
     references, and learning the theta of method "shared".
     """
     certificate, leakage = settings["certify"], settings.get("leakage") or {"num_references": 0, "num_samples": 0}
-    forward, backward = certificate["n0"] + certificate["n"], 0
+    forward, backward = certificate["n0"] + certificate["n"] if draws is None else draws, 0
     searches = [settings[name] for name in ("isotropic", "anisotropic") if name in settings]
     for search in searches:
         batch = min(search["leakage_batch"], leakage["num_references"]) if search["leakage_weight"] > 0 else 0

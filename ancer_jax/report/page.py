@@ -115,7 +115,7 @@ def _compute(results: list[Results]) -> dict[str, Any] | None:
         return None
     rows, figures = [], []
     for r in results:
-        forward, backward, leakage = (f"{count:,}" for count in r.passes) if r.passes else "---"
+        forward, backward, leakage = (f"{count:,.0f}" for count in r.passes) if r.passes else "---"
         rows.append(
             {
                 "run": tables.mark(r),

@@ -4,7 +4,8 @@ import dataclasses
 import datetime
 import fractions
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tabulate
@@ -64,7 +65,7 @@ class Results:
     @property
     def passes(self) -> Passes | None:
         """Passes through the network for each image; None where the settings are not known."""
-        return passes(self.run.settings) if self.run else None
+        return passes(self.run.settings, self.run.columns("draws")["draws"].mean()) if self.run else None
 
     @property
     def seconds(self) -> float | None:
@@ -114,11 +115,13 @@ def summary(
     answers count as radius 0 in ACR and ACR-tilde. Where a run went through a memory, all figures but those "before"
     are after it.
     """
+    sampled = any(_sampling(r) for r in results)
     figures = [
         {
             "run": mark(r),
             "norm": r.norm or "?",
             "images": str(len(r.correct)),
+            **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
             "accuracy": _share(r.correct),
             "abstained": _share(r["predict"] == -1),
             "ACR": round_down(average_certified_radius(r["radius"], r.correct), 3),
@@ -208,9 +211,17 @@ def notes(results: list[Results]) -> list[str]:
         said.append("These runs are not of the same images: their figures do not compare.")
     if len({r.norm for r in results if r.norm}) > 1:
         said.append("These runs are of different norms: their figures do not compare.")
+    if decided := [r for r in results if _sampling(r).get("radii")]:
+        radii = "; ".join(f"{r.name}: {', '.join(f'{at:g}' for at in _sampling(r)['radii'])}" for r in decided)
+        said.append(f"Draws went on until radii were decided ({radii}); regions may be larger than is known.")
     if not all(r.reconciled for r in results):
         said.append(f"{_MARK} {NOT_RECONCILED}")
     return said
+
+
+def _sampling(results: Results) -> Mapping[str, Any]:
+    """How sampling stopped before n; empty if it did not."""
+    return (results.run.settings.get("sampling") if results.run else None) or {}
 
 
 def _share(mask) -> str:

@@ -1,0 +1,83 @@
+"""Votes of a batch of images, counted on all devices in pieces, each so many draws of one image.
+
+Whichever images want draws, and how many, all devices have work; how it is shared out changes no draw.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ancer_jax import parallel
+from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certification import select_class
+from ancer_jax.config import RunConfig
+from ancer_jax.sequential import UNIT
+from ancer_jax.smoothing import Stage, class_counts_between, stage_key
+
+
+class Votes:
+    """Counts votes for the selected class of each image of a batch, on all devices of the mesh."""
+
+    def __init__(self, keys, classifier, images, theta, selected, config: RunConfig, *, chunk: int, mesh: Mesh):
+        """Arrays with an entry for each image; `chunk` noisy copies of each at a time."""
+        self._batch = parallel.replicate((keys, images, theta, selected), mesh)
+        self._classifier, self._mesh, self._size = classifier, mesh, len(images)
+        self._pieces, self._how = pieces(config, len(images), chunk, mesh)
+
+    def __call__(self, stage: Stage, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Votes of each of `rows` [m] among its draws first, ..., stop - 1 [m] of a stage; int64 [m]."""
+        return self.end(self.begin(stage, rows, first, stop))[rows]
+
+    def begin(self, stage: Stage, rows, first, stop) -> list[tuple[np.ndarray, jax.Array]]:
+        """Start counting; nothing waits for it. The rows of the pieces, and their votes."""
+        begun, chunk = [], self._how["chunk"]
+        wanted = [(int(row), int(a), int(b)) for row, a, b in zip(rows, first, stop, strict=True) if a < b]
+        while wanted:
+            # Pieces as large as fill the devices once; what does not fit goes into smaller ones.
+            steps = max(1, sum(math.ceil((b - a) / chunk) for _, a, b in wanted) // self._pieces)
+            cut = [(row, i, min(i + steps * chunk, b)) for row, a, b in wanted for i in range(a, b, steps * chunk)]
+            now, wanted = cut[: self._pieces], cut[self._pieces :]
+            now += [(0, 0, 0)] * (self._pieces - len(now))
+            pieces = parallel.split_rows(np.array(now, np.int32), self._mesh)
+            votes = count_pieces(*self._batch, self._classifier, pieces, np.int32(steps), np.int32(stage), **self._how)
+            begun.append((np.array(now)[:, 0], votes))
+        return begun
+
+    def end(self, begun: list[tuple[np.ndarray, jax.Array]]) -> np.ndarray:
+        """What `begin` started, for all images of the batch: int64 [batch]."""
+        votes = np.zeros(self._size, np.int64)
+        for rows, counted in begun:
+            np.add.at(votes, rows, np.asarray(counted))
+        return votes
+
+
+def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, dict[str, Any]]:
+    """How many pieces are counted at a time, `chunk` draws of each image of the batch; and the static arguments."""
+    many = 1
+    if config.sampling is not None and chunk > UNIT:  # looks are multiples of UNIT
+        many, chunk = max(1, chunk // UNIT), UNIT
+    count = math.ceil(batch * many / mesh.size) * mesh.size
+    return count, {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "n0", "chunk"))
+def select(keys, classifier, images, theta, *, certificate, n0, chunk):
+    """The class that most of `n0` draws vote for, of each image: int32 [batch]."""
+    one = lambda key, x, theta: select_class(key, classifier, certificate, x, theta, n0=n0, chunk=chunk)
+    return jax.vmap(one)(keys, images, theta)
+
+
+@functools.partial(jax.jit, static_argnames=("certificate", "chunk"))
+def count_pieces(keys, images, theta, selected, classifier, pieces, steps, stage, *, certificate, chunk):
+    """Votes for the selected class in each of the pieces (row, first, stop) [m, 3] of so many chunks: int32 [m]."""
+
+    def count(piece):
+        row, first, stop = piece
+        arguments = stage_key(keys[row], stage), classifier, certificate, images[row], theta[row]
+        return class_counts_between(*arguments, first=first, stop=stop, steps=steps, chunk=chunk)[selected[row]]
+
+    return jax.vmap(count)(pieces)
