@@ -4,7 +4,7 @@ from ancer_jax import differentiable as differentiable
 from ancer_jax import memory as memory
 from ancer_jax import parallel as parallel
 from ancer_jax import report as report
-from ancer_jax.certificates import GaussianL2, UniformL1
+from ancer_jax.certificates import GaussianL2, SplittingL1, UniformL1
 from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
 from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
 from ancer_jax.config import Execution, RunConfig
@@ -36,6 +36,7 @@ __all__ = [
     "Region",
     "RunConfig",
     "SequentialConfig",
+    "SplittingL1",
     "UniformL1",
     "certify",
     "certify_dataset",

@@ -1,17 +1,19 @@
-"""Noise laws and the certificates they give: sampler, gap from a probability bound, differentiable gap.
+"""Noise laws and the certificates they give: noisy copies, gap from a probability bound, differentiable gap.
 
-A certificate says: if the smoothed classifier `g_theta(x) = argmax_c P(f(x + theta * eps) = c)` gives its top class
-with probability at least `p_lower`, then it is constant on `{y : ||(y - x) / theta||_p <= gap(p_lower)}`.
+A certificate says: if the smoothed classifier `g_theta(x) = argmax_c P(f(noisy copy of x) = c)` gives its top class
+with probability at least `p_lower`, then it is constant on `{y : ||(y - x) / theta||_p <= gap(p_lower)}`. For Gaussian
+and uniform noise a noisy copy is `x + theta * eps`.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+import math
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax.regions import array_library
 
@@ -25,8 +27,10 @@ class Certificate(Protocol):
 
     norm: ClassVar[int]
 
-    def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
-        """One noise draw `theta * eps`, of the shape and dtype of `theta`."""
+    def perturb(
+        self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
+    ) -> Float[Array, "*d"]:
+        """Noisy copy of x number `draw`, by the key `fold_in(key, draw)`."""
         ...
 
     def gap(self, p_lower, p_b_upper=None) -> Any:
@@ -47,8 +51,22 @@ class Certificate(Protocol):
         ...
 
 
+class AdditiveNoise:
+    """What Gaussian and uniform noise share: a noisy copy is `x + sample`."""
+
+    def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """One noise draw `theta * eps`, of the shape and dtype of `theta`."""
+        raise NotImplementedError
+
+    def perturb(
+        self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
+    ) -> Float[Array, "*d"]:
+        """`x + sample(fold_in(key, draw), theta)`."""
+        return x + self.sample(jax.random.fold_in(key, draw), theta)
+
+
 @dataclasses.dataclass(frozen=True)
-class GaussianL2:
+class GaussianL2(AdditiveNoise):
     """`eps ~ N(0, I)`: l2 certificates, theta = standard deviation.
 
     `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds.
@@ -82,7 +100,7 @@ class GaussianL2:
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformL1:
+class UniformL1(AdditiveNoise):
     """`eps ~ U[-1, 1]^d`: l1 certificates, theta = half-width of the noise (not its standard deviation).
 
     `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` with separate bounds.
@@ -112,6 +130,98 @@ class UniformL1:
         return top[0] - top[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class SplittingL1:
+    """Splitting noise: l1 certificates; a noisy copy says of each coordinate in which part of a random split it lies.
+
+    The line is cut at `s + 2 theta k` for all whole k, s being random, and a coordinate goes to the middle of its part
+    of [0, 1]. Two inputs have different copies only if a cut falls between them in some coordinate, with probability
+    `sum |x - y| / (2 theta)` at most, so that `gap = 2 p_lower - 1`, or `p_lower - p_b_upper`: the formulas of uniform
+    noise, for whatever joint distribution of the cuts, and so for one theta per coordinate.
+
+    In the random form, s is uniform on [0, 2 theta] in each coordinate. In the exact form inputs are whole multiples of
+    `1 / levels`, as images of 8 bits are, `2 theta levels` is a whole number Q (`quantised`), cuts are halfway between
+    levels, and draw i cuts coordinate j next to level `(i + offset_j) mod Q_j`. A common multiple of all Q_j of such
+    draws is all there are: counts are probabilities, and certificates hold without alpha, for inputs on the grid.
+
+    Attributes:
+      exact: which form.
+      levels: grid of the exact form: 255 for images of 8 bits.
+      seed: of the offsets, which are fixed for all inputs.
+
+    References: Levine & Feizi 2021 (arXiv 2103.10834). One theta per coordinate is ours, by their proof, which uses no
+    more than the distribution of each coordinate's cuts.
+    """
+
+    exact: bool = False
+    levels: int = 255
+    seed: int = 0
+
+    norm: ClassVar[int] = 1
+    gap = UniformL1.gap
+    proxy_gap = UniformL1.proxy_gap
+
+    def perturb(
+        self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
+    ) -> Float[Array, "*d"]:
+        """Noisy copy of x number `draw`; the exact form needs no key.
+
+        The random form has a derivative in theta for searches: that of the probability to be cut, times what the cut
+        then says, to first order (a straight-through estimate). There is none in x.
+        """
+        if self.exact:
+            cuts = jnp.rint(2 * self.levels * theta)
+            offsets = jax.random.randint(jax.random.key(self.seed, impl="threefry2x32"), x.shape, 0, 2**20)
+            first = jnp.mod(offsets + draw, cuts.astype(jnp.int32)) + 0.5
+            return _middle(jnp.rint(x * self.levels), first, cuts, self.levels) / self.levels
+        uniform = jax.random.uniform(jax.random.fold_in(key, draw), x.shape, x.dtype)
+        fixed, x = jax.lax.stop_gradient(theta), jax.lax.stop_gradient(x)
+        copy = _middle(x, 2 * fixed * uniform, 2 * fixed, 1.0)
+        # Where 2 theta >= 1, there is one cut or none: with probability 1 / (2 theta) it lies somewhere in [0, 1].
+        inside = jnp.minimum(1 / (2 * fixed), 1.0)
+        cut = jnp.where(uniform < inside, uniform / inside, (uniform - inside) / jnp.maximum(1 - inside, 1e-6))
+        told = jnp.where(x < cut, cut, 1 + cut) / 2
+        slope = jnp.where(2 * fixed >= 1, (0.5 - told) * inside / fixed, (copy - x) / fixed)
+        return copy + slope * (theta - fixed)
+
+    def quantised(self, theta, *, period: int | None = None) -> Float[Array, "..."]:
+        """The largest theta of the exact form not above this one: `2 theta levels` is whole, and divides `period`.
+
+        Args:
+          theta: [...], at least `1 / (2 levels)`; smaller ones become that.
+          period: number of draws of all coordinates together; None: of each by itself.
+
+        Returns:
+          float32 [...].
+        """
+        cuts = jnp.maximum(jnp.floor(2 * self.levels * jnp.asarray(theta, jnp.float32) + 1e-3), 1)
+        if period is not None:
+            divisors = jnp.asarray([i for i in range(1, period + 1) if period % i == 0], jnp.float32)
+            cuts = divisors[jnp.searchsorted(divisors, cuts, side="right") - 1]
+        return cuts / (2 * self.levels)
+
+    def num_draws(self, theta) -> int:
+        """How many draws of the exact form there are for a theta of `quantised`: their least common multiple."""
+        return math.lcm(*np.unique(np.rint(2 * self.levels * np.asarray(theta, np.float64)).astype(int)).tolist())
+
+    def exact_gap(self, votes_top, votes_second, num_draws) -> Any:
+        """The gap from the votes of all draws for the top class and the second one: `(top - second - 1) / num_draws`.
+
+        The 1 is for ties, which are decided against us. Arrays of integers [...]; float64 [...], 0 if nothing is
+        certified.
+
+        Guarantee: every input on the grid in the region has more votes for the top class than for any other.
+        """
+        lead = np.asarray(votes_top, np.int64) - np.asarray(votes_second, np.int64)
+        return np.maximum(lead - 1, 0) / np.asarray(num_draws, np.float64)
+
+
+def _middle(x, first, width, end):
+    """The middle of that part of [0, end] in which x lies, where cuts are at `first` and every `width` from there."""
+    lower = first + width * jnp.floor((x - first) / width)
+    return (jnp.maximum(lower, 0.0) + jnp.minimum(lower + width, end)) / 2
+
+
 def _failure_probabilities(p_lower, p_b_upper):
     """(library, `1 - p_lower`, `p_b_upper`, margin): near 1 the failure probability keeps the digits.
 
@@ -123,4 +233,17 @@ def _failure_probabilities(p_lower, p_b_upper):
     return xnp, q_upper, p_b_upper, 2.0**-40 if xnp is np else 2.0**-16
 
 
-CERTIFICATES: dict[str, Certificate] = {"l2": GaussianL2(), "l1": UniformL1()}
+Noise = Literal["gaussian", "uniform", "splitting"]
+NOISES: dict[str, Certificate] = {"gaussian": GaussianL2(), "uniform": UniformL1(), "splitting": SplittingL1()}
+CERTIFICATES: dict[str, Certificate] = {"l2": NOISES["gaussian"], "l1": NOISES["uniform"]}
+
+
+def check_noise(noise: str | None, norm: str) -> None:
+    """Refuse noise that does not certify in this norm; None is the usual one.
+
+    Raises:
+      ValueError: naming those that do.
+    """
+    fitting = [name for name, law in NOISES.items() if f"l{law.norm}" == norm]
+    if noise is not None and noise not in fitting:
+        raise ValueError(f"noise for {norm} must be one of {', '.join(fitting)}, got {noise!r}")

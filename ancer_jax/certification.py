@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
-from ancer_jax.certificates import Certificate
+from ancer_jax.certificates import Certificate, SplittingL1
 from ancer_jax.classifiers import Classifier
 from ancer_jax.smoothing import Stage, class_counts, stage_key
 
@@ -113,6 +113,27 @@ def certification(selected, count, *, certificate: Certificate, config: CertifyC
     prediction = np.where(gap > 0, selected, ABSTAIN)
     columns = (prediction, p_lower, gap, count, np.full(count.shape, config.n))
     return Certification(*(np.asarray(column)[()] for column in columns))
+
+
+def exact_certification(counts, num_draws, *, certificate: SplittingL1) -> Certification:
+    """Certificates from the votes for every class in all draws there are, of the exact form of splitting noise.
+
+    Args:
+      counts: integers [..., K]; ties go to the lowest class.
+      num_draws: number of draws [...].
+      certificate: the noise law.
+
+    Returns:
+      `p_lower` is the top class's probability, and `count` its votes of `n`; the classifier abstains where the second
+      class is as frequent, or behind by one vote.
+
+    Guarantee: no alpha; for inputs on the grid, see `SplittingL1`.
+    """
+    counts, num_draws = np.asarray(counts), np.asarray(num_draws)
+    top = counts.argmax(axis=-1)
+    second, first = np.partition(counts, -2, axis=-1)[..., -2:].transpose(-1, *range(counts.ndim - 1))
+    gap = certificate.exact_gap(first, second, num_draws)
+    return Certification(np.where(gap > 0, top, ABSTAIN), first / num_draws, gap, first, num_draws)
 
 
 _count_votes = jax.jit(count_votes, static_argnames=("certificate", "config", "chunk"))

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certificates import CERTIFICATES, NOISES, Certificate, Noise, SplittingL1, check_noise
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.optimize import THETA_MAX_FACTOR, AnisotropicConfig, Guard, IsotropicConfig
@@ -20,7 +20,12 @@ class RunConfig:
     """Everything that changes the results of a run (semantic settings).
 
     Attributes:
-      norm: "l2" (Gaussian noise) or "l1" (uniform noise).
+      norm: "l2" (Gaussian noise) or "l1".
+      noise: for l1 "uniform" or "splitting"; None is the usual one of the norm.
+      exact: of splitting noise, count all draws there are instead of `certify.n` random ones (`SplittingL1`): theta is
+        rounded down to where that can be done, and certificates hold without alpha.
+      period: with exact and one theta per coordinate, the number of those draws; whole numbers `510 theta` are rounded
+        down to its divisors (for images of 8 bits).
       method: "fixed" theta; "shared": one theta per coordinate, the same for all inputs, which `certify_dataset` is
         given; "isotropic" theta per input; or "ancer": isotropic, then one theta per coordinate and input.
       theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
@@ -37,6 +42,9 @@ class RunConfig:
     """
 
     norm: Literal["l2", "l1"] = "l2"
+    noise: Noise | None = None
+    exact: bool = False
+    period: int = 5040
     method: Method = "fixed"
     theta: float = 0.25
     certify: CertifyConfig = CertifyConfig()
@@ -53,6 +61,11 @@ class RunConfig:
         for name, choices in (("norm", tuple(CERTIFICATES)), ("method", get_args(Method)), ("guard", get_args(Guard))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_noise(self.noise, self.norm)
+        if self.exact and (self.noise != "splitting" or self.sampling is not None):
+            raise ValueError("exact certificates are for splitting noise, and take all draws: no sequential sampling")
+        if not 1 <= self.period < 2**20:
+            raise ValueError(f"period must be in 1..{2**20 - 1}, got {self.period}")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
@@ -75,6 +88,16 @@ class RunConfig:
             raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")
 
     @property
+    def certificate(self) -> Certificate:
+        """The noise law of searches and of random draws."""
+        return NOISES[self.noise] if self.noise else CERTIFICATES[self.norm]
+
+    @property
+    def counted(self) -> Certificate:
+        """The noise law of the draws that certify."""
+        return SplittingL1(exact=True) if self.exact else self.certificate
+
+    @property
     def data_dependent(self) -> bool:
         """Whether every input has a theta of its own."""
         return self.method in ("isotropic", "ancer")
@@ -84,6 +107,8 @@ class RunConfig:
         stages = {"shared": (), "fixed": ("theta",), "isotropic": ("theta", "isotropic")}
         stages["ancer"] = (*stages["isotropic"], "anisotropic")
         used = ["norm", "method", "certify", *stages[self.method], "seed"]
+        used += ["noise", "exact"] if self.noise == "splitting" else []
+        used += ["period"] if self.exact and self.method in ("shared", "ancer") else []
         used += ["sampling"] if self.sampling is not None else []
         used += ["guard"] if self.method == "ancer" else []
         used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ancer_jax import parallel
-from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.certification import select_class
 from ancer_jax.config import RunConfig
 from ancer_jax.sequential import UNIT
@@ -20,16 +19,17 @@ from ancer_jax.smoothing import Stage, class_counts_between, stage_key
 
 
 class Votes:
-    """Counts votes for the selected class of each image of a batch, on all devices of the mesh."""
+    """Counts the votes of noisy copies of a batch of images, on all devices of the mesh."""
 
-    def __init__(self, keys, classifier, images, theta, selected, config: RunConfig, *, chunk: int, mesh: Mesh):
+    def __init__(self, keys, classifier, images, theta, config: RunConfig, *, chunk: int, mesh: Mesh):
         """Arrays with an entry for each image; `chunk` noisy copies of each at a time."""
-        self._batch = parallel.replicate((keys, images, theta, selected), mesh)
-        self._classifier, self._mesh, self._size = classifier, mesh, len(images)
+        self._batch = parallel.replicate((keys, images, theta), mesh)
+        self._classifier, self._mesh = classifier, mesh
+        self._shape = len(images), classifier.num_classes
         self._pieces, self._how = pieces(config, len(images), chunk, mesh)
 
     def __call__(self, stage: Stage, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Votes of each of `rows` [m] among its draws first, ..., stop - 1 [m] of a stage; int64 [m]."""
+        """Votes for each class of each of `rows` [m] in its draws first, ..., stop - 1 [m] of a stage: int64 [m, K]."""
         return self.end(self.begin(stage, rows, first, stop))[rows]
 
     def begin(self, stage: Stage, rows, first, stop) -> list[tuple[np.ndarray, jax.Array]]:
@@ -48,8 +48,8 @@ class Votes:
         return begun
 
     def end(self, begun: list[tuple[np.ndarray, jax.Array]]) -> np.ndarray:
-        """What `begin` started, for all images of the batch: int64 [batch]."""
-        votes = np.zeros(self._size, np.int64)
+        """What `begin` started, for all images of the batch: int64 [batch, K]."""
+        votes = np.zeros(self._shape, np.int64)
         for rows, counted in begun:
             np.add.at(votes, rows, np.asarray(counted))
         return votes
@@ -61,7 +61,7 @@ def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, 
     if config.sampling is not None and chunk > UNIT:  # looks are multiples of UNIT
         many, chunk = max(1, chunk // UNIT), UNIT
     count = math.ceil(batch * many / mesh.size) * mesh.size
-    return count, {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
+    return count, {"certificate": config.counted, "chunk": chunk}
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "n0", "chunk"))
@@ -72,12 +72,12 @@ def select(keys, classifier, images, theta, *, certificate, n0, chunk):
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "chunk"))
-def count_pieces(keys, images, theta, selected, classifier, pieces, steps, stage, *, certificate, chunk):
-    """Votes for the selected class in each of the pieces (row, first, stop) [m, 3] of so many chunks: int32 [m]."""
+def count_pieces(keys, images, theta, classifier, pieces, steps, stage, *, certificate, chunk):
+    """Votes for each class in each of the pieces (row, first, stop) [m, 3] of so many chunks: int32 [m, K]."""
 
     def count(piece):
         row, first, stop = piece
         arguments = stage_key(keys[row], stage), classifier, certificate, images[row], theta[row]
-        return class_counts_between(*arguments, first=first, stop=stop, steps=steps, chunk=chunk)[selected[row]]
+        return class_counts_between(*arguments, first=first, stop=stop, steps=steps, chunk=chunk)
 
     return jax.vmap(count)(pieces)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax import counting, parallel
-from ancer_jax.certificates import CERTIFICATES
-from ancer_jax.certification import Certification, certification
+from ancer_jax.certificates import SplittingL1
+from ancer_jax.certification import Certification, certification, exact_certification
 from ancer_jax.classifiers import Classifier
 from ancer_jax.config import Execution, RunConfig, Split
 from ancer_jax.data import Dataset
@@ -31,10 +31,10 @@ class Computed(NamedTuple):
 
     Attributes:
       theta: [batch] for fixed and isotropic, [batch, *d] for shared and ancer.
-      selected: the selected class.
+      selected: the selected class; for exact certificates the top one.
       leaked, asked: references that theta sends to the selected class, and how many could be sent.
       votes: what counts the votes.
-      begun: votes of all draws, being counted; None where sampling is sequential.
+      begun: votes of all draws, being counted; None where sampling is sequential. For exact certificates, the votes.
     """
 
     theta: jax.Array
@@ -61,26 +61,36 @@ def compute(
     keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
     if config.data_dependent:
         theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
-    how = {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
-    selected = counting.select(keys, classifier, images, theta, n0=config.certify.n0, **how)
+    how = {"certificate": config.certificate, "chunk": chunk}
+    votes, rows = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh), np.arange(len(ids))
+    begin = lambda n: votes.begin(Stage.ESTIMATE, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
+    if config.exact:
+        begun = votes.end(begin(_num_draws(theta)))
+        selected = place(begun.argmax(axis=1).astype(np.int32), split, mesh)
+    else:
+        selected = counting.select(keys, classifier, images, theta, n0=config.certify.n0, **how)
+        begun = None if config.sampling else begin(config.certify.n)
     leaked = asked = np.zeros(len(ids), np.int32)
     if references is not None and config.leakage is not None:
         samples = config.leakage.num_samples
         leaked, asked = _measure_leakage(references, classifier, images, theta, selected, num_samples=samples, **how)
-    votes = counting.Votes(keys, classifier, images, theta, selected, config, chunk=chunk, mesh=mesh)
-    rows = np.arange(len(ids))
-    everything = Stage.ESTIMATE, rows, np.zeros_like(rows), np.full_like(rows, config.certify.n)
-    return Computed(theta, selected, leaked, asked, votes, None if config.sampling else votes.begin(*everything))
+    return Computed(theta, selected, leaked, asked, votes, begun)
 
 
 def certificates(computed: Computed, rows: np.ndarray, config: RunConfig) -> tuple[Certification, np.ndarray]:
     """Certificates of the images `rows` of a batch, and how many draws each one's took, selection included."""
-    certificate, selected, n0 = CERTIFICATES[config.norm], np.asarray(computed.selected)[rows], config.certify.n0
+    certificate, selected, n0 = config.certificate, np.asarray(computed.selected)[rows], config.certify.n0
+    if config.exact:
+        result = exact_certification(computed.begun[rows], _num_draws(computed.theta)[rows], certificate=SplittingL1())
+        return result, result.n
     if config.sampling is None:
-        votes = computed.votes.end(computed.begun)[rows]
+        votes = computed.votes.end(computed.begun)[rows, selected]
         result = certification(selected, votes, certificate=certificate, config=config.certify)
         return result, n0 + result.n
-    draw = lambda stage, some, first, stop: computed.votes(stage, rows[some], first, stop)
+
+    def draw(stage, some, first, stop):
+        return computed.votes(stage, rows[some], first, stop)[np.arange(len(some)), selected[some]]
+
     result, pilot = estimate(
         draw,
         selected,
@@ -103,7 +113,7 @@ def find_references(
     images = parallel.replicate(dataset.images[rows], mesh)
     keys = _example_keys(config.seed, parallel.replicate(dataset.ids[rows].astype(np.uint32), mesh))
     theta = jnp.asarray(config.theta, images.dtype)
-    settings = {"certificate": CERTIFICATES[config.norm], "num_samples": config.leakage.num_samples}
+    settings = {"certificate": config.certificate, "num_samples": config.leakage.num_samples}
     chunk = min(execution.chunk or _USUAL_ON_CPU[1], _USUAL_ON_CPU[1])
     return _make_references(keys, classifier, images=images, theta=theta, **settings, chunk=chunk)
 
@@ -164,7 +174,7 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
     if config.data_dependent:
         search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
-    how = {"certificate": CERTIFICATES[config.norm], "chunk": chunk}
+    how = {"certificate": config.certificate, "chunk": chunk}
     select, selected = _planned(counting.select, keys, classifier, images, theta, n0=config.certify.n0, **how)
     leakage = 0
     if references is not None and config.leakage is not None:
@@ -173,7 +183,7 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     count, how = counting.pieces(config, batch, chunk, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     on_all = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-    arrays = jax.tree.map(on_all, (keys, images, theta, selected))
+    arrays = jax.tree.map(on_all, (keys, images, theta))
     pieces = parallel.split_rows(np.zeros((count, 3), np.int32), mesh)
     votes, _ = _planned(counting.count_pieces, *arrays, classifier, pieces, np.int32(1), np.int32(0), **how)
     return search, max(select, leakage, votes)
@@ -200,6 +210,11 @@ def _start(batch: int, start: np.ndarray, split: Split, mesh: Mesh):
     return place(np.repeat(start[None], batch, axis=0), split, mesh)
 
 
+def _num_draws(theta) -> np.ndarray:
+    """How many draws of the exact form there are for the theta of each image: int64 [batch]."""
+    return np.array([SplittingL1(exact=True).num_draws(one) for one in np.asarray(theta)])
+
+
 @jax.jit
 def _example_keys(seed, ids):
     key = jax.random.key(seed, impl="threefry2x32")
@@ -212,7 +227,7 @@ _make_references = jax.jit(make_references, static_argnames=("certificate", "num
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
 def _find_theta(keys, classifier, images, theta, references, *, config: RunConfig, chunk: int):
     """theta of each image, found from the one given: [batch] for isotropic, [batch, *d] for ancer."""
-    certificate = CERTIFICATES[config.norm]
+    certificate = config.certificate
 
     def per_image(key, x, theta):
         arguments = key, classifier, certificate, x
@@ -234,7 +249,10 @@ def _find_theta(keys, classifier, images, theta, references, *, config: RunConfi
         theta, _ = choose(*arguments, theta, wider, guard=config.guard)
         return theta
 
-    return jax.vmap(per_image)(keys, images, theta)
+    found = jax.vmap(per_image)(keys, images, theta)
+    if not config.exact:
+        return found
+    return SplittingL1().quantised(found, period=config.period if config.method == "ancer" else None)
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))

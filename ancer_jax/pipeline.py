@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import ArrayLike, Float
 
 from ancer_jax import memory, parallel
-from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certificates import SplittingL1
 from ancer_jax.certification import ABSTAIN
 from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
 from ancer_jax.config import Execution, RunConfig
@@ -94,7 +94,7 @@ def certify_dataset(
         if {*dataset.ids.tolist()} <= run.done():
             with run.exporting() as ours:  # not if another process has finished, too, and was first
                 if ours and reconcile and config.data_dependent:
-                    _reconcile(run, dataset.whole, CERTIFICATES[config.norm].norm, reconciled)
+                    _reconcile(run, dataset.whole, config.certificate.norm, reconciled)
                 if ours:
                     run.export()
         return run.path / RESULTS
@@ -127,13 +127,13 @@ def _theta(config: RunConfig, theta_map, shape) -> np.ndarray:
     """The theta of all images, [] or [*d], or where their search starts."""
     if (theta_map is None) == (config.method == "shared"):
         raise ValueError(f"method shared needs a theta_map (--theta-map), and no other takes one: got {config.method}")
-    if theta_map is None:
-        return np.asarray(config.theta, np.float32)
-    theta = np.asarray(theta_map, np.float32)
-    if theta.shape != shape:
+    theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
+    if theta_map is not None and theta.shape != shape:
         raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")
     if not (np.isfinite(theta) & (theta >= np.finfo(np.float32).tiny)).all():
         raise ValueError(f"theta_map must be positive and finite, got {theta.min()} to {theta.max()}")
+    if config.exact and not config.data_dependent:
+        theta = np.asarray(SplittingL1().quantised(theta, period=config.period if theta.ndim else None))
     return theta
 
 
@@ -151,6 +151,8 @@ def _certify_images(
 
     def computing() -> Iterator[tuple[dict[str, np.ndarray], Any]]:
         for batch in batches(take(dataset, rows), batch_size):
+            if config.exact:
+                _check_levels(batch, SplittingL1().levels)
             ids, images = place((batch["id"].astype(np.uint32), batch["image"]), execution.split, mesh)
             yield batch, compute(ids, classifier, images, theta, references, config, **how)
         yield {}, None
@@ -159,6 +161,16 @@ def _certify_images(
         _store(run, batch, computed, config, ended)
         ended = time.perf_counter()
         progress(int(batch["mask"].sum()))
+
+
+def _check_levels(batch, levels: int) -> None:
+    """Refuse images that exact certificates say nothing of."""
+    off = abs(batch["image"] * levels - np.rint(batch["image"] * levels)).reshape(len(batch["id"]), -1).max(axis=1)
+    if (wrong := off > 1e-3).any():
+        raise ValueError(
+            f"exact certificates are of images of 8 bits: pixels of image {batch['id'][wrong][0]} are no multiples of "
+            f"1/{levels}"
+        )
 
 
 def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float) -> None:

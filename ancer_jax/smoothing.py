@@ -46,9 +46,8 @@ def _noisy_logits(key, classifier, certificate, x, theta, draws):
         raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
     x = jnp.asarray(x)
     theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape[1:])
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
-    noise = jax.vmap(lambda k: certificate.sample(k, theta))(keys)
-    return classifier(x + noise)
+    copy = lambda draw, x: certificate.perturb(key, draw, x, theta)
+    return classifier(jax.vmap(copy, (0, 0 if len(x) > 1 else None))(draws, x if len(x) > 1 else x[0]))
 
 
 def class_counts(

@@ -15,6 +15,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax.certificates import Noise
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
 from ancer_jax.cli.report import RADII, draw, parse_radii, print_table
@@ -52,7 +53,13 @@ class Certify:
     """Base classifier: bundled; the folder of a network (of convert or train); or module:function, of a function
     without arguments that returns a Classifier."""
     norm: Literal["l2", "l1"] = "l2"
-    """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020)."""
+    """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020), or --noise."""
+    noise: Noise | None = None
+    """For l1: uniform, or splitting (Levine & Feizi 2021). Default: what the network was trained with."""
+    exact: bool = False
+    """For splitting noise and images of 8 bits: count all draws there are, instead of --n random ones. No alpha."""
+    period: int = RunConfig.period
+    """For --exact with one theta per pixel: how many draws that are; 510 theta is rounded down to its divisors."""
     method: Method = "ancer"
     """fixed: one theta for all; shared: one per pixel, the same for all images (--theta-map); isotropic: one per image
     (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
@@ -145,8 +152,12 @@ class Certify:
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         if trained is not None:
             _check_fit(self.classifier, trained, dataset)
-        out = self.out or f"runs/{self.norm}-{self.method}-{sigma:g}"
-        self.certify(classifier, dataset, sigma, out, theta_map)
+        command = self
+        if self.noise is None and trained is not None and trained.norm == self.norm:
+            command = dataclasses.replace(self, noise=trained.history.get("noise"))
+        law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
+        out = self.out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
+        command.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has done its share; {left} images are left")
@@ -175,6 +186,9 @@ class Certify:
         }
         config = RunConfig(
             norm=self.norm,
+            noise=self.noise,
+            exact=self.exact,
+            period=self.period,
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
             certify=CertifyConfig(n0=self.n0, n=self.n, alpha=self.alpha),

@@ -11,6 +11,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax.certificates import Noise
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.data.pictures import Crop
@@ -43,9 +44,12 @@ class Train:
     """augmentation (Cohen et al. 2019), smoothadv (Salman et al. 2019), macer (Zhai et al. 2020), consistency (Jeong &
     Shin 2020), stability (Yang et al. 2020) or volume (ours)."""
     norm: Literal["l2", "l1"] = "l2"
-    """l2: Gaussian noise; l1: uniform noise."""
+    """l2: Gaussian noise; l1: uniform noise, or --noise."""
+    noise: Noise | None = None
+    """For l1: uniform, or splitting (Levine & Feizi 2021)."""
     sigma: float = 0.25
-    """Noise theta, in units of pixels in [0, 1]: standard deviation, or half-width of the uniform noise."""
+    """Noise theta, in units of pixels in [0, 1]: standard deviation, or half-width of the uniform noise; for splitting,
+    half the distance between cuts."""
     epochs: int | None = None
     """Times that every image is seen."""
     batch_size: int | None = None
@@ -107,7 +111,7 @@ class Train:
         if self.drop_every is not None:
             changes["drop_every"] = self.drop_every or None
         config = dataclasses.replace(
-            preset, norm=self.norm, theta=self.sigma, flip=self.flip, seed=self.seed, **changes
+            preset, norm=self.norm, noise=self.noise, theta=self.sigma, flip=self.flip, seed=self.seed, **changes
         )
         if (self.mean is None) != (self.std is None):
             raise ValueError("--mean and --std go together")

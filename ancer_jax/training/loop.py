@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax import parallel
-from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.certificates import CERTIFICATES, NOISES, AdditiveNoise, Certificate, Noise, check_noise
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.runs import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_share, write_file
@@ -35,7 +35,8 @@ class TrainConfig:
 
     Attributes:
       method: the loss (`training.losses`).
-      norm, theta: the noise: "l2" (Gaussian) or "l1" (uniform), and its parameter, in units of [0, 1] pixels.
+      norm, theta: "l2" (Gaussian noise) or "l1", and the noise parameter, in units of [0, 1] pixels.
+      noise: for l1 "uniform" or "splitting" (Levine & Feizi 2021); None is the usual one of the norm.
       epochs, batch_size: images of a batch, without their noisy copies.
       copies: noisy copies of each image (m).
       learning_rate, momentum, nesterov, weight_decay: of SGD; the decay is on all parameters.
@@ -69,6 +70,7 @@ class TrainConfig:
     shift: int = 4
     flip: bool = True
     seed: int = 0
+    noise: Noise | None = None
 
     def __post_init__(self):
         for name, choices in (("method", get_args(TrainingMethod)), ("norm", tuple(CERTIFICATES))):
@@ -96,6 +98,14 @@ class TrainConfig:
             raise ValueError(f"{self.method} training compares noisy copies: at least 2, got copies = {self.copies}")
         if self.method == "macer" and self.norm != "l2":
             raise ValueError("macer maximises the l2 radius of Gaussian noise: norm must be l2")
+        check_noise(self.noise, self.norm)
+        if self.method == "smoothadv" and not isinstance(self.certificate, AdditiveNoise):
+            raise ValueError(f"smoothadv attacks through noise that is added, not through {self.noise} noise")
+
+    @property
+    def certificate(self) -> Certificate:
+        """The noise law."""
+        return NOISES[self.noise] if self.noise else CERTIFICATES[self.norm]
 
 
 _USED: dict[TrainingMethod, tuple[str, ...]] = {
@@ -236,13 +246,14 @@ def _step(variables, moments, number, images, labels, epsilon, *, network, confi
     _, noise_key = jax.random.split(jax.random.key(config.seed))
     key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
     images = _augment(key_augment, images, config)
-    certificate = CERTIFICATES[config.norm]
-    noise = certificate.sample(key_noise, jnp.full((len(images), config.copies, *images.shape[1:]), config.theta))
+    theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.theta)
     if config.method == "smoothadv":
+        noise = _noisy(config.certificate, key_noise, jnp.zeros_like(theta), theta)
         evaluate = lambda noisy: network.apply(variables, noisy)
         attack = functools.partial(losses.attack, evaluate, epsilon=epsilon, steps=config.attack_steps)
         images = jax.lax.stop_gradient(jax.vmap(attack)(images, labels, noise))
-    noisy = (images[:, None] + noise).reshape(-1, *images.shape[1:])
+    noisy = _noisy(config.certificate, key_noise, jnp.broadcast_to(images[:, None], theta.shape), theta)
+    noisy = noisy.reshape(-1, *images.shape[1:])
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def loss(params):
@@ -267,8 +278,15 @@ def _loss(config: TrainConfig, logits, label):
         case "stability":
             return losses.stability(logits, label, weight=config.weight)
         case "volume":
-            return losses.volume(logits, label, config.theta, CERTIFICATES[config.norm], weight=config.weight)
+            return losses.volume(logits, label, config.theta, config.certificate, weight=config.weight)
     return losses.augmentation(logits, label)
+
+
+def _noisy(certificate: Certificate, key, images, theta):
+    """Images under one draw of the noise of them all."""
+    if isinstance(certificate, AdditiveNoise):
+        return images + certificate.sample(key, theta)
+    return certificate.perturb(key, 0, images, theta)
 
 
 def _augment(key, images, config: TrainConfig):
@@ -305,9 +323,11 @@ def _measure(network, variables, test: Dataset, config: TrainConfig, mesh: Mesh)
 def _measure_batch(variables, start, images, labels, inside, *, network, config: TrainConfig, batch_size: int):
     key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
     # Of the images without the padding, which depends on the number of devices.
-    noise = CERTIFICATES[config.norm].sample(key, jnp.full((batch_size, *images.shape[1:]), config.theta))
-    noise = jnp.pad(noise, [(0, len(images) - batch_size), *[(0, 0)] * (images.ndim - 1)])
-    logits = network.apply(variables, images + noise)
+    noisy = _noisy(
+        config.certificate, key, images[:batch_size], jnp.full((batch_size, *images.shape[1:]), config.theta)
+    )
+    noisy = jnp.pad(noisy, [(0, len(images) - batch_size), *[(0, 0)] * (images.ndim - 1)])
+    logits = network.apply(variables, noisy)
     losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.stack([(losses_ * inside).sum(), ((logits.argmax(-1) == labels) * inside).sum()])
 

@@ -1,0 +1,223 @@
+"""Splitting noise: certificates checked by enumeration, both forms, one theta and one per coordinate."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ancer_jax import (
+    ABSTAIN,
+    AnisotropicConfig,
+    CertifyConfig,
+    Execution,
+    IsotropicConfig,
+    LeakageConfig,
+    RunConfig,
+    SequentialConfig,
+    SplittingL1,
+    certify_dataset,
+    from_function,
+    optimize_anisotropic,
+    report,
+    smoothing,
+)
+from ancer_jax.certification import exact_certification
+from ancer_jax.data import Dataset
+from ancer_jax.runs import read_run
+from ancer_jax.training import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(0, impl="threefry2x32")
+LEVELS, DIMENSION, CLASSES = 4, 3, 3
+LAW, EXACT = SplittingL1(levels=LEVELS), SplittingL1(exact=True, levels=LEVELS)
+GRID = np.array(list(itertools.product(range(LEVELS + 1), repeat=DIMENSION)), np.float32) / LEVELS
+
+
+def _hashing(variables, x):
+    """A classifier without any structure: each different input gets a class of its own, as if by chance."""
+    numbers = jnp.rint(x.reshape(len(x), -1) * 8 * LEVELS).astype(jnp.uint32)  # copies are multiples of 1 / (4 levels)
+    mixed = (numbers * variables["odd"]).sum(axis=1)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2_246_822_519)
+    mixed = (mixed ^ (mixed >> 13)) % variables["bias"]
+    return jax.nn.one_hot(jnp.minimum(mixed, CLASSES - 1), CLASSES)
+
+
+def _classifier(seed, bias):
+    odd = np.random.default_rng(seed).integers(2**31, size=DIMENSION, dtype=np.uint32) * 2 + 1
+    return from_function(_hashing, {"odd": odd, "bias": jnp.uint32(bias)}, num_classes=CLASSES)
+
+
+@jax.jit
+def _exact_votes(classifier, theta, num_draws):
+    count = lambda x: smoothing.class_counts_between(
+        *(KEY, classifier, EXACT, x, theta), first=0, stop=num_draws, steps=num_draws, chunk=1
+    )
+    return jax.vmap(count)(GRID)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("anisotropic", [False, True])
+def test_every_point_of_a_certified_region_keeps_its_class(seed, anisotropic):
+    """All points of the grid, with the votes of all draws there are."""
+    rng = np.random.default_rng(seed)
+    period = 24
+    divisors = np.array([i for i in range(2, period + 1) if period % i == 0])
+    cuts = rng.choice(divisors, DIMENSION if anisotropic else 1) * np.ones(DIMENSION, int)
+    theta = np.float32(cuts / (2 * LEVELS))
+    np.testing.assert_array_equal(EXACT.quantised(theta), theta)
+    num_draws = EXACT.num_draws(theta)
+    assert num_draws == np.lcm.reduce(cuts)
+    certified = 0
+    for bias in (4, 40, 1_000):  # the last class gets more and more
+        votes = np.asarray(_exact_votes(_classifier(seed, bias), theta, num_draws))
+        assert (votes.sum(axis=1) == num_draws).all()
+        result = exact_certification(votes, np.full(len(votes), num_draws), certificate=EXACT)
+        for x, prediction, gap in zip(GRID, result.prediction, result.gap, strict=True):
+            inside = (abs(GRID - x) / theta).sum(axis=1) <= gap
+            assert prediction == ABSTAIN or (votes.argmax(axis=1)[inside] == prediction).all()
+            certified += inside.sum() - 1 if prediction != ABSTAIN else 0
+    assert certified > 0
+
+
+def test_the_gap_cannot_be_made_larger():
+    """A vote more, and a point of the region has another class: a classifier that looks at one coordinate."""
+    first_half = from_function(lambda v, x: jnp.stack([0.45 - x[:, 0], x[:, 0] - 0.45], 1), {}, num_classes=2)
+    theta = np.float32(np.full(DIMENSION, 5 / (2 * LEVELS)))
+    votes = np.asarray(_exact_votes(first_half, theta, 5))
+    result = exact_certification(votes, np.full(len(votes), 5), certificate=EXACT)
+    too_large = [
+        (votes.argmax(axis=1)[(abs(GRID - x) / theta).sum(axis=1) <= gap + 2 / 5 + 1e-6] != prediction).any()
+        for x, prediction, gap in zip(GRID, result.prediction, result.gap, strict=True)
+        if prediction != ABSTAIN
+    ]
+    assert any(too_large)
+
+
+def test_cuts_of_a_coordinate_are_uniform_and_copies_are_middles():
+    theta = np.float32([5 / 8, 2 / 8, 10 / 8])
+    for x in GRID[[0, 7, 40, 124]]:
+        copies = np.array([EXACT.perturb(KEY, i, jnp.asarray(x), jnp.asarray(theta)) for i in range(10)])
+        for j, cuts in enumerate((5, 2, 10)):
+            expected = []
+            for s in range(cuts):
+                edges = [s + 0.5 + cuts * k for k in range(-20, 20)]
+                lower = max(edge for edge in edges if edge < x[j] * LEVELS)
+                expected.append((max(lower, 0) + min(lower + cuts, LEVELS)) / 2 / LEVELS)
+            np.testing.assert_array_equal(np.sort(copies[:, j]), np.sort(np.float32(expected * (10 // cuts))))
+
+
+@pytest.mark.parametrize("theta", [0.2, 0.5, 0.9])
+def test_random_copies_follow_their_law(theta):
+    """Two inputs differ with the probability of a cut between them; a copy is the middle of what is told."""
+    x, y, draws = np.float32(0.35), np.float32(0.55), jnp.arange(20_000)
+    copy = jax.jit(jax.vmap(lambda i, x: LAW.perturb(KEY, i, x, jnp.full((1,), theta)), (0, None)))
+    ours, theirs = copy(draws, jnp.full((1,), x)), copy(draws, jnp.full((1,), y))
+    assert abs((ours != theirs).mean() - 0.2 / (2 * theta)) < 0.012
+    assert (ours >= 0).all() and (ours <= 1).all()
+    if theta >= 0.5:
+        untold = np.isclose(ours, 0.5).mean()
+        assert abs(untold - (1 - 1 / (2 * theta))) < 0.015
+
+
+@pytest.mark.parametrize("theta", [0.6, 1.2])
+def test_the_derivative_is_right_for_a_linear_function(theta):
+    """E[copy] in closed form: 1/2 + (mean of what a cut says - 1/2) / (2 theta), of x = 0.2."""
+    x, draws = jnp.full((1,), 0.2), jnp.arange(40_000)
+    mean = lambda t: jax.vmap(lambda i: LAW.perturb(KEY, i, x, jnp.full((1,), t)))(draws).mean()
+    told = (0.2 + 0.2**2 / 2) / 2 + (1 - 0.2**2) / 4
+    value, slope = jax.value_and_grad(mean)(theta)
+    assert value == pytest.approx(0.5 + (told - 0.5) / (2 * theta), abs=5e-3)
+    assert slope == pytest.approx((0.5 - told) / (2 * theta**2), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("theta", "period", "expected"), [(0.5, None, 255), (0.3, None, 153), (0.25, None, 127), (0.5, 5040, 252)]
+)
+def test_theta_is_rounded_down_to_what_can_be_enumerated(theta, period, expected):
+    law = SplittingL1(exact=True)
+    found = law.quantised(theta, period=period)
+    assert found == np.float32(expected / 510) and law.num_draws(found) == expected
+    np.testing.assert_array_equal(law.quantised(found, period=period), found)
+    assert law.quantised(1e-6) == np.float32(1 / 510)
+
+
+RNG = np.random.default_rng(0)
+IMAGES = (RNG.integers(0, 256, (6, 3, 3, 1)) / 255).astype(np.float32)
+DATASET = Dataset("levels", np.arange(6), IMAGES, RNG.integers(0, 2, 6), 2)
+LINEAR = from_function(
+    lambda v, x: jnp.stack([x.sum((1, 2, 3)) - 4.5, 4.5 - x.sum((1, 2, 3))], 1) * 3.0, {}, num_classes=2
+)
+SHORT = {"steps": 5, "num_samples": 10}
+SMALL = dict(
+    norm="l1", noise="splitting", theta=0.3, certify=CertifyConfig(n0=20, n=2_000), guard_samples=50,
+    isotropic=IsotropicConfig(**SHORT), anisotropic=AnisotropicConfig(**SHORT), leakage=LeakageConfig(3, 4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fixed", pytest.param("isotropic", marks=pytest.mark.slow), "ancer"])
+def test_an_exact_run_takes_all_draws_and_needs_no_alpha(tmp_path, method):
+    config = RunConfig(**SMALL, method=method, exact=True, period=840)
+    certify_dataset(LINEAR, DATASET, config, out=tmp_path / "a", execution=Execution(batch_size=4, chunk=64))
+    certify_dataset(LINEAR, DATASET, config, out=tmp_path / "b", execution=Execution(batch_size=6, devices=3, chunk=7))
+    first, other = (read_run(tmp_path / name).columns("counts", "n", "draws", "gap", "theta") for name in "ab")
+    for name in first:
+        np.testing.assert_array_equal(first[name], other[name])
+    cuts = np.rint(first["theta"] * 510).astype(int)
+    np.testing.assert_allclose(first["theta"], cuts / 510, rtol=1e-6)
+    expected = {"fixed": 153, "isotropic": cuts, "ancer": [np.lcm.reduce(one.ravel()) for one in cuts]}[method]
+    np.testing.assert_array_equal(first["n"], np.broadcast_to(expected, 6))
+    assert (840 % cuts == 0).all() or method != "ancer"
+    np.testing.assert_array_equal(first["draws"], first["n"])
+    margin = 2 * first["counts"] - first["n"] - 1
+    np.testing.assert_array_equal(first["gap"], np.maximum(margin, 0) / first["n"])
+    assert (first["gap"] > 0).any()
+    results = report.load_results(tmp_path / "a")
+    assert results.reconciled and results.norm == "l1"
+
+
+def test_random_and_exact_certificates_agree(tmp_path):
+    for name, exact in (("random", False), ("exact", True)):
+        certify_dataset(LINEAR, DATASET, RunConfig(**SMALL, exact=exact), out=tmp_path / name)
+    random, exact = (read_run(tmp_path / name).columns("gap", "counts", "n") for name in ("random", "exact"))
+    # Not equal: the exact form's cuts depend on each other, so that it is another classifier.
+    np.testing.assert_allclose(random["counts"] / random["n"], exact["counts"] / exact["n"], atol=0.15)
+    assert "noise" in read_run(tmp_path / "random").settings and exact["gap"].sum() > random["gap"].sum()
+
+
+def test_the_search_follows_splitting_noise():
+    search = AnisotropicConfig(steps=20, num_samples=64, learning_rate=0.05, theta_max=2.0)
+    theta, trace = optimize_anisotropic(KEY, LINEAR, SplittingL1(), IMAGES[0] * 0 + 0.9, np.float32(0.6), config=search)
+    assert (theta >= 0.6).all() and theta.max() > 0.7 and trace.proxy_radius[-1] > trace.proxy_radius[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"norm": "l2"}, "noise for l2 must be one of gaussian, got 'splitting'"),
+        ({"noise": "gaussian"}, "noise for l1 must be one of uniform, splitting, got 'gaussian'"),
+        ({"noise": None, "exact": True}, "exact certificates are for splitting noise"),
+        ({"exact": True, "sampling": SequentialConfig(tolerance=0.1)}, "no sequential sampling"),
+        ({"period": 0}, "period must be in 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        RunConfig(**SMALL | change)
+    if change.get("noise"):
+        with pytest.raises(ValueError, match=text):
+            TrainConfig(norm="l1", noise=change["noise"])
+
+
+def test_images_off_the_grid_are_refused_by_name(tmp_path):
+    off = dataclasses.replace(DATASET, images=IMAGES + np.float32(0.001) * (np.arange(6) == 3)[:, None, None, None])
+    with pytest.raises(ValueError, match="pixels of image 3 are no multiples of 1/255"):
+        certify_dataset(LINEAR, off, RunConfig(**SMALL, exact=True), out=tmp_path)
+
+
+def test_smoothadv_needs_noise_that_is_added():
+    with pytest.raises(ValueError, match="smoothadv attacks through noise that is added, not through splitting noise"):
+        TrainConfig("smoothadv", "l1", epsilon=0.1, attack_steps=2, noise="splitting")
