@@ -21,11 +21,6 @@ class RunConfig:
 
     Attributes:
       norm: "l2" (Gaussian noise) or "l1".
-      noise: for l1 "uniform" or "splitting"; None is the usual one of the norm.
-      exact: of splitting noise, count all draws there are instead of `certify.n` random ones (`SplittingL1`): theta is
-        rounded down to where that can be done, and certificates hold without alpha.
-      period: with exact and one theta per coordinate, the number of those draws; whole numbers `510 theta` are rounded
-        down to its divisors (for images of 8 bits).
       method: "fixed" theta; "shared": one theta per coordinate, the same for all inputs, which `certify_dataset` is
         given; "isotropic" theta per input; or "ancer": isotropic, then one theta per coordinate and input.
       theta: the fixed noise parameter, or where the search starts: standard deviation (l2) or half-width (l1).
@@ -36,15 +31,17 @@ class RunConfig:
       leakage_limit: with a limit, a theta that leaks more is not taken: the anisotropic one gives way to the isotropic
         one, and that to `theta`.
       seed: of all draws, in [0, 2^31).
+      noise: for l1 "uniform" or "splitting"; None is the usual one of the norm.
+      exact: of splitting noise, count all draws there are instead of `certify.n` random ones (`SplittingL1`): theta is
+        rounded down to where that can be done, and certificates hold without alpha.
+      period: with exact and one theta per coordinate, the number of those draws; whole numbers `510 theta` are rounded
+        down to its divisors (for images of 8 bits).
 
     Raises:
       ValueError: if a setting is out of range.
     """
 
     norm: Literal["l2", "l1"] = "l2"
-    noise: Noise | None = None
-    exact: bool = False
-    period: int = 5040
     method: Method = "fixed"
     theta: float = 0.25
     certify: CertifyConfig = CertifyConfig()
@@ -56,6 +53,9 @@ class RunConfig:
     leakage: LeakageConfig | None = LeakageConfig()
     leakage_limit: float | None = None
     seed: int = 0
+    noise: Noise | None = None
+    exact: bool = False
+    period: int = 5040
 
     def __post_init__(self):
         for name, choices in (("norm", tuple(CERTIFICATES)), ("method", get_args(Method)), ("guard", get_args(Guard))):
@@ -64,8 +64,8 @@ class RunConfig:
         check_noise(self.noise, self.norm)
         if self.exact and (self.noise != "splitting" or self.sampling is not None):
             raise ValueError("exact certificates are for splitting noise, and take all draws: no sequential sampling")
-        if not 1 <= self.period < 2**20:
-            raise ValueError(f"period must be in 1..{2**20 - 1}, got {self.period}")
+        if not 1 <= self.period < 2**15:
+            raise ValueError(f"period must be in 1..{2**15 - 1}, got {self.period}")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:

@@ -5,7 +5,7 @@ theta is then certified with draws of its own.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.core
@@ -22,6 +22,8 @@ from ancer_jax.regions import Region, geometric_mean, is_superset, proxy_radius
 from ancer_jax.smoothing import Stage, class_counts, smoothed_probs, stage_key
 
 Objective = Literal["ancer", "log_volume"]
+Ascent = Literal["log", "reference"]
+_Config = TypeVar("_Config", bound="SearchConfig")
 Guard = Literal["off", "volume", "superset"]
 
 # Without a bound the search runs away: noise that erases the image makes the network constant, and the certificate of a
@@ -37,13 +39,15 @@ class SearchConfig:
 
     Attributes:
       steps: ascent steps.
-      num_samples: noise draws per step.
-      learning_rate: step size, in the units of x.
+      num_samples: noise draws per step, fresh ones each time.
+      learning_rate: step size: of log(theta), or with `ascent="reference"` in the units of x.
+      ascent: "log", Adam over log(theta) with steps that end at 0 (a cosine); or "reference", what the papers' code
+        does: plain gradient ascent over theta (isotropic), or Adam (anisotropic). See `reference`.
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
       theta_max: upper bound of every coordinate of theta (never below `theta_init`); None means 4 times `theta_init`;
         `inf` is no bound.
       leakage_weight: how much of the soft leakage (`leakage.soft_leakage`) is taken off the objective; 0 is none. With
-        weights of 20 and more the isotropic search, plain gradient ascent, can overshoot.
+        weights of 20 and more plain gradient ascent can overshoot.
       leakage_batch: references per step.
 
     Raises:
@@ -51,8 +55,9 @@ class SearchConfig:
     """
 
     steps: int = 100
-    num_samples: int = 100
-    learning_rate: float = 0.04
+    num_samples: int = 64
+    learning_rate: float = 0.08
+    ascent: Ascent = "log"
     objective: Objective = "ancer"
     theta_max: float | None = None
     leakage_weight: float = 0.0
@@ -68,20 +73,30 @@ class SearchConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.leakage_weight < float("inf"):
             raise ValueError(f"leakage_weight must be finite and not negative, got {self.leakage_weight}")
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
+        for name, choices in (("objective", get_args(Objective)), ("ascent", get_args(Ascent))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def reference(cls: type[_Config], **changes: Any) -> _Config:
+        """The settings of the papers' code, with `changes`: 100 draws, rate 0.04, and 900 (isotropic) or 100 steps."""
+        steps = 900 if cls is IsotropicConfig else 100
+        settings = {"steps": steps, "num_samples": 100, "learning_rate": 0.04, "ascent": "reference"}
+        return cls(**settings | changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class IsotropicConfig(SearchConfig):
-    """Settings of `optimize_isotropic` (defaults: Alfarra et al. 2022, the reference's run)."""
+    """Settings of `optimize_isotropic`; those of Alfarra et al. 2022 are `IsotropicConfig.reference()`."""
 
-    steps: int = 900
+    steps: int = 20
+    num_samples: int = 32
+    learning_rate: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class AnisotropicConfig(SearchConfig):
-    """Settings of `optimize_anisotropic` and of the guarded choice (defaults: Eiras et al. 2022).
+    """Settings of `optimize_anisotropic`; those of Eiras et al. 2022 are `AnisotropicConfig.reference()`.
 
     Attributes:
       kappa: weight of `min(theta)` in the "ancer" objective.
@@ -112,7 +127,7 @@ def optimize_isotropic(
     config: IsotropicConfig,
     references: References | None = None,
 ) -> tuple[Float[Array, ""], OptimizeTrace]:
-    """One noise level for this input: plain gradient ascent of `theta * proxy_gap(theta)` over a scalar theta.
+    """One noise level for this input: gradient ascent of `theta * proxy_gap(theta)` over a scalar theta.
 
     With `objective="log_volume"`: `log(proxy_gap) + log(theta)`.
 
@@ -149,7 +164,7 @@ def optimize_isotropic(
         x,
         theta_init,
         objective=objective,
-        optimizer=optax.sgd(config.learning_rate),
+        reference=optax.sgd(config.learning_rate),
         lower=theta_init / 100,
         config=config,
         references=references,
@@ -166,7 +181,7 @@ def optimize_anisotropic(
     config: AnisotropicConfig,
     references: References | None = None,
 ) -> tuple[Float[Array, "*d"], OptimizeTrace]:
-    """One noise parameter per coordinate: ANCER's projected Adam ascent.
+    """One noise parameter per coordinate: projected gradient ascent.
 
     Maximises `proxy_gap * (geometric_mean(theta) + kappa * min(theta))` (or, with `objective="log_volume"`,
     `log(proxy_gap) + mean(log theta)`) subject to `theta_init <= theta <= theta_max`, projecting after every step.
@@ -204,7 +219,7 @@ def optimize_anisotropic(
         x,
         theta_init,
         objective=objective,
-        optimizer=optax.adam(config.learning_rate),
+        reference=optax.adam(config.learning_rate),
         lower=theta_init,
         config=config,
         references=references,
@@ -219,16 +234,25 @@ def check_start(theta_init) -> None:
             raise ValueError(f"theta_init must be positive and finite, got {theta.min()}")
 
 
-def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer, lower, config, references):
-    """Projected gradient ascent over theta, fresh draws at every step, of `objective(theta, gap)` less the penalty:
-    `leakage_weight` times the soft leakage to the class that x has at this step.
+def _ascend(key, classifier, certificate, x, theta_init, *, objective, reference, lower, config, references):
+    """Projected gradient ascent, fresh draws at every step, of `objective(theta, gap)` less the penalty:
+    `leakage_weight` times the soft leakage to the class that x has at this step. It is over log(theta), or over theta
+    with the optimizer `reference`.
     """
     if config.leakage_weight > 0 and references is None:
         raise ValueError(f"leakage_weight = {config.leakage_weight} needs references, got None")
     upper = THETA_MAX_FACTOR * theta_init if config.theta_max is None else config.theta_max
     upper = jnp.maximum(upper, theta_init)
 
-    def loss(theta, key):
+    if config.ascent == "log":
+        # The variance of gradients is forgotten over a hundred steps, not over a thousand: there are few.
+        optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), b2=0.99)
+        inside, to_theta = jnp.log, jnp.exp
+    else:
+        optimizer, inside, to_theta = reference, jnp.asarray, jnp.asarray
+
+    def loss(position, key):
+        theta = to_theta(position)
         probs = smoothed_probs(key, classifier, certificate, x, theta, num_samples=config.num_samples)
         gap = certificate.proxy_gap(probs)
         value = objective(theta, gap)
@@ -241,16 +265,17 @@ def _ascend(key, classifier, certificate, x, theta_init, *, objective, optimizer
         return -value, OptimizeTrace(gap, gap * geometric_mean(theta))
 
     def step(carry, i):
-        theta, state = carry
-        gradient, trace = jax.grad(loss, has_aux=True)(theta, jax.random.fold_in(key, i))
+        position, state = carry
+        gradient, trace = jax.grad(loss, has_aux=True)(position, jax.random.fold_in(key, i))
         updates, new_state = optimizer.update(gradient, state)
-        new_theta = jnp.clip(theta + updates, lower, upper)
-        finite = jnp.isfinite(new_theta).all()
+        new_position = jnp.clip(position + updates, inside(lower), inside(upper))
+        finite = jnp.isfinite(new_position).all()
         keep = lambda new, old: jnp.where(finite, new, old)
-        return jax.tree.map(keep, (new_theta, new_state), (theta, state)), trace
+        return jax.tree.map(keep, (new_position, new_state), (position, state)), trace
 
-    (theta, _), trace = jax.lax.scan(step, (theta_init, optimizer.init(theta_init)), jnp.arange(config.steps))
-    return theta, trace
+    start = inside(theta_init)
+    (position, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
+    return jnp.clip(to_theta(position), lower, upper), trace
 
 
 def guarded_choice(

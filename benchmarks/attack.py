@@ -64,8 +64,8 @@ def count(keys, classifier, x, theta, *, norm):
 def measure(norm, method, folder):
     bundled, test = aj.load_bundled(norm), aj.load_dataset("fashion-mnist-subset")
     test = select(test, skip=len(test) // IMAGES, max_images=IMAGES)
-    search_config = aj.IsotropicConfig(steps=100)
-    settings = aj.RunConfig(norm, method, bundled.theta, CONFIG, isotropic=search_config, seed=SEED)
+    searches = {"isotropic": aj.IsotropicConfig.reference(steps=100), "anisotropic": aj.AnisotropicConfig.reference()}
+    settings = aj.RunConfig(norm, method, bundled.theta, CONFIG, **searches, seed=SEED)
     out = f"{folder}/{norm}-{method}"
     aj.certify_dataset(bundled.classifier, test, settings, out=out, reconcile=False)
     columns = read_run(out).columns("predictions", "gap", "theta")

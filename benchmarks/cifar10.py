@@ -25,8 +25,8 @@ NETWORK = "cifar_resnet20"
 SIGMA = {"l2": 0.25, "l1": 0.5}
 FACTORS = (0.5, 1.0, 2.0)  # of the training noise, for fixed theta
 TRAIN = ["--batch-size", "64", "--lr", "0.1", "--drop-every", "0"]
-SEARCH = ["--iso-steps", "25", "--iso-samples", "32", "--ancer-steps", "25", "--ancer-samples", "32"]
-SEARCH += ["--guard-samples", "300", "--leakage-references", "32", "--leakage-samples", "16"]
+SEARCH = ["--preset", "reference", "--iso-steps", "25", "--iso-samples", "32", "--ancer-steps", "25"]
+SEARCH += ["--ancer-samples", "32", "--guard-samples", "300", "--leakage-references", "32", "--leakage-samples", "16"]
 
 
 def main() -> int:

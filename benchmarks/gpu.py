@@ -198,8 +198,8 @@ def search(small, seed):
     steps, draws = (2, 10) if small else (20, 100)
     plans = [("SmallCNN", batch) for batch in ((2,) if small else (1, 10, 100))] + [("ResNet-18", 1 if small else 10)]
     stages = {
-        "isotropic": (optimize_isotropic, IsotropicConfig(steps=steps, num_samples=draws), 900),
-        "anisotropic": (optimize_anisotropic, AnisotropicConfig(steps=steps, num_samples=draws), 100),
+        "isotropic": (optimize_isotropic, IsotropicConfig.reference(steps=steps, num_samples=draws), 900),
+        "anisotropic": (optimize_anisotropic, AnisotropicConfig.reference(steps=steps, num_samples=draws), 100),
     }
     rows = []
     for name, batch in plans:
@@ -266,7 +266,7 @@ def imagenet(small, seed):
         variables = jax.jit(network.init)(jax.random.key(seed), data.images[:1])
         classifier = from_linen(network, variables, num_classes=classes)
         n, steps = (10, 1) if small else (2000, 5)
-        search = IsotropicConfig(steps=steps, num_samples=4 if small else 100)
+        search = IsotropicConfig.reference(steps=steps, num_samples=4 if small else 100)
         config = RunConfig(method=method, certify=CertifyConfig(n0=10, n=n), isotropic=search, leakage=None)
         chosen = execution.fit(classifier, data, None, config, Execution(), parallel.device_mesh(1))
         times = []

@@ -78,12 +78,16 @@ def certify(case, norm, folder):
     if case == "near-duplicates":
         law = aj.GaussianL2() if norm == "l2" else aj.UniformL1()
         dataset = near_duplicates(bundled.classifier, law, bundled.theta)
-        config = aj.RunConfig(method="ancer", isotropic=aj.IsotropicConfig(steps=100), **settings)
+        searches = {
+            "isotropic": aj.IsotropicConfig.reference(steps=100),
+            "anisotropic": aj.AnisotropicConfig.reference(),
+        }
+        config = aj.RunConfig(method="ancer", **searches, **settings)
     else:
         whole = load_dataset("fashion-mnist-subset")
         first = int(np.flatnonzero(whole.ids == RUNAWAY)[0])
         dataset = take(whole, [first, *range(first + 4, len(whole), 20)])
-        search = aj.IsotropicConfig(steps=300, theta_max=float("inf"))
+        search = aj.IsotropicConfig.reference(steps=300, theta_max=float("inf"))
         config = aj.RunConfig(method="isotropic", isotropic=search, **settings)
     out = f"{folder}/{case}-{norm}"
     aj.certify_dataset(bundled.classifier, dataset, config, out=out)

@@ -48,8 +48,8 @@ def run(norm, dataset, classifier, theta, name, changes, folder):
         method=method,
         theta=changes.get("theta", theta),
         certify=aj.CertifyConfig(n=10_000),
-        isotropic=aj.IsotropicConfig(steps=100, leakage_weight=weight),
-        anisotropic=aj.AnisotropicConfig(leakage_weight=weight),
+        isotropic=aj.IsotropicConfig.reference(steps=100, leakage_weight=weight),
+        anisotropic=aj.AnisotropicConfig.reference(leakage_weight=weight),
         leakage_limit=changes.get("leakage_limit"),
         seed=SEED,
     )

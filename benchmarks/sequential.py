@@ -167,8 +167,8 @@ def main() -> int:
             fixed = aj.RunConfig(norm=norm, theta=bundled.theta, seed=SEED)
             rows += compare(f"bundled, {norm}, fixed", bundled.classifier, some(options.images), fixed, folder)
             ancer = aj.RunConfig(
-                norm=norm, method="ancer", theta=bundled.theta, isotropic=aj.IsotropicConfig(steps=50),
-                anisotropic=aj.AnisotropicConfig(steps=50), leakage=None, seed=SEED,
+                norm=norm, method="ancer", theta=bundled.theta, isotropic=aj.IsotropicConfig.reference(steps=50),
+                anisotropic=aj.AnisotropicConfig.reference(steps=50), leakage=None, seed=SEED,
             )  # fmt: skip
             rows += compare(f"bundled, {norm}, ancer", bundled.classifier, some(options.images // 5), ancer, folder)
         for norm in ("l2", "l1") if options.cifar10 else ():

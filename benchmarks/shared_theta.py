@@ -54,7 +54,13 @@ def compare(norm, folder):
     )
     theta, trace = np.asarray(theta), np.asarray(trace)
     seconds = time.perf_counter() - began
-    shared = {"certify": aj.CertifyConfig(n=N), "norm": norm, "isotropic": aj.IsotropicConfig(steps=100), "seed": SEED}
+    shared = {
+        "certify": aj.CertifyConfig(n=N),
+        "norm": norm,
+        "isotropic": aj.IsotropicConfig.reference(steps=100),
+        "anisotropic": aj.AnisotropicConfig.reference(),
+        "seed": SEED,
+    }
     runs = [(f"fixed {f * bundled.theta:g}", {"theta": f * bundled.theta}, None) for f in FACTORS]
     runs.append(("shared", {"method": "shared"}, theta))
     runs += [(method, {"method": method, "theta": bundled.theta}, None) for method in ("isotropic", "ancer")]

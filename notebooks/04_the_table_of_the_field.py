@@ -129,7 +129,7 @@ print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCIL
 # for theta in (0.12, 0.25, 0.5, 1.0):
 #     config = aj.RunConfig(theta=theta)                                # n0=100, n=100,000, alpha=0.001
 #     aj.certify_dataset(classifier, test, config, out=f"runs/fixed-{theta}")
-# config = aj.RunConfig(method="ancer", theta=0.25)                     # 900 and 100 steps of 100 draws
+# config = aj.RunConfig(method="ancer", theta=0.25)                     # 20 steps of 32 and 100 of 64 draws
 # aj.certify_dataset(classifier, test, config, out="runs/ancer")
 # ```
 #

@@ -177,7 +177,7 @@ def test_flags_reach_the_settings(captured):
     ]
     with pytest.raises(SystemExit):
         cli.main([*_toy(), *flags])
-    shared = {"objective": "log_volume", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32}
+    shared = {"objective": "log_volume", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32, "ascent": "log"}
     assert captured["config"] == {
         **{"norm": "l1", "method": "ancer", "theta": 0.25, "seed": 7, "guard": "superset", "guard_samples": 15},
         "certify": _certify(n0=10, n=100, alpha=0.05),
