@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from ancer_jax.certificates import SplittingL1
 from ancer_jax.certification import ABSTAIN
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.regions import Region, log_volume, proxy_radius, radius
@@ -67,6 +68,9 @@ def write_table(
 
 def _rows(shard, settings, answers):
     search = settings.get("anisotropic", settings.get("isotropic"))
+    bound = np.float32(search["theta_max"] if search else np.inf)
+    if settings.get("exact"):  # theta was rounded down
+        bound = np.asarray(SplittingL1().quantised(bound, period=settings.get("period")))
     norm = {"l2": 2, "l1": 1}[settings["norm"]]
     center = np.zeros(settings["data"]["image_shape"])
     for row, id_ in enumerate(shard["ids"]):
@@ -78,7 +82,7 @@ def _rows(shard, settings, answers):
             prediction, gap, changed, answered_by, leakage = answers[int(id_)]
             extra = (int(changed), answered_by)
         region = Region(center, theta, gap, norm)
-        at_bound = np.mean(theta >= np.float32(search["theta_max"])) if search else 0.0
+        at_bound = np.mean(theta >= bound) if search else 0.0
         yield (
             int(id_),
             int(one["labels"]),

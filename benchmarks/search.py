@@ -96,9 +96,7 @@ def draw(rows, path):
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         for stage, style in (("isotropic", "o--"), ("anisotropic", "s-")):
             for name, color in (("fast", "C0"), ("reference", "C1")):
-                some = sorted(
-                    (r for r in rows if r["case"] == case and r["schedule"] == name), key=lambda r: r["passes"]
-                )
+                some = [r for r in rows if r["case"] == case and r["schedule"] == name]
                 x, y = ([r[f"{stage} {what}"] for r in some] for what in ("passes", "proxy radius"))
                 axes.plot(x, y, style, color=color, label=f"{name}, {stage}")
         axes.set(xscale="log", title=case, xlabel="passes for an image, forward and backward", ylim=(0, None))

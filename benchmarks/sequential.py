@@ -12,8 +12,9 @@
    against `--sampling sequential` by all radii of the usual table, by each alone, and by a tolerance of 2 %.
 
 Bars: fewer draws than the confidence sequence at every radius; no more failures than alpha explains; the decisions of
-n = 100,000 at every radius that it certifies with 1 % slack; on real images 20 times fewer draws for radii, 3 times for
-the tolerance, where that can be had at all: `least` is what an oracle needs who knows p and looks once.
+n = 100,000 at every radius that it certifies with 1 % slack (at radius 0: with a gap of 0.01); on real images 20 times
+fewer draws for radii, 3 times for the tolerance, where that can be had at all: `least` is what an oracle needs who
+knows p and looks once.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def compare(name, classifier, dataset, base: aj.RunConfig, folder: pathlib.Path)
         lost = gained = 0
         for scale in (smallest, mean):
             for at in rule or ():
-                sure = whole["gap"] * scale >= 1.01 * at if at else whole["gap"] > 0
+                sure = whole["gap"] * scale >= 1.01 * at if at else whole["gap"] > 0.01
                 ours = some["gap"] * scale >= at if at else some["gap"] > 0
                 lost += int((sure & ~ours).sum())
                 gained += int((ours & (whole["gap"] * scale < at)).sum())

@@ -99,6 +99,29 @@ def lines():
             what = f"{r['estimate']}, n = {r['n']:,}: bias and spread of derivatives in x; in theta"
             figure = "; ".join(f"{r[f'bias_{v}']:.3f}, {r[f'spread_{v}']:.2f}" for v in ("x", "theta"))
             yield what, figure, "", "gradients", found
+    if found := load("sequential"):
+        for r in found["results"]["simulated"]["draws"]:
+            what = (
+                f"simulated draws to decide radius {r['radius']:g} at sigma 1: ours / confidence sequence (published)"
+            )
+            figure = f"{r['ours']:,.0f} / {r['confidence sequence']:,.0f} ({r['published']:,})"
+            yield what, figure, "< 1", "sequential", found
+        for r in found["results"]["rows"]:
+            what = f"{r['case']}, {r['images']} images, {r['rule']}: times fewer draws (an oracle); decisions lost"
+            bar = ">= 3; 0" if "tolerance" in r["rule"] else ">= 20; 0"
+            yield what, f"{r['fewer']:.1f} ({r['fewer, least']:.1f}); {r['sure decisions lost']}", bar, "", found
+    if found := load("search"):
+        for r in found["results"]:
+            what = f"{r['case']}, {r['images']} images, {r['schedule']}: passes; proxy radius, isotropic; anisotropic"
+            figure = "; ".join(round_down(r[f"{stage} proxy radius"], 3) for stage in ("isotropic", "anisotropic"))
+            bar = ">= reference" if r["preset"] and r["schedule"] == "fast" else ""
+            yield what, f"{r['passes']:,}; {figure}", bar, "search", found
+    if found := load("splitting"):
+        for r in found["results"]:
+            what = f"l1, {r['noise']} {r['theta']:g}, {r['method']}, n = {r['n']}: passes; ACR; ACR-tilde; honest"
+            figure = "; ".join(round_down(r[name], 3) for name in ("ACR", "ACR-tilde", "ACR-tilde without leaky"))
+            bar = "ACR > uniform" if (r["method"], r["n"]) == ("fixed", "exact") else ""
+            yield what, f"{r['passes']:,.0f}; {figure}", bar, "splitting", found
     if found := load("cifar10"):
         for r in found["results"]["rows"]:
             if r["run"] != "network":

@@ -146,7 +146,8 @@ def test_the_network_can_be_differentiated_by_the_soft_estimate():
     assert found == pytest.approx(exact, rel=0.05)
 
 
-@pytest.mark.parametrize("estimate", ["votes", pytest.param("soft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimate", ["votes", "soft"])
 def test_jit_vmap_grad_jvp_and_many_devices_agree(estimate):
     images = jnp.asarray(X32 + RNG.normal(size=(8, D)).astype(np.float32) * 0.05)
 

@@ -16,6 +16,8 @@ from ancer_jax.data import batches, check_classes, load_dataset, select
 from ancer_jax.data.pictures import decode
 from ancer_jax.results import read_results
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 32, 32, 3), np.uint8)
 LABELS = np.array([3, 0, 9, 3, 1, 0, 2])

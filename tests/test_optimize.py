@@ -22,6 +22,8 @@ from ancer_jax import (
 from ancer_jax.leakage import leakage, make_references
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 ORIGIN = np.zeros(1, np.float32)
 STEEP = 50.0
@@ -95,15 +97,17 @@ def test_anisotropic_search_grows_where_the_classifier_does_not_look(certificate
     assert trace.proxy_radius[-1] > 1.5 * trace.proxy_radius[0]
 
 
-def test_theta_stays_between_the_isotropic_one_and_the_bound():
+@pytest.mark.parametrize(("ascent", "rate"), [("log", 0.3), ("reference", 0.5)])
+def test_theta_stays_between_the_isotropic_one_and_the_bound(ascent, rate):
     theta_init = np.array([0.3, 0.6, 0.9], np.float32)
-    config = AnisotropicConfig(steps=40, num_samples=20, learning_rate=0.05, theta_max=1.0)
+    config = AnisotropicConfig(steps=40, num_samples=20, learning_rate=rate, ascent=ascent, theta_max=1.0)
     theta, _ = optimize_anisotropic(
-        KEY, interval(0.5, 1.0, 2.0), GaussianL2(), np.zeros(3, np.float32), theta_init, config=config
+        KEY, interval(0.5, 2.0, 4.0), GaussianL2(), np.zeros(3, np.float32), theta_init, config=config
     )
     assert (theta >= theta_init).all()
     assert (theta <= 1.0).all()
     assert (theta != theta_init).any()
+    assert theta[2] == 1.0  # the bound itself, as reports count it
 
 
 def test_the_search_runs_away_without_a_bound_and_not_with_it():
@@ -158,14 +162,13 @@ def test_vmap_is_a_loop_over_inputs(search):
     assert len(np.unique(np.asarray(batched))) >= 3
 
 
+_PLAIN = IsotropicConfig.reference(steps=100, learning_rate=0.02, leakage_weight=1.0, objective="log_volume")
+
+
 @pytest.mark.parametrize(
     ("search", "config", "growth"),
     [
-        (
-            optimize_isotropic,
-            IsotropicConfig.reference(steps=100, learning_rate=0.02, leakage_weight=1.0, objective="log_volume"),
-            0.9,
-        ),
+        (optimize_isotropic, _PLAIN, 0.9),
         (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0), 1.5),
         (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0, objective="log_volume"), 1.5),
     ],

@@ -10,6 +10,8 @@ import pytest
 from ancer_jax import CertifyConfig, GaussianL2, IsotropicConfig, UniformL1, count_votes, optimize_isotropic, parallel
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((5, 3, 3, 1)).astype(np.float32)
 CLASSIFIER = reference.linear(np.linspace(-1, 1.5, 9), b=-1.0)

@@ -8,6 +8,8 @@ from ancer_jax import GaussianL2, UniformL1, from_function
 from ancer_jax.smoothing import Stage, class_counts, class_counts_between, smoothed_probs, stage_key
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 X = np.array([0.3, -0.2, 0.5, 0.1], np.float32)
 CLASSIFIER = reference.linear([1.0, -2.0, 0.5, 0.3])

@@ -176,6 +176,9 @@ def test_an_exact_run_takes_all_draws_and_needs_no_alpha(tmp_path, method):
     np.testing.assert_array_equal(first["gap"], np.maximum(margin, 0) / first["n"])
     assert (first["gap"] > 0).any()
     results = report.load_results(tmp_path / "a")
+    bound = cuts >= 612 if method == "isotropic" else cuts >= 420  # of 4 x 0.3, rounded down
+    share = bound.reshape(6, -1).mean(axis=1) if method != "fixed" else np.zeros(6)
+    np.testing.assert_allclose(results["at_theta_max"], share, atol=1e-4)
     assert results.reconciled and results.norm == "l1"
 
 

@@ -58,7 +58,7 @@ def test_a_bucket_that_fails_at_random_loses_and_doubles_nothing(gs, tmp_path, m
     monkeypatch.setattr(bucket.Bucket, "random", bucket.random.Random(0))
     config = CONFIG.__class__(method="isotropic", theta=0.3, certify=CONFIG.certify, **SEARCH)
     expected, failures = run(tmp_path / "disk", config, batch_size=1, devices=1), 0
-    for number in range(3):
+    for number in range(2):
         out = f"gs://b/run{number}"
         done = set()
         while True:

@@ -119,7 +119,7 @@ SOME = take(TRAIN, np.arange(500))
 
 
 # Of the others the default suite has the equations, and benchmarks/training.py what they are worth.
-_QUICK = ("augmentation", "volume")
+_QUICK = ("augmentation",)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,10 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(
     ("network", "method"),
-    [(NETWORK, "smoothadv"), (make_network("cifar_resnet20", stage_sizes=(1,), width=2), "augmentation")],
+    [
+        pytest.param(NETWORK, "smoothadv", marks=pytest.mark.slow),
+        (make_network("cifar_resnet20", stage_sizes=(1,), width=2), "augmentation"),
+    ],
 )
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, network, method):
     """Stopped in the middle of an epoch, and between two; parameters, momentum and batch statistics come back."""
@@ -176,7 +179,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, network, method):
 _BATCH_NORM = pytest.param("cifar_resnet20", 4, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("network", "devices"), [("small_cnn", 8), _BATCH_NORM])
+@pytest.mark.parametrize(("network", "devices"), [("small_cnn", 4), _BATCH_NORM])
 def test_devices_share_a_batch(tmp_path, network, devices):
     """As one device has it, batch norm and all, up to rounding."""
     color = 3 if network == "cifar_resnet20" else 1
