@@ -131,8 +131,8 @@ KEYS = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.ar
 @functools.partial(jax.jit, static_argnames="noise")
 def searches(noise, theta):
     bound = 4 * THETA[noise]
-    isotropic = aj.IsotropicConfig(steps=50, num_samples=100, theta_max=bound)
-    anisotropic = aj.AnisotropicConfig(steps=50, num_samples=100, theta_max=bound)
+    isotropic = aj.IsotropicConfig.reference(steps=100, learning_rate=0.002, theta_max=bound)
+    anisotropic = aj.AnisotropicConfig.reference(learning_rate=0.005, theta_max=bound)
 
     def search(key, x):
         start, _ = aj.optimize_isotropic(key, classifier, noise, x, theta, config=isotropic)
