@@ -17,6 +17,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax.regions import array_library
 
+# Of the exact form: the slack of one vote covers the rounding of float32 up to here, and indices are exact.
+_MOST_CUTS = 2**14
 # Monte Carlo means of a softmax are clipped to this range before the normal quantile (ANCER's reference settings).
 _CLIP = 1e-3
 
@@ -188,13 +190,13 @@ class SplittingL1:
         """The largest theta of the exact form not above this one: `2 theta levels` is whole, and divides `period`.
 
         Args:
-          theta: [...], at least `1 / (2 levels)`; smaller ones become that.
+          theta: [...]; below `1 / (2 levels)` it becomes that, and above 2^14 times that it becomes that.
           period: number of draws of all coordinates together; None: of each by itself.
 
         Returns:
           float32 [...].
         """
-        cuts = jnp.maximum(jnp.floor(2 * self.levels * jnp.asarray(theta, jnp.float32) + 1e-3), 1)
+        cuts = jnp.clip(jnp.floor(2 * self.levels * jnp.asarray(theta, jnp.float32) + 1e-3), 1, _MOST_CUTS)
         if period is not None:
             divisors = jnp.asarray([i for i in range(1, period + 1) if period % i == 0], jnp.float32)
             cuts = divisors[jnp.searchsorted(divisors, cuts, side="right") - 1]

@@ -33,7 +33,7 @@ class RunConfig:
       seed: of all draws, in [0, 2^31).
       noise: for l1 "uniform" or "splitting"; None is the usual one of the norm.
       exact: of splitting noise, count all draws there are instead of `certify.n` random ones (`SplittingL1`): theta is
-        rounded down to where that can be done, and certificates hold without alpha.
+        rounded down to where that can be done, after guard and leakage limit, and certificates hold without alpha.
       period: with exact and one theta per coordinate, the number of those draws; whole numbers `510 theta` are rounded
         down to its divisors (for images of 8 bits).
 
@@ -64,8 +64,8 @@ class RunConfig:
         check_noise(self.noise, self.norm)
         if self.exact and (self.noise != "splitting" or self.sampling is not None):
             raise ValueError("exact certificates are for splitting noise, and take all draws: no sequential sampling")
-        if not 1 <= self.period < 2**15:
-            raise ValueError(f"period must be in 1..{2**15 - 1}, got {self.period}")
+        if not 1 <= self.period <= 2**14:
+            raise ValueError(f"period must be in 1..{2**14}, got {self.period}")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:

@@ -269,13 +269,14 @@ def _ascend(key, classifier, certificate, x, theta_init, *, objective, reference
         gradient, trace = jax.grad(loss, has_aux=True)(position, jax.random.fold_in(key, i))
         updates, new_state = optimizer.update(gradient, state)
         new_position = jnp.clip(position + updates, inside(lower), inside(upper))
-        finite = jnp.isfinite(new_position).all()
+        finite = jnp.isfinite(to_theta(new_position)).all()
         keep = lambda new, old: jnp.where(finite, new, old)
         return jax.tree.map(keep, (new_position, new_state), (position, state)), trace
 
     start = inside(theta_init)
     (position, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
-    return jnp.clip(to_theta(position), lower, upper), trace
+    theta = jnp.where(position >= inside(upper), upper, to_theta(position))  # the bound itself, whatever exp rounds
+    return jnp.clip(theta, lower, upper), trace
 
 
 def guarded_choice(

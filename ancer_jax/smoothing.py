@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from ancer_jax.certificates import Certificate
+from ancer_jax.certificates import Certificate, SplittingL1
 from ancer_jax.classifiers import Classifier
 
 
@@ -77,15 +77,22 @@ def class_counts(
       int32 [K].
 
     Raises:
-      ValueError: at trace time, if `num_samples` or `chunk` is below 1 or x is not floating point.
+      ValueError: at trace time, if `num_samples` or `chunk` is below 1, x is not floating point, or the noise is the
+        exact form of splitting noise, whose draws are no random ones.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    _check_random(certificate)
     chunk = min(chunk, num_samples)
     steps = math.ceil(num_samples / max(chunk, 1))
     return class_counts_between(
         key, classifier, certificate, x, theta, first=0, stop=num_samples, steps=steps, chunk=chunk
     )
+
+
+def _check_random(certificate) -> None:
+    if isinstance(certificate, SplittingL1) and certificate.exact:
+        raise ValueError("exact certificates are of all draws there are, not of some: certify_dataset with exact=True")
 
 
 def class_counts_between(
@@ -106,7 +113,7 @@ def class_counts_between(
       first, stop: range of draws.
       steps: how many chunks are computed, `(stop - first) / chunk` or more; draws after these are left out. Like
         first and stop it may be traced, but should be the same for all examples of a batch.
-      The rest as in `class_counts`.
+      key, classifier, certificate, x, theta, chunk: as in `class_counts`; the exact form of splitting noise, too.
 
     Raises:
       ValueError: at trace time, if `chunk` is below 1 or x is not floating point.
@@ -142,6 +149,7 @@ def smoothed_probs(
     Returns:
       float [K], sums to 1.
     """
+    _check_random(certificate)
     logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, jnp.arange(num_samples))
     return jax.nn.softmax(logits, axis=-1).mean(axis=0)
 
@@ -169,5 +177,6 @@ def probs_of_each(
     Raises:
       ValueError: at trace time, if the images are not floating point.
     """
+    _check_random(certificate)
     logits = _noisy_logits(key, classifier, certificate, images, theta, jnp.arange(jnp.shape(images)[0]))
     return jax.nn.softmax(logits, axis=-1)

@@ -125,6 +125,14 @@ def test_the_search_runs_away_without_a_bound_and_not_with_it():
     assert search(theta_max=float("inf")) > 5
 
 
+@pytest.mark.parametrize("bound", [0.2, 0.7, 3.2])
+def test_a_theta_at_its_bound_is_the_bound(bound):
+    """To the bit, as reports count it."""
+    config = IsotropicConfig(steps=20, num_samples=2, learning_rate=1.0, theta_max=bound)
+    theta, _ = optimize_isotropic(KEY, reference.constant([0, 5]), GaussianL2(), ORIGIN, bound / 4, config=config)
+    assert theta == np.float32(bound)
+
+
 @pytest.mark.parametrize("search", [optimize_isotropic, optimize_anisotropic])
 def test_the_last_finite_theta_is_kept(search):
     settings = IsotropicConfig if search is optimize_isotropic else AnisotropicConfig

@@ -18,9 +18,13 @@ from ancer_jax import (
     RunConfig,
     SequentialConfig,
     SplittingL1,
+    certify,
     certify_dataset,
+    certify_sequentially,
+    count_votes,
     from_function,
     optimize_anisotropic,
+    predict,
     report,
     smoothing,
 )
@@ -216,9 +220,22 @@ def test_what_does_not_go_together_is_refused(change, text):
 
 
 def test_images_off_the_grid_are_refused_by_name(tmp_path):
-    off = dataclasses.replace(DATASET, images=IMAGES + np.float32(0.001) * (np.arange(6) == 3)[:, None, None, None])
+    off = dataclasses.replace(DATASET, images=IMAGES + np.float32(1e-6) * (np.arange(6) == 3)[:, None, None, None])
     with pytest.raises(ValueError, match="pixels of image 3 are no multiples of 1/255"):
         certify_dataset(LINEAR, off, RunConfig(**SMALL, exact=True), out=tmp_path)
+
+
+@pytest.mark.parametrize("function", [certify, count_votes, predict, certify_sequentially])
+def test_some_draws_of_the_exact_form_certify_nothing(function):
+    """They are no random ones: a bound for random draws says nothing of them."""
+    more = {
+        certify: {},
+        count_votes: {"config": CertifyConfig(), "chunk": 10},
+        predict: {},
+        certify_sequentially: {"sequential": SequentialConfig(tolerance=0.1)},
+    }[function]
+    with pytest.raises(ValueError, match="exact certificates are of all draws there are, not of some"):
+        function(KEY, LINEAR, SplittingL1(exact=True), IMAGES[0], np.float32(0.3), **more)
 
 
 def test_smoothadv_needs_noise_that_is_added():
