@@ -5,6 +5,7 @@ with probability at least `p_lower`, then it is constant on `{y : ||(y - x) / th
 and uniform noise a noisy copy is `x + theta * eps`.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -53,12 +54,12 @@ class Certificate(Protocol):
         ...
 
 
-class AdditiveNoise:
+class AdditiveNoise(abc.ABC):
     """What Gaussian and uniform noise share: a noisy copy is `x + sample`."""
 
+    @abc.abstractmethod
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
         """One noise draw `theta * eps`, of the shape and dtype of `theta`."""
-        raise NotImplementedError
 
     def perturb(
         self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]

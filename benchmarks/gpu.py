@@ -268,7 +268,8 @@ def imagenet(small, seed):
         n, steps = (10, 1) if small else (2000, 5)
         search = IsotropicConfig.reference(steps=steps, num_samples=4 if small else 100)
         config = RunConfig(method=method, certify=CertifyConfig(n0=10, n=n), isotropic=search, leakage=None)
-        chosen = execution.fit(classifier, data, None, config, Execution(), parallel.device_mesh(1))
+        start = np.asarray(config.theta, np.float32)
+        chosen = execution.fit(classifier, data, start, None, config, Execution(), parallel.device_mesh(1))
         times = []
         with tempfile.TemporaryDirectory() as folder:
             done = lambda images, times=times: times.append(time.perf_counter())

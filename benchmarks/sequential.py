@@ -153,7 +153,7 @@ def compare(name, classifier, dataset, base: aj.RunConfig, folder: pathlib.Path)
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100, help="bundled ones; 0: simulations only")
     parser.add_argument("--cifar10")
     parser.add_argument("--work", default="cifar10")
     parser.add_argument("--cifar-images", type=int, default=15)
@@ -162,7 +162,7 @@ def main() -> int:
     subset, rows = aj.load_dataset("fashion-mnist-subset"), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        for norm in ("l2", "l1"):
+        for norm in ("l2", "l1") if options.images else ():
             bundled = aj.load_bundled(norm)
             some = lambda count: select(subset, skip=len(subset) // count, max_images=count)
             fixed = aj.RunConfig(norm=norm, theta=bundled.theta, seed=SEED)
