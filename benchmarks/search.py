@@ -5,13 +5,15 @@
 For l2 and l1, on bundled test images and on CIFAR-10 (with the networks of benchmarks/cifar10.py): isotropic, then
 anisotropic search, by `IsotropicConfig()` and `AnisotropicConfig()`, by both with fewer and with more steps and draws,
 and by `.reference()` of both, whole (900 + 100 steps of 100 draws) and with a tenth of the steps. Every theta is then
-certified with n = 4,000 draws of its own. A pass is one noisy copy, forward and backward. No guard, no leakage penalty.
+certified with n = 4,000 draws of its own, and its leakage measured on 100 images. A pass is one noisy copy, forward and
+backward. No guard, no leakage penalty.
 
 Bar: the mean proxy radius of the whole reference schedule, with at most a tenth of its 100,000 passes (fast preset).
 Writes the curves to results/search.png.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 import time
@@ -25,9 +27,11 @@ import ancer_jax as aj
 from ancer_jax.certificates import CERTIFICATES
 from ancer_jax.certification import certification
 from ancer_jax.data import select
+from ancer_jax.leakage import leakage, make_references
 from ancer_jax.models.checkpoints import load_network
 
 SEED, CERTIFY, TOGETHER = 0, aj.CertifyConfig(n=4_000), 4
+LEAKAGE, LIMIT = aj.LeakageConfig(num_references=100), 0.1
 FAST = [  # isotropic steps and draws, anisotropic steps and draws
     (10, 16, 15, 16),
     (20, 32, 25, 32),
@@ -48,43 +52,56 @@ def schedules(theta_max):
     yield "reference", True, iso.reference(**bound), an.reference(**bound)
 
 
-def measure(case, classifier, norm, start, dataset):
+def measure(case, classifier, norm, start, dataset, others):
     law = CERTIFICATES[norm]
-    images = jnp.asarray(dataset.images[:])
     root = jax.random.key(SEED, impl="threefry2x32")
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(dataset.ids, jnp.uint32))
+    example_keys = lambda ids: jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(ids, jnp.uint32))
+    keys, images = example_keys(dataset.ids), jnp.asarray(dataset.images[:])
+    how = {"num_samples": LEAKAGE.num_samples, "chunk": 100}
+    start = jnp.float32(start)
+    references = make_references(example_keys(others.ids), classifier, law, others.images[:], start, **how)
 
     @jax.jit
-    def count(theta):
-        one = lambda a: aj.count_votes(a[0], classifier, law, *a[1:], config=CERTIFY, chunk=100)
+    def certify(keys, images, theta, references):
+        def one(arguments):
+            key, x, theta = arguments
+            selected, count = aj.count_votes(key, classifier, law, x, theta, config=CERTIFY, chunk=100)
+            return selected, count, leakage(references, classifier, law, x, theta, selected, **how)
+
         return jax.lax.map(one, (keys, images, theta))
 
     rows = []
-    for name, preset, isotropic, anisotropic in schedules(4 * start):
+    for name, preset, isotropic, anisotropic in schedules(4 * float(start)):
 
         def search(arguments, isotropic=isotropic, anisotropic=anisotropic):
             key, x = arguments
-            first, _ = aj.optimize_isotropic(key, classifier, law, x, jnp.float32(start), config=isotropic)
+            first, _ = aj.optimize_isotropic(key, classifier, law, x, start, config=isotropic)
             second, _ = aj.optimize_anisotropic(key, classifier, law, x, first, config=anisotropic)
             return jnp.broadcast_to(first, x.shape), second
 
-        compiled = jax.jit(lambda: jax.lax.map(search, (keys, images), batch_size=TOGETHER)).lower().compile()
+        together = jax.jit(functools.partial(jax.lax.map, search, batch_size=TOGETHER))
+        compiled = together.lower((keys, images)).compile()
         began = time.perf_counter()
-        thetas = jax.block_until_ready(compiled())
+        thetas = jax.block_until_ready(compiled((keys, images)))
         seconds = (time.perf_counter() - began) / len(images)
         passes = [c.steps * c.num_samples for c in (isotropic, anisotropic)]
         row = {"case": case, "schedule": name, "preset": preset, "images": len(images)}
         row |= {"passes": sum(passes), "seconds an image": seconds}
         for stage, theta in zip(("isotropic", "anisotropic"), thetas, strict=True):
-            found = certification(*map(np.asarray, count(theta)), certificate=law, config=CERTIFY)
+            selected, count, (leaked, asked) = jax.tree.map(np.asarray, certify(keys, images, theta, references))
+            found = certification(selected, count, certificate=law, config=CERTIFY)
             regions = [aj.Region(x, t, g, law.norm) for x, t, g in zip(images, theta, found.gap, strict=True)]
-            right = found.prediction == dataset.labels
+            right, leaks = found.prediction == dataset.labels, leaked / np.maximum(asked, 1)
+            proxies = np.array([aj.proxy_radius(r) for r in regions])
             row[f"{stage} passes"] = passes[0] if stage == "isotropic" else sum(passes)
-            row[f"{stage} proxy radius"] = float(np.mean([aj.proxy_radius(r) for r in regions]))
+            row[f"{stage} proxy radius"] = float(proxies.mean())
             row[f"{stage} radius"] = float(np.mean([aj.radius(r) for r in regions]))
-            row[f"{stage} ACR-tilde"] = float(np.mean([aj.proxy_radius(r) for r in regions] * right))
+            row[f"{stage} ACR-tilde"] = float((proxies * right).mean())
+            row[f"{stage} leakage"] = float(leaks.mean())
+            row[f"{stage} ACR-tilde without leaky"] = float((proxies * right * (leaks <= LIMIT)).mean())
         rows.append(row)
-        record.show([{k: v for k, v in row.items() if k != "images"}])
+        print(f"{case}: {name}{' (preset)' * preset}, {sum(passes):,} passes, {seconds:.1f} s an image")
+        print("\n".join(f"  {key}: {value:.3f}" for key, value in row.items() if key.startswith("a") or "iso" in key))
     return rows
 
 
@@ -113,17 +130,20 @@ def main() -> int:
     parser.add_argument("--cifar-images", type=int, default=4)
     options = parser.parse_args()
     some = lambda whole, count: select(whole, skip=len(whole) // count, max_images=count)
-    subset, rows = aj.load_dataset("fashion-mnist-subset"), []
+    rows = []
+
+    def add(case, norm, network, images, count):
+        rows.extend(
+            measure(f"{case}, {norm}", network.classifier, norm, network.theta, some(images, count), some(images, 100))
+        )
+        draw(rows, record.RESULTS / "search.png")
+        record.save("search", rows, seed=SEED)
+
     for norm in ("l2", "l1"):
-        bundled = aj.load_bundled(norm)
-        rows += measure(f"bundled, {norm}", bundled.classifier, norm, bundled.theta, some(subset, options.images))
+        add("bundled", norm, aj.load_bundled(norm), aj.load_dataset("fashion-mnist-subset"), options.images)
     for norm in ("l2", "l1") if options.cifar10 else ():
         network = load_network(pathlib.Path(options.work, norm, "network"))
-        images = some(aj.load_dataset(options.cifar10), options.cifar_images)
-        assert network.theta is not None
-        rows += measure(f"CIFAR-10, {norm}", network.classifier, norm, network.theta, images)
-    draw(rows, record.RESULTS / "search.png")
-    record.save("search", rows, seed=SEED)
+        add("CIFAR-10", norm, network, aj.load_dataset(options.cifar10), options.cifar_images)
     presets = {(r["case"], r["schedule"]): r for r in rows if r["preset"]}
     ahead = [
         presets[case, "fast"]["anisotropic proxy radius"] >= presets[case, "reference"]["anisotropic proxy radius"]

@@ -160,26 +160,31 @@ def main() -> int:
     options = parser.parse_args()
     simulated, passed = simulations()
     subset, rows = aj.load_dataset("fashion-mnist-subset"), []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        for norm in ("l2", "l1") if options.images else ():
-            bundled = aj.load_bundled(norm)
-            some = lambda count: select(subset, skip=len(subset) // count, max_images=count)
-            fixed = aj.RunConfig(norm=norm, theta=bundled.theta, seed=SEED)
-            rows += compare(f"bundled, {norm}, fixed", bundled.classifier, some(options.images), fixed, folder)
-            ancer = aj.RunConfig(
-                norm=norm, method="ancer", theta=bundled.theta, isotropic=aj.IsotropicConfig.reference(steps=50),
-                anisotropic=aj.AnisotropicConfig.reference(steps=50), leakage=None, seed=SEED,
-            )  # fmt: skip
-            rows += compare(f"bundled, {norm}, ancer", bundled.classifier, some(options.images // 5), ancer, folder)
-        for norm in ("l2", "l1") if options.cifar10 else ():
-            network = load_network(pathlib.Path(options.work, norm, "network"))
-            dataset = aj.load_dataset(options.cifar10)
-            dataset = select(dataset, skip=len(dataset) // options.cifar_images, max_images=options.cifar_images)
-            assert network.theta is not None
-            fixed = aj.RunConfig(norm=norm, theta=network.theta, seed=SEED)
-            rows += compare(f"CIFAR-10, {norm}, fixed", network.classifier, dataset, fixed, folder)
-    record.save("sequential", {"simulated": simulated, "rows": rows}, seed=SEED)
+    some = lambda whole, count: select(whole, skip=len(whole) // count, max_images=count)
+    # Short searches: what is compared has the same theta.
+    search = {
+        "isotropic": aj.IsotropicConfig.reference(steps=50),
+        "anisotropic": aj.AnisotropicConfig.reference(steps=50),
+    }
+
+    def save():
+        record.save("sequential", {"simulated": simulated, "rows": rows}, seed=SEED)
+
+    def add(case, norm, method, network, theta, images):
+        config = aj.RunConfig(norm=norm, method=method, theta=theta, leakage=None, seed=SEED, **search)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.extend(compare(f"{case}, {norm}, {method}", network.classifier, images, config, pathlib.Path(folder)))
+        save()
+
+    save()
+    for norm in ("l2", "l1") if options.images else ():
+        bundled = aj.load_bundled(norm)
+        add("bundled", norm, "fixed", bundled, bundled.theta, some(subset, options.images))
+        add("bundled", norm, "ancer", bundled, bundled.theta, some(subset, options.images // 5))
+    for norm in ("l2", "l1") if options.cifar10 else ():
+        network = load_network(pathlib.Path(options.work, norm, "network"))
+        images = some(aj.load_dataset(options.cifar10), options.cifar_images)
+        add("CIFAR-10", norm, "fixed", network, network.theta, images)
     return 0 if passed and not any(row["sure decisions lost"] for row in rows) else 1
 
 
