@@ -14,7 +14,7 @@ import tqdm
 import tyro
 from etils import epath
 
-from ancer_jax import report
+from ancer_jax import parallel, report
 from ancer_jax.certificates import Noise
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.classifiers import Classifier
@@ -141,6 +141,7 @@ class Certify:
 
     def run(self) -> None:
         """Certify, then print the table of this run."""
+        parallel.use_all_cores()
         self.runtime.start(survive=True)
         theta_map = None
         if self.theta_map is not None:
@@ -257,6 +258,7 @@ class Demo:
 
     def run(self) -> None:
         """Certify with eight settings, print the table, draw the pictures."""
+        parallel.use_all_cores()
         Runtime(self.compilation_cache).start(survive=True)
         bundled = load_bundled(self.norm)
         whole = load_dataset(BUNDLED_SUBSET)

@@ -1,33 +1,64 @@
-"""A convolution whose derivative is fast on CPUs, for `flax.linen.Conv(conv_general_dilated=...)`.
+"""Convolutions that are fast on CPUs, for `flax.linen.Conv(conv_general_dilated=...)`.
 
-XLA's CPU backend runs the derivative of a strided convolution inside a loop (every theta search is one) several times
-slower than the same sum written as shifted slices and one matrix product; the forward pass is the other way round
-(`benchmarks/convolution.py`).
+XLA's CPU backend has fast code for a convolution in its usual layout. It has none for the smallest images, for the
+layout that the derivative of a convolution comes in, and for the derivative of a strided one; inside a loop, as every
+theta search is, those take ten times as long (`benchmarks/convolution.py`). Here each is written as what is fast.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_USUAL = ("NHWC", "HWIO", "NHWC")
+_FEW = 4
 
 
 def convolution(lhs, rhs, window_strides, padding, **options) -> jax.Array:
-    """`jax.lax.conv_general_dilated` in NHWC, with the derivative by shifted slices on CPUs.
+    """`jax.lax.conv_general_dilated` in NHWC, written so that it and its derivative are fast on CPUs.
 
-    Dilated and grouped convolutions, and other backends, get XLA's own derivative.
+    Dilated and grouped convolutions, and other backends, get XLA's own.
     """
     special = ("lhs_dilation", "rhs_dilation", "feature_group_count")
     plain = all(options.get(name) in (None, (1, 1), 1) for name in special)
-    if plain and jax.default_backend() == "cpu":
-        if isinstance(padding, str):
-            padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-        return _convolve(lhs, rhs, tuple(window_strides), tuple(padding))
-    return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if not plain or jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    strides, pads = tuple(window_strides), tuple(padding)
+    if max(lhs.shape[1:3]) <= 2:
+        return _by_taps(lhs, rhs, strides, pads)
+    return _convolve(lhs, rhs, strides, pads)
 
 
-def _forward(lhs, rhs, strides, pads):
-    return jax.lax.conv_general_dilated(lhs, rhs, strides, pads, dimension_numbers=_DIMENSIONS)
+def _xla(lhs, rhs, strides, pads):
+    return jax.lax.conv_general_dilated(lhs, rhs, strides, pads, dimension_numbers=_USUAL)
+
+
+def _xla_swapped(lhs, rhs, strides, pads):
+    """The same of a kernel stored the other way round: the transpose, which a gradient takes, has the usual layout."""
+    swapped = rhs.swapaxes(2, 3)
+    return jax.lax.conv_general_dilated(lhs, swapped, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC"))
+
+
+def _by_taps(lhs, rhs, strides, pads):
+    """A matrix product for each entry of the kernel, of the pixels that it meets; most meet padding only."""
+    sizes = [(lhs.shape[1 + i] + sum(pads[i]) - rhs.shape[i]) // strides[i] + 1 for i in range(2)]
+    products = []
+    for tap in range(rhs.shape[0] * rhs.shape[1]):
+        entry, read, border = divmod(tap, rhs.shape[1]), [], [(0, 0)]
+        for i in range(2):
+            offset = entry[i] - pads[i][0]
+            first = max(0, -(offset // strides[i]))
+            stop = min(sizes[i], (lhs.shape[1 + i] - 1 - offset) // strides[i] + 1)
+            read.append(slice(first * strides[i] + offset, max(stop - 1, 0) * strides[i] + offset + 1, strides[i]))
+            border.append((first, sizes[i] - stop))
+            if first >= stop:
+                break
+        else:
+            products.append(jnp.pad(lhs[:, *read] @ rhs[entry], (*border, (0, 0))))
+    return functools.reduce(jnp.add, products)
 
 
 def _by_slices(lhs, rhs, strides, pads):
@@ -40,7 +71,7 @@ def _by_slices(lhs, rhs, strides, pads):
     return jnp.concatenate(patches, axis=-1) @ rhs.reshape(-1, features)
 
 
-_convolve = jax.custom_jvp(_forward, nondiff_argnums=(2, 3))
+_convolve = jax.custom_jvp(_xla, nondiff_argnums=(2, 3))
 
 
 def _jvp(strides, pads, primals, tangents):
@@ -48,7 +79,8 @@ def _jvp(strides, pads, primals, tangents):
     out = _convolve(lhs, rhs, strides, pads)
     out_dot = jnp.zeros_like(out)
     if not isinstance(lhs_dot, SymbolicZero):
-        out_dot += _by_slices(lhs_dot, rhs, strides, pads)
+        linear = _xla_swapped if strides == (1, 1) and lhs.shape[-1] > _FEW else _by_slices
+        out_dot += linear(lhs_dot, rhs, strides, pads)
     if not isinstance(rhs_dot, SymbolicZero):
         out_dot += _by_slices(lhs, rhs_dot, strides, pads)
     return out, out_dot
