@@ -1,0 +1,145 @@
+"""The reference packages at work, for benchmarks/peers.py, in their own environment: one JSON line in, one out.
+
+ancer-python, ddsmoothing-python and adversarial-robustness-toolbox, as released; their networks say 'cuda' in their
+source, which is replaced.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+import types
+
+import numpy as np
+import scipy.stats
+import torch
+
+if not hasattr(scipy.stats, "binom_test"):  # gone since SciPy 1.12; certification does not use it
+    scipy.stats.binom_test = None
+import ddsmoothing.utils
+from ancer.optimization import optimize_ancer
+from ddsmoothing.certificate import L1Certificate, L2Certificate
+from ddsmoothing.optimization import optimize_isotropic_dds
+from ddsmoothing.smooth import Smooth
+
+FOLDER = pathlib.Path(ddsmoothing.utils.__file__).parent
+DEVICE = sys.argv[1]
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def build(name):
+    file = {"ancer_resnet18": "resnet", "wrn_40_2": "wideresnet"}[name]
+    module = types.ModuleType(file)
+    exec((FOLDER / f"{file}.py").read_text().replace("'cuda'", f"'{DEVICE}'"), module.__dict__)
+    if name == "ancer_resnet18":
+        return module.resnet18(num_classes=10).to(DEVICE)
+    return module.WideResNet(depth=40, num_classes=10, widen_factor=2).to(DEVICE)
+
+
+class Probabilities(torch.nn.Module):
+    """Its WideResNet gives logits, of which its searches would take means as probabilities."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).softmax(1)
+
+
+class Counting(Smooth):
+    """Says how many votes there were."""
+
+    counts: list
+
+    def _lower_confidence_bound(self, NA, N, alpha):
+        self.counts.append(int(NA))
+        return super()._lower_confidence_bound(NA, N, alpha)
+
+
+class Worker:
+    def train(self, network, data, noise, scale, epochs, seed, out):
+        torch.manual_seed(seed)
+        found, data = build(network), np.load(data)
+        images, labels = (torch.from_numpy(data[name]) for name in ("images", "labels"))
+        steps, batch = epochs * (len(images) // 128), 128
+        optimizer = torch.optim.SGD(found.parameters(), 0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images)).split(batch):
+                if len(rows) < batch:
+                    continue
+                x, y = images[rows].to(DEVICE).float() / 255, labels[rows].to(DEVICE)
+                eps = torch.randn_like(x) if noise == "l2" else 2 * torch.rand_like(x) - 1
+                p = found(x + scale * eps)
+                log_p = p.clamp_min(1e-7).log() if network == "ancer_resnet18" else p.log_softmax(1)
+                loss = torch.nn.functional.nll_loss(log_p, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        np.savez(out, **{name: tensor.cpu().numpy() for name, tensor in found.state_dict().items()})
+
+    def load(self, network, weights, images, norm):
+        self.network, self.norm = build(network), norm
+        stored = np.load(weights)
+        self.network.load_state_dict({name: torch.from_numpy(stored[name]) for name in stored})
+        self.network.eval()
+        if network == "wrn_40_2":
+            self.network = Probabilities(self.network)
+        self.images = torch.from_numpy(np.load(images)).to(DEVICE)
+
+    def certify(self, rows, theta, n0, n, alpha, batch, seed):
+        torch.manual_seed(seed)
+        law = L2Certificate(1, DEVICE) if self.norm == "l2" else L1Certificate(DEVICE)
+        theta = np.broadcast_to(np.load(theta) if isinstance(theta, str) else theta, self.images[rows].shape)
+        classes, counts = [], []
+        for x, one in zip(self.images[rows], theta, strict=True):
+            smooth = Counting(self.network, 10, torch.from_numpy(np.array(one, np.float32)).to(DEVICE), law)
+            smooth.counts = counts
+            classes.append(int(smooth.certify(x, n0, n, alpha, batch, DEVICE)[0]))
+        return {"classes": classes, "counts": counts}
+
+    def isotropic(self, rows, start, steps, samples, lr, seed, out):
+        torch.manual_seed(seed)
+        law = L2Certificate(len(rows), DEVICE) if self.norm == "l2" else L1Certificate(DEVICE)
+        start = torch.full((len(rows),), start, device=DEVICE)
+        theta = optimize_isotropic_dds(self.network, self.images[rows], law, lr, start, steps, samples, DEVICE)
+        np.save(out, theta.detach().cpu().numpy())
+
+    def anisotropic(self, rows, start, steps, samples, lr, seed, out, frozen):
+        torch.manual_seed(seed)
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(not frozen)
+        law = L2Certificate(len(rows), DEVICE) if self.norm == "l2" else L1Certificate(DEVICE)
+        start = torch.from_numpy(np.load(start)).to(DEVICE).reshape(-1, 1, 1, 1).expand(self.images[rows].shape)
+        start = start.contiguous()
+        theta = optimize_ancer(self.network, self.images[rows], law, lr, start, steps, samples, 2.0, DEVICE)
+        np.save(out, theta.detach().cpu().numpy())
+
+    def art(self, rows, theta, n0, n, alpha, batch, seed):
+        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+
+        np.random.seed(seed)  # noqa: NPY002
+        smooth = PyTorchRandomizedSmoothing(
+            self.network, torch.nn.CrossEntropyLoss(), (3, 32, 32), 10, sample_size=n0, scale=theta, alpha=alpha,
+            device_type="gpu" if DEVICE == "cuda" else "cpu",
+        )  # fmt: skip
+        classes, radii = smooth.certify(self.images[rows].cpu().numpy(), n, batch)
+        return {"classes": classes.tolist(), "radii": radii.tolist()}
+
+    def memory(self):
+        device = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
+        return {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "device_mib": device}
+
+
+worker, say = Worker(), sys.stdout
+sys.stdout = sys.stderr  # the packages print
+for line in sys.stdin:
+    options = json.loads(line)
+    began = time.perf_counter()
+    found = getattr(worker, options.pop("do"))(**options) or {}
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(json.dumps({"seconds": time.perf_counter() - began} | found), file=say, flush=True)
