@@ -1,12 +1,13 @@
-"""Is `ancer_jax.models.convolution` worth having? SmallCNN with it and with XLA's own convolution.
+"""Is `ancer_jax.models.convolution` worth having, and is a device for each core? Against XLA's own and one device.
 
 Microseconds per row of the forward pass and of the gradient with respect to the input (what a theta search needs),
-both inside a `lax.scan`, as they are in certification and search; the two alternate in one process. The gradients are
-compared first.
+both inside a `lax.scan`, as they are in certification and search, of 100 rows: by XLA's own convolutions, by ours, and
+by ours with the rows shared out to one device per core (`parallel.use_all_cores`); these alternate in one process. The
+values and gradients are compared first.
 
-    python benchmarks/convolution.py    # two minutes on two CPU cores that do nothing else
+    python benchmarks/convolution.py    # ten minutes on two CPU cores that do nothing else
 
-Exit status 1 if the gradients disagree.
+Exit status 1 if they disagree.
 """
 
 import argparse
@@ -18,61 +19,77 @@ import jax.numpy as jnp
 import numpy as np
 import overhead
 import record
+from jax.sharding import PartitionSpec
 
-from ancer_jax import load_bundled
+import ancer_jax as aj
+from ancer_jax.models import make_network
 
-REPEATS = 7
+REPEATS, STEPS, ROWS = 5, 3, 100
 TOLERANCE = 1e-4
+# Module whose `convolution` is Linen's own if it is None, and the shape of an image.
+NETWORKS = {
+    "SmallCNN": ("cnn", (28, 28, 1)),
+    "cifar_resnet20": ("resnet", (32, 32, 3)),
+    "ancer_resnet18": ("resnet", (32, 32, 3)),
+    "wrn_40_2": ("resnet", (32, 32, 3)),
+}
 
 
-def programs(classifier, steps):
-    """Jitted forward and gradient scans of images [rows, *d], and the plain gradient; traced when first called."""
+def load(name, seed):
+    if name == "SmallCNN":
+        return aj.load_bundled("l2").classifier
+    network = make_network(name)
+    variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+    return aj.from_linen(network, variables, num_classes=10)
 
-    def top(x):
-        return jax.nn.softmax(classifier(x)).max(-1).sum()
 
-    def forward(x):
-        step = lambda x, _: (x + 1e-6 * classifier(x).max(), None)
-        return jax.lax.scan(step, x, length=steps)[0]
+def programs(classifier, mesh, x):
+    """What is timed, compiled for images [rows, *d] on the mesh, and the values that are compared."""
+    rows = PartitionSpec("rows")
+    top = lambda x: jax.nn.softmax(classifier(x)).max(-1).sum()
+    steps = {"forward": lambda x: 1e-6 * classifier(x).max(), "gradient": lambda x: 1e-6 * jax.grad(top)(x)}
 
-    def gradient(x):
-        step = lambda x, _: (x + 1e-6 * jax.grad(top)(x), None)
-        return jax.lax.scan(step, x, length=steps)[0]
+    def repeated(step):
+        def scan(x):
+            return jax.lax.scan(lambda x, _: (x + step(x), None), x, length=STEPS)[0]
 
-    return {"forward": jax.jit(forward), "gradient": jax.jit(gradient), "check": jax.jit(jax.grad(top))}
+        shared = jax.shard_map(scan, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        x_there = aj.parallel.split_rows(x, mesh)
+        compiled = jax.jit(shared).lower(x_there).compile()
+        return lambda: compiled(x_there)
+
+    values = jax.jit(lambda x: (classifier(x), jax.grad(top)(x)))(x)
+    return {name: repeated(step) for name, step in steps.items()}, [np.asarray(v) for v in values]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10, help="steps of each scan")
-    parser.add_argument("--rows", type=int, nargs="+", default=[100, 1000], help="rows per step")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     arguments = parser.parse_args()
-    classifier, rng, rows = load_bundled("l2").classifier, np.random.default_rng(arguments.seed), []
-    worst = 0.0
-    for size in arguments.rows:
-        x = jnp.asarray(rng.uniform(0, 1, (size, 28, 28, 1)), jnp.float32)
-        ours = programs(classifier, arguments.steps)
-        gradients = [np.asarray(ours["check"](x))]
-        ours["forward"](x), ours["gradient"](x)
-        with unittest.mock.patch("ancer_jax.models.cnn.convolution", None):  # Linen's default is XLA's
-            theirs = programs(classifier, arguments.steps)
-            gradients.append(np.asarray(theirs["check"](x)))
-            theirs["forward"](x), theirs["gradient"](x)
-        difference = float(np.abs(gradients[0] - gradients[1]).max() / np.abs(gradients[1]).max())
+    aj.parallel.use_all_cores()
+    one, cores = aj.parallel.device_mesh(1), aj.parallel.device_mesh()
+    rng, lines, worst = np.random.default_rng(arguments.seed), [], 0.0
+    for name in arguments.networks:
+        module, shape = NETWORKS[name]
+        x = jnp.asarray(rng.uniform(0, 1, (ROWS // cores.size * cores.size, *shape)), jnp.float32)
+        with unittest.mock.patch(f"ancer_jax.models.{module}.convolution", None):  # Linen's default is XLA's
+            theirs, expected = programs(load(name, arguments.seed), one, x)
+        ours, found = programs(load(name, arguments.seed), one, x)
+        shared, _ = programs(load(name, arguments.seed), cores, x)
+        difference = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
         worst = max(worst, difference)
         for kind in ("forward", "gradient"):
-            functions = {"ours": lambda f=ours[kind], x=x: f(x), "xla": lambda f=theirs[kind], x=x: f(x)}
-            times = overhead.seconds(functions, REPEATS)
-            per_row = {name: float(np.median(t)) / size / arguments.steps * 1e6 for name, t in times.items()}
-            rows.append(
-                {"rows": size, "what": kind}
-                | {f"{name}_us_per_row": value for name, value in per_row.items()}
-                | {"xla_over_ours": per_row["xla"] / per_row["ours"], "relative_difference": difference}
-            )
-    record.show(rows)
-    record.save("convolution", {"steps": arguments.steps, "repeats": REPEATS, "rows": rows}, seed=arguments.seed)
-    print("gradients agree" if worst < TOLERANCE else "GRADIENTS DISAGREE")
+            times = overhead.seconds({"xla": theirs[kind], "ours": ours[kind], "cores": shared[kind]}, REPEATS)
+            per_row = {who: float(np.median(t)) / len(x) / STEPS * 1e6 for who, t in times.items()}
+            ratios = {f"xla_over_{who}": per_row["xla"] / per_row[who] for who in ("ours", "cores")}
+            line = {"network": name, "what": kind, "rows": len(x)}
+            line |= {f"{who}_us_per_row": value for who, value in per_row.items()} | ratios
+            lines.append(line | {"relative_difference": difference})
+            record.show(lines[-1:])
+    stored = {"steps": STEPS, "repeats": REPEATS, "devices": cores.size, "rows": lines}
+    record.save("convolution", stored, seed=arguments.seed)
+    print("they agree" if worst < TOLERANCE else "THEY DISAGREE")
     return 0 if worst < TOLERANCE else 1
 
 

@@ -57,7 +57,7 @@ class Ours:
     def _run(self, rows, folder, batch, **config):
         import ancer_jax as aj
 
-        data = aj.Dataset("peers", np.arange(len(rows)), self.images[rows], np.zeros(len(rows), np.int64), 10)
+        data = aj.data.Dataset("peers", np.arange(len(rows)), self.images[rows], np.zeros(len(rows), np.int64), 10)
         config = aj.RunConfig(norm=self.norm, seed=SEED, **config)
         aj.certify_dataset(self.classifier, data, config, out=folder, execution=aj.Execution(chunk=batch))
         return aj.report.load_results(folder)
@@ -124,7 +124,7 @@ class Ours:
         keys = jax.random.split(jax.random.key(SEED + 1, impl="threefry2x32"), len(rows))
         votes = jax.jit(jax.vmap(count))(*aj.parallel.split_rows((keys, images, theta), self.mesh))
         found = certification(*map(np.asarray, votes), certificate=law, config=config)
-        regions = [aj.Region(*one, self.norm) for one in zip(images, theta, found.gap, strict=True)]
+        regions = [aj.Region(*one, law.norm) for one in zip(images, theta, found.gap, strict=True)]
         return {"radius": [float(aj.radius(r)) for r in regions], "proxy": [float(aj.proxy_radius(r)) for r in regions]}
 
     def memory(self):

@@ -143,8 +143,9 @@ def lines():
             yield what, f"{r['ratio']:.3f}", "<= 1.03", "scaling", found
     if found := load("convolution"):
         for r in found["results"]["rows"]:
-            figure = f"{r['xla_over_ours']:.2f} ({r['xla_us_per_row']:.1f} / {r['ours_us_per_row']:.1f} us a row)"
-            yield f"SmallCNN {r['what']}, {r['rows']} rows: XLA / ours", figure, "", "convolution", found
+            figure = " / ".join(f"{r[who + '_us_per_row']:,.0f}" for who in ("xla", "ours", "cores"))
+            what = f"{r['network']}, {r['what']}: us a row, XLA / ours / ours, {found['results']['devices']} devices"
+            yield what, figure, "", "convolution", found
 
 
 def main():
