@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format docs notebooks notebooks-check clean
+.PHONY: demo test slow lint format docs notebooks notebooks-check bench clean
 
 demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Some minutes; into bench/.
+bench: $(VENV)/package
+	$(BIN)/python benchmarks/bench.py
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -60,4 +64,4 @@ $(VENV)/docs: $(VENV)/package
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-l1 demo-l2 site
+	rm -rf $(VENV) demo-l1 demo-l2 site bench

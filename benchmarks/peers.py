@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -197,7 +198,8 @@ def prepare(options, reference) -> dict[str, dict]:
     np.save(work / "images.npy", test[:: max(1, len(test) // options.images)][: options.images])
     np.savez(work / "train.npz", images=pixels, labels=labels)
     found = {}
-    for network, (norm, scale) in NETWORKS.items():
+    for network in options.networks:
+        norm, scale = NETWORKS[network]
         weights = work / f"{network}.npz"
         if not weights.exists():
             settings = {"noise": norm, "scale": scale, "epochs": options.epochs, "seed": SEED}
@@ -368,6 +370,7 @@ def main() -> int:
     parser.add_argument("--reference-python")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the reference; ours takes JAX's")
     parser.add_argument("--small", action="store_true", help="a rehearsal of minutes; nothing is judged but agreement")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--train-images", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int, default=8)
@@ -379,8 +382,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--whole", type=int, help="images that go through everything; 0: none")
     options = parser.parse_args()
-    defaults = {"n": (500, 2_000), "steps": (3, 10), "rounds": (1, 5), "whole": (0, 2)}
-    defaults |= {"epochs": (2, 2 if options.cifar10 else 20), "train_images": (1_000, None)}
+    defaults = {"n": (500, 2_000), "steps": (3, 10), "rounds": (1, 3), "whole": (0, 1)}
+    defaults |= {"epochs": (2, 4 if options.cifar10 else 20), "train_images": (1_000, 20_000)}
     for name, (small, usual) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else usual)
@@ -390,15 +393,18 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     python = options.reference_python or work / "reference" / "bin" / "python"
     if not options.reference_python and not python.exists():
+        if not shutil.which("python3.11"):
+            parser.error("the reference packages need Python 3.11, and there is no python3.11: see --reference-python")
         subprocess.run(["python3.11", "-m", "venv", work / "reference"], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *NEEDS], check=True)
     start_reference = lambda: Worker(python, HERE / "peers_torch.py", options.device)
     start_ours = lambda **environment: Worker(sys.executable, __file__, "--worker", **environment)
     with contextlib.closing(start_reference()) as reference:
         networks = prepare(options, reference)
-    results = [measure(options, load, start_ours, start_reference) for load in networks.values()]
-    settings = {k: v for k, v in vars(options).items() if k not in ("work", "reference_python", "cifar10")}
-    record.save("peers-small" if options.small else "peers", {"settings": settings, "networks": results}, seed=SEED)
+    settings, results = {k: v for k, v in vars(options).items() if k not in ("work", "reference_python", "cifar10")}, []
+    for load in networks.values():
+        results.append(measure(options, load, start_ours, start_reference))
+        record.save("peers-small" if options.small else "peers", {"settings": settings, "networks": results}, seed=SEED)
     return 0 if passed(results, options.small) else 1
 
 

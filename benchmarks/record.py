@@ -1,4 +1,4 @@
-"""How every benchmark stores its raw numbers: one JSON file per script in benchmarks/results/.
+"""How every benchmark stores its raw numbers: one JSON file per script in benchmarks/results/ (or $BENCH_RESULTS).
 
 A record says when, by which command, from which seed, on what machine and with which versions the numbers were made.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import tabulate
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(os.environ.get("BENCH_RESULTS", pathlib.Path(__file__).parent / "results"))
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 
@@ -29,10 +29,10 @@ def save(name: str, results: Any, *, seed: int | list[int]) -> None:
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "results": results,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"raw output: benchmarks/results/{path.name}")
+    print(f"raw output: {os.path.relpath(path)}")
 
 
 def machine() -> dict[str, Any]:

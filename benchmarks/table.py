@@ -4,12 +4,13 @@ python benchmarks/table.py
 """
 
 import json
+import pathlib
 
 import record
 
 from ancer_jax.metrics import round_down, round_up
 
-README = record.RESULTS.parent / "README.md"
+README = pathlib.Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- table: python benchmarks/table.py -->", "<!-- end of table -->"
 
 
@@ -112,8 +113,13 @@ def lines():
             yield what, f"{r['fewer']:.1f} ({r['fewer, least']:.1f}); {r['sure decisions lost']}", bar, "", found
     if found := load("search"):
         for r in found["results"]:
-            what = f"{r['case']}, {r['images']} images, {r['schedule']}: passes; proxy radius, isotropic; anisotropic"
-            figure = "; ".join(round_down(r[f"{stage} proxy radius"], 3) for stage in ("isotropic", "anisotropic"))
+            what = (
+                f"{r['case']}, {r['images']} images, {r['schedule']}: passes; proxy radius (leakage) of both searches"
+            )
+            figure = "; ".join(
+                f"{round_down(r[f'{stage} proxy radius'], 3)} ({round_up(r[f'{stage} leakage'], 3)})"
+                for stage in ("isotropic", "anisotropic")
+            )
             bar = ">= reference" if r["preset"] and r["schedule"] == "fast" else ""
             yield what, f"{r['passes']:,}; {figure}", bar, "search", found
     if found := load("splitting"):
