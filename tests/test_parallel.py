@@ -1,6 +1,9 @@
 """One device, several by a mesh, several by pmap: the same counts, and thetas to rounding."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +48,20 @@ def test_pmap_of_unequal_arguments_is_refused():
         parallel.pmap_examples(lambda a, b: a + b)(np.ones(3), np.ones(5))
     with pytest.raises(ValueError, match=r"devices must be in 1\.\.8"):
         parallel.pmap_examples(lambda a: a, devices=9)
+
+
+@pytest.mark.parametrize("set_already", ["", "--xla_force_host_platform_device_count=3"])
+def test_each_core_is_a_device_unless_their_number_is_set(set_already):
+    code = (
+        "import jax, ancer_jax as aj; aj.parallel.use_all_cores(); n = jax.device_count(); aj.parallel.use_all_cores()"
+    )
+    environment = os.environ | {"XLA_FLAGS": set_already}
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(n)"], env=environment, capture_output=True, text=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert done.stdout.split() == ["3" if set_already else str(min(cores, 8))], done.stderr
+
+
+def test_devices_are_kept_once_there_are_some():
+    count = jax.device_count()
+    parallel.use_all_cores()
+    assert jax.device_count() == count

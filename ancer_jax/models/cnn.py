@@ -33,7 +33,9 @@ class SmallCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits [n, num_classes] of images [n, height, width, channels]; `train` changes speed only."""
-        conv = functools.partial(nn.Conv, dtype=self.compute_dtype, conv_general_dilated=None if train else convolution)
+        conv = functools.partial(
+            nn.Conv, dtype=self.compute_dtype, conv_general_dilated=functools.partial(convolution, in_loop=not train)
+        )
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         x = nn.relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
         x = nn.relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))

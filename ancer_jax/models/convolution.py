@@ -15,10 +15,11 @@ _USUAL = ("NHWC", "HWIO", "NHWC")
 _FEW = 4
 
 
-def convolution(lhs, rhs, window_strides, padding, **options) -> jax.Array:
+def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC, written so that it and its derivative are fast on CPUs.
 
-    Dilated and grouped convolutions, and other backends, get XLA's own.
+    Dilated and grouped convolutions, and other backends, get XLA's own, and so does what is not `in_loop`, as a
+    training step: there only the smallest images are slow.
     """
     special = ("lhs_dilation", "rhs_dilation", "feature_group_count")
     plain = all(options.get(name) in (None, (1, 1), 1) for name in special)
@@ -29,7 +30,7 @@ def convolution(lhs, rhs, window_strides, padding, **options) -> jax.Array:
     strides, pads = tuple(window_strides), tuple(padding)
     if max(lhs.shape[1:3]) <= 2:
         return _by_taps(lhs, rhs, strides, pads)
-    return _convolve(lhs, rhs, strides, pads)
+    return (_convolve if in_loop else _xla)(lhs, rhs, strides, pads)
 
 
 def _xla(lhs, rhs, strides, pads):

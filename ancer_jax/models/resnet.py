@@ -119,14 +119,15 @@ def normalise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions.
 
-    `convolution` is for derivatives inside loops, as theta searches are; a training step is none.
+    Derivatives inside loops are those of theta searches; a training step is none.
     """
 
     def conv(features, size, stride, *, name):
         pad = (size - 1) // 2
         return nn.Conv(
             features, (size, size), (stride, stride), [(pad, pad)] * 2, use_bias=False,
-            dtype=dtype, kernel_init=he_normal, conv_general_dilated=None if train else convolution, name=name,
+            dtype=dtype, kernel_init=he_normal, name=name,
+            conv_general_dilated=functools.partial(convolution, in_loop=not train),
         )  # fmt: skip
 
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
