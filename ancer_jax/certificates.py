@@ -139,8 +139,8 @@ class SplittingL1:
 
     The line is cut at `s + 2 theta k` for all whole k, s being random, and a coordinate goes to the middle of its part
     of [0, 1]. Two inputs have different copies only if a cut falls between them in some coordinate, with probability
-    `sum |x - y| / (2 theta)` at most, so that `gap = 2 p_lower - 1`, or `p_lower - p_b_upper`: the formulas of uniform
-    noise, for whatever joint distribution of the cuts, and so for one theta per coordinate.
+    `sum |x - y| / (2 theta)` at most, so that `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` (exact: `exact_gap`): the
+    formulas of uniform noise, for whatever joint distribution of the cuts, and so for one theta per coordinate.
 
     In the random form, s is uniform on [0, 2 theta] in each coordinate. In the exact form inputs are whole multiples of
     `1 / levels`, as images of 8 bits are, `2 theta levels` is a whole number Q (`quantised`), cuts are halfway between
@@ -189,6 +189,8 @@ class SplittingL1:
 
     def quantised(self, theta, *, period: int | None = None) -> Float[Array, "..."]:
         """The largest theta of the exact form not above this one: `2 theta levels` is whole, and divides `period`.
+
+        A thousandth of a step above counts as rounding, of float32.
 
         Args:
           theta: [...]; below `1 / (2 levels)` it becomes that, and above 2^14 times that it becomes that.

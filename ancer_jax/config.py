@@ -62,8 +62,10 @@ class RunConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         check_noise(self.noise, self.norm)
-        if self.exact and (self.noise != "splitting" or self.sampling is not None):
-            raise ValueError("exact certificates are for splitting noise, and take all draws: no sequential sampling")
+        if self.exact and self.noise != "splitting":
+            raise ValueError("exact certificates are for splitting noise: norm l1, noise splitting")
+        if self.exact and self.sampling is not None:
+            raise ValueError("exact certificates take all draws: no sequential sampling")
         if not 1 <= self.period <= 2**14:
             raise ValueError(f"period must be in 1..{2**14}, got {self.period}")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:

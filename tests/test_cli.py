@@ -205,7 +205,9 @@ def test_sigma_convention(captured, convention, theta):
 
 @pytest.mark.parametrize("convention", ["rs4a", "ancer"])
 def test_sigma_convention_is_for_l1_only(here, capsys, convention):
-    assert "--sigma-convention is for --norm l1" in _error(capsys, _toy("--sigma-convention", convention))
+    refused = "--sigma-convention is for the uniform noise of --norm l1"
+    assert refused in _error(capsys, _toy("--sigma-convention", convention))
+    assert refused in _error(capsys, _toy("--norm", "l1", "--noise", "splitting", "--sigma-convention", convention))
     assert not (here / "run").exists()
 
 

@@ -65,8 +65,8 @@ class Certify:
     (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
-    l2, half-width of the uniform noise for l1. Default: what the bundled classifier (0.25, 0.5), or the network in the
-    folder, was trained with."""
+    l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Default: what the bundled
+    classifier (0.25, 0.5), or the network in the folder, was trained with."""
     theta_map: str | None = None
     """For shared: .npy file of theta, an array of the shape of an image (of differentiable.learn_theta, say)."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
@@ -83,7 +83,7 @@ class Certify:
     radii: tuple[str, ...] | None = None
     """For sequential: radii like 0,0.25,0.5; an image is done when it is decided which of them it reaches."""
     tolerance: float | None = None
-    """For sequential: an image is done when its region is smaller by this share at most than n draws would make it."""
+    """For sequential: an image is done when its region is smaller by about this share than n draws would make it."""
     skip: int = 1
     """Take every skip-th image."""
     max: int | None = None
@@ -190,8 +190,8 @@ class Certify:
         self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: np.ndarray | None = None
     ) -> None:
         """One run, with a progress bar."""
-        if self.sigma_convention != "theta" and self.norm != "l1":
-            raise ValueError("--sigma-convention is for --norm l1; for l2, sigma is the standard deviation")
+        if self.sigma_convention != "theta" and (self.norm != "l1" or self.noise == "splitting"):
+            raise ValueError("--sigma-convention is for the uniform noise of --norm l1")
         config = RunConfig(
             norm=self.norm,
             noise=self.noise,

@@ -18,17 +18,17 @@ _FEW = 4
 def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC, written so that it and its derivative are fast on CPUs.
 
-    Dilated and grouped convolutions, and other backends, get XLA's own, and so does what is not `in_loop`, as a
-    training step: there only the smallest images are slow.
+    Convolutions with options (dilated, grouped, of another precision), and other backends, get XLA's own, and so does
+    what is not `in_loop`, as a training step: there only the smallest images are slow.
     """
-    special = ("lhs_dilation", "rhs_dilation", "feature_group_count")
-    plain = all(options.get(name) in (None, (1, 1), 1) for name in special)
-    if not plain or jax.default_backend() != "cpu":
-        return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     strides, pads = tuple(window_strides), tuple(padding)
-    if max(lhs.shape[1:3]) <= 2:
+    plain = all(value in (None, 1, (1, 1)) for name, value in options.items() if name != "dimension_numbers")
+    inside = all(0 <= pad < size for side, size in zip(pads, rhs.shape, strict=False) for pad in side)
+    if not (plain and inside and jax.default_backend() == "cpu"):
+        return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if max(lhs.shape[1:3]) <= 2 and all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2)):
         return _by_taps(lhs, rhs, strides, pads)
     return (_convolve if in_loop else _xla)(lhs, rhs, strides, pads)
 

@@ -213,7 +213,14 @@ def notes(results: list[Results]) -> list[str]:
         said.append("These runs are of different norms: their figures do not compare.")
     if decided := [r for r in results if _sampling(r).get("radii")]:
         radii = "; ".join(f"{r.name}: {', '.join(f'{at:g}' for at in _sampling(r)['radii'])}" for r in decided)
-        said.append(f"Draws went on until radii were decided ({radii}); regions may be larger than is known.")
+        said.append(
+            f"Draws went on until these radii were decided ({radii}): at other radii, and in means and medians, "
+            "regions may be larger than is known."
+        )
+    if exact := [r.name for r in results if r.run and r.run.settings.get("exact")]:
+        said.append(f"Exact, without alpha, for images of 8 bits: {', '.join(exact)}.")
+    if splitting := [r.name for r in results if r.run and r.run.settings.get("noise") == "splitting"]:
+        said.append(f"Splitting noise: {', '.join(splitting)}.")
     if not all(r.reconciled for r in results):
         said.append(f"{_MARK} {NOT_RECONCILED}")
     return said
