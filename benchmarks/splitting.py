@@ -5,8 +5,9 @@
 Trains the small network with uniform and with splitting noise of each theta, alike (on Fashion-MNIST's idx files in
 FOLDER; without it on the 2,000 bundled ones, for 20 times as many epochs), and certifies bundled test images by fixed,
 isotropic and anisotropic noise: n = 10,000 draws (alpha 0.001), as many draws as the exact form of that theta has, and
-all draws there are (exact). All figures are after memory, which data-dependent runs go through; leakage is of 200
-images. Passes are noisy copies for an image, of search, guard and certificate. Networks and runs stay in `--work`.
+all draws there are (exact); searches without and with a leakage penalty. All figures are after memory, which
+data-dependent runs go through; leakage is of 200 images. Passes are noisy copies for an image, of search, guard and
+certificate. Networks and runs stay in `--work`.
 
 Bar: for every theta, exact certificates of fixed noise have a larger ACR than uniform noise with n = 10,000.
 """
@@ -25,6 +26,7 @@ from ancer_jax.metrics import average_certified_radius
 from ancer_jax.models.checkpoints import load_network
 
 SEED, LIMIT, RADII = 0, 0.1, (0.0, 0.25, 0.5, 1.0, 2.0)
+WEIGHTS = (0.0, 5.0)  # of leakage in the searches
 
 
 def trained(noise: str, theta: float, options) -> aj.Classifier:
@@ -42,15 +44,18 @@ def measure(theta: float, options) -> list[dict]:
     test = aj.load_dataset("fashion-mnist-subset")
     test = select(test, skip=len(test) // options.images, max_images=options.images)
     whole, rows = round(510 * theta), []
-    settings = [("uniform", "fixed", 10_000), ("uniform", "fixed", whole), ("uniform", "ancer", 10_000)]
-    settings += [("splitting", "fixed", 10_000), ("splitting", "fixed", whole)]
-    settings += [("splitting", method, None) for method in ("fixed", "isotropic", "ancer")]
-    for noise, method, n in settings:
+    settings = [("uniform", "fixed", 10_000, 0), ("uniform", "fixed", whole, 0)]
+    settings += [("splitting", "fixed", 10_000, 0), ("splitting", "fixed", whole, 0), ("splitting", "fixed", None, 0)]
+    settings += [("splitting", "isotropic", None, weight) for weight in WEIGHTS]
+    settings += [(noise, "ancer", n, w) for noise, n in (("uniform", 10_000), ("splitting", None)) for w in WEIGHTS]
+    for noise, method, n, weight in settings:
         config = aj.RunConfig(
             norm="l1", noise=noise, exact=n is None, method=method, theta=theta, seed=SEED,
-            certify=aj.CertifyConfig(n=n or 10_000),
+            certify=aj.CertifyConfig(n=n or 10_000), isotropic=aj.IsotropicConfig(leakage_weight=weight),
+            anisotropic=aj.AnisotropicConfig(leakage_weight=weight),
         )  # fmt: skip
-        out = pathlib.Path(options.work, f"run-{noise}-{method}-{n or 'exact'}-{theta:g}")
+        name = f"{method}-weight-{weight:g}" if weight else method
+        out = pathlib.Path(options.work, f"run-{noise}-{name}-{n or 'exact'}-{theta:g}")
         aj.certify_dataset(trained(noise, theta, options), test, config, out=out)
         results = aj.report.load_results(out)
         passes = results.passes
@@ -61,7 +66,7 @@ def measure(theta: float, options) -> list[dict]:
             {
                 "theta": theta,
                 "noise": noise,
-                "method": method,
+                "method": name,
                 "n": "exact" if n is None else n,
                 "passes": passes.forward + passes.backward,
                 "seconds": results.seconds,
