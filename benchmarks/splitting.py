@@ -26,7 +26,6 @@ from ancer_jax.metrics import average_certified_radius
 from ancer_jax.models.checkpoints import load_network
 
 SEED, LIMIT, RADII = 0, 0.1, (0.0, 0.25, 0.5, 1.0, 2.0)
-WEIGHTS = (0.0, 5.0)  # of leakage in the searches
 
 
 def trained(noise: str, theta: float, options) -> aj.Classifier:
@@ -46,8 +45,10 @@ def measure(theta: float, options) -> list[dict]:
     whole, rows = round(510 * theta), []
     settings = [("uniform", "fixed", 10_000, 0), ("uniform", "fixed", whole, 0)]
     settings += [("splitting", "fixed", 10_000, 0), ("splitting", "fixed", whole, 0), ("splitting", "fixed", None, 0)]
-    settings += [("splitting", "isotropic", None, weight) for weight in WEIGHTS]
-    settings += [(noise, "ancer", n, w) for noise, n in (("uniform", 10_000), ("splitting", None)) for w in WEIGHTS]
+    settings += [("splitting", "isotropic", None, weight) for weight in options.weights]
+    settings += [
+        (noise, "ancer", n, w) for noise, n in (("uniform", 10_000), ("splitting", None)) for w in options.weights
+    ]
     for noise, method, n, weight in settings:
         config = aj.RunConfig(
             norm="l1", noise=noise, exact=n is None, method=method, theta=theta, seed=SEED,
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("--work", default="splitting")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 5.0], help="of leakage in the searches")
     parser.add_argument("--theta", type=float, nargs="+", default=[0.5, 1.0])
     options = parser.parse_args()
     rows = [row for theta in options.theta for row in measure(theta, options)]
