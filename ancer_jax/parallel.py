@@ -19,8 +19,9 @@ _MOST_CPU_DEVICES = 8
 def use_all_cores() -> None:
     """Make each core of the CPU, of up to eight, a device of JAX; call it before anything is computed.
 
-    Some convolutions gain little from a second core; images that are shared out do. Certificates do not depend on the
-    number of devices. Nothing is done where the number of CPU devices is set already (`jax_num_cpu_devices`).
+    Some convolutions gain little from a second core; images that are shared out do. For a given theta, counts do not
+    depend on the number of devices. Nothing is done where the number of CPU devices is set already
+    (`jax_num_cpu_devices`), or JAX has its devices.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = getattr(jax.config, "jax_num_cpu_devices") >= 0  # noqa: B009

@@ -15,12 +15,11 @@ import subprocess
 import sys
 import time
 
-import jax
-
 HERE, OUT = pathlib.Path(__file__).parent, pathlib.Path("bench")
 METHODS = ["--work", str(OUT / "networks"), "--l2-network", "small_cnn", "--l1-network", "small_cnn"]
 METHODS += ["--epochs", "10", "--images", "10"]
-ON_GPU = jax.default_backend() == "gpu"
+ASK = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # a process that has a GPU keeps its memory
+ON_GPU = subprocess.run(ASK, check=True, capture_output=True, text=True).stdout.strip() == "gpu"
 PARTS = {
     "Against the reference packages": ["peers.py", "--small", "--work", str(OUT / "peers")],
     "All methods, after memory": ["cifar10.py", "fashion-mnist-subset", *METHODS],

@@ -29,7 +29,6 @@ from ancer_jax.metrics import average_certified_radius
 from ancer_jax.models.checkpoints import load_network
 from ancer_jax.report import load_results
 
-RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 SHORT = ["--preset", "reference", "--iso-steps", "25", "--iso-samples", "32", "--ancer-steps", "25"]
 SHORT += ["--ancer-samples", "32", "--guard-samples", "300", "--leakage-references", "32", "--leakage-samples", "16"]
 SMALL = {
@@ -69,7 +68,7 @@ def figures(results, columns) -> dict:
     }
     for by, values in (("radius", radius), ("proxy radius", proxy)):
         found[f"accuracy by {by}"] = {
-            str(at): float((correct & ((values >= at) if at else True)).mean()) for at in RADII[results.norm]
+            str(at): float((correct & ((values >= at) if at else True)).mean()) for at in record.RADII[results.norm]
         }
     return found
 
@@ -135,7 +134,7 @@ def main() -> int:
                 rows.append({"norm": norm, "sigma": sigma, "run": name} | measure(runs[name]))
             found[sigma] = runs
             shown = ["--data", options.folder, "--out", str(work / "report")]
-            radii = ["--radii", ",".join(f"{at:g}" for at in RADII[norm])]
+            radii = ["--radii", ",".join(f"{at:g}" for at in record.RADII[norm])]
             printed[work.name] = clean(run("report", *(str(work / name) for name in runs), *shown, *radii))
             print(printed[work.name], flush=True)
             accuracy = load_network(work / "network").history["test_accuracy"]
@@ -150,7 +149,7 @@ def main() -> int:
                 row = {"norm": norm, "sigma": "largest of all", "run": name, "images": len(some[0].correct)}
                 row |= {"ACR": float(sizes["radius"].mean()), "ACR-tilde": float(sizes["radius_proxy"].mean())}
                 at_least = lambda at, sizes=sizes: float(((sizes["radius"] >= at) & (sizes["radius"] > 0)).mean())
-                rows.append(row | {"accuracy by radius": {str(at): at_least(at) for at in RADII[norm]}})
+                rows.append(row | {"accuracy by radius": {str(at): at_least(at) for at in record.RADII[norm]}})
         stored = {"commands": commands, "rows": rows, "printed": printed, "passed": passed}
         record.save("field" if options.field else "cifar10", stored, seed=0)
     print("passed" if passed else "MISSED A BAR")

@@ -31,14 +31,15 @@ import tempfile
 import time
 
 import numpy as np
+import record
 import scipy.stats
 
 HERE = pathlib.Path(__file__).parent
 NETWORKS = {"ancer_resnet18": ("l2", 0.25), "wrn_40_2": ("l1", 0.5)}
 NEEDS = ["torch==2.13.0", "numpy<2", "scipy<1.12", "ancer-python==1.0.0", "ddsmoothing-python==1.0.0"]
 NEEDS += ["adversarial-robustness-toolbox==1.20.1"]
-RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 SEED, ALPHA, N0 = 0, 1e-3, 100
+ENVIRONMENT = dict(os.environ)  # of the workers
 
 
 class Ours:
@@ -73,14 +74,13 @@ class Ours:
     def whole(self, rows, theta, n, batch, out):
         import ancer_jax as aj
 
-        config = {"method": "ancer", "theta": theta, "certify": aj.CertifyConfig(N0, n, ALPHA)}
-        sampling = aj.SequentialConfig(radii=RADII[self.norm])
+        config = {"method": "ancer", "theta": theta, "certify": aj.CertifyConfig(N0, n, ALPHA), "leakage": None}
+        sampling = aj.SequentialConfig(radii=record.RADII[self.norm])
         with tempfile.TemporaryDirectory() as folder:
             found = self._run(rows, folder, batch, **config, sampling=sampling)
             draws = float(found["draws"].mean())
             np.save(out, aj.runs.read_run(folder).columns("theta")["theta"].transpose(0, 3, 1, 2))
-        radii = {name: found[name].tolist() for name in ("radius", "radius_proxy", "leakage")}
-        return {"classes": found["predict"].astype(int).tolist(), "draws": draws} | radii
+        return {"radius_proxy": found["radius_proxy"].tolist(), "draws": draws}
 
     def _search(self, kind, rows, start, config, out):
         import jax
@@ -141,7 +141,7 @@ class Worker:
 
     def __init__(self, *command, **environment):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(list(map(str, command)), env=os.environ | environment, **pipes)
+        self.process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT | environment, **pipes)
 
     def __call__(self, do, **options):
         assert self.process.stdin and self.process.stdout
@@ -340,8 +340,9 @@ def whole(options, load, rows, file, start_ours, start_reference):
         "draws": {"ours": found["draws"], "reference": n},
         "mean proxy radius": {who: float(p.mean()) for who, p in proxies.items()},
         "mean radius": {who: float(r.mean()) for who, r in radii.items()},
-        "certified at": {str(at): {w: int((d > at).sum()) for w, d in decided.items()} for at in RADII[norm]},
-        "leakage": found["leakage"],
+        "certified at": {
+            str(at): {who: int(((d >= at) & (d > 0)).sum()) for who, d in decided.items()} for at in record.RADII[norm]
+        },
     }
     print(f"{load['network']}, whole: {json.dumps(results)}", flush=True)
     return results
@@ -382,13 +383,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--whole", type=int, help="images that go through everything; 0: none")
     options = parser.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process leaves a GPU's memory to the workers
     defaults = {"n": (500, 2_000), "steps": (3, 10), "rounds": (1, 3), "whole": (0, 1)}
     defaults |= {"epochs": (2, 4 if options.cifar10 else 20), "train_images": (1_000, 20_000)}
     for name, (small, usual) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else usual)
-    import record
-
     work = pathlib.Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     python = options.reference_python or work / "reference" / "bin" / "python"

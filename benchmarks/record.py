@@ -15,6 +15,8 @@ from typing import Any
 import tabulate
 
 RESULTS = pathlib.Path(os.environ.get("BENCH_RESULTS", pathlib.Path(__file__).parent / "results"))
+# Of the tables of the literature.
+RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 

@@ -142,7 +142,7 @@ def main() -> int:
     for norm in ("l2", "l1"):
         add("bundled", norm, aj.load_bundled(norm), aj.load_dataset("fashion-mnist-subset"), options.images)
     for norm in ("l2", "l1") if options.cifar10 else ():
-        network = load_network(pathlib.Path(options.work, norm, "network"))
+        network = load_network(min(pathlib.Path(options.work).glob(f"{norm}*/network")))
         add("CIFAR-10", norm, network, aj.load_dataset(options.cifar10), options.cifar_images)
     presets = {(r["case"], r["schedule"]): r for r in rows if r["preset"]}
     ahead = [

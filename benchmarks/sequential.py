@@ -36,7 +36,6 @@ from ancer_jax.runs import read_run
 
 SEED, CONFIG = 0, aj.CertifyConfig()
 PUBLISHED = {0.5: 531, 1.25: 2169, 2.0: 2130}  # Voracek 2024, table of CIFAR-10, sigma 1: betting
-RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 TOLERANCE = 0.02
 # 41 quantiles of the certified radii that are not 0.
 QUANTILES = np.array([
@@ -115,7 +114,7 @@ def compare(name, classifier, dataset, base: aj.RunConfig, folder: pathlib.Path)
         aj.certify_dataset(classifier, dataset, config, out=out, reconcile=False)
         return read_run(out).columns("counts", "n", "draws", "gap", "theta")
 
-    whole, norm, radii, rows = run(None), base.norm, RADII[base.norm], []
+    whole, norm, radii, rows = run(None), base.norm, record.RADII[base.norm], []
     theta = whole["theta"]
     scales = [(one.min(), geometric_mean(one)) for one in theta.astype(np.float64)]
     smallest, mean = np.array(scales).T
@@ -182,7 +181,7 @@ def main() -> int:
         add("bundled", norm, "fixed", bundled, bundled.theta, some(subset, options.images))
         add("bundled", norm, "ancer", bundled, bundled.theta, some(subset, options.images // 5))
     for norm in ("l2", "l1") if options.cifar10 else ():
-        network = load_network(pathlib.Path(options.work, norm, "network"))
+        network = load_network(min(pathlib.Path(options.work).glob(f"{norm}*/network")))
         images = some(aj.load_dataset(options.cifar10), options.cifar_images)
         add("CIFAR-10", norm, "fixed", network, network.theta, images)
     return 0 if passed and not any(row["sure decisions lost"] for row in rows) else 1

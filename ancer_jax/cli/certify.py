@@ -132,7 +132,7 @@ class Certify:
     chunk: int | None = None
     """Noisy copies of each image at a time; speed only. Default: 128 (on a CPU 100), or what memory can take."""
     devices: int | None = None
-    """Local devices to use; default all."""
+    """Local devices to use; default all. Without an accelerator each core is one, up to eight."""
     split_devices: Split = "images"
     """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
