@@ -183,6 +183,7 @@ def test_a_run_says_how_it_sampled_and_what_it_took(tmp_path):
     settings = read_run(tmp_path / "run").settings
     assert settings["sampling"] == {"radii": [0.1, 0.3], "tolerance": None}
     results = report.load_results(tmp_path / "run")
+    assert "decided (run: 0.1, 0.3): at other radii" in report.summary_table([results], [0.0])
     np.testing.assert_array_equal(results["n"], columns["n"])
     assert results.passes.forward == columns["draws"].mean()
     with pytest.raises(ValueError, match=r"sampling.radii is \[0.1, 0.3\] there, \[0.1\] here"):

@@ -189,6 +189,8 @@ def test_an_exact_run_takes_all_draws_and_needs_no_alpha(tmp_path, method):
 def test_random_and_exact_certificates_agree(tmp_path):
     for name, exact in (("random", False), ("exact", True)):
         certify_dataset(LINEAR, DATASET, RunConfig(**SMALL, exact=exact), out=tmp_path / name)
+    table = report.summary_table([report.load_results(tmp_path / name) for name in ("random", "exact")], [0.0])
+    assert "without alpha, for images of 8 bits: exact." in table and "Splitting noise: random, exact." in table
     random, exact = (read_run(tmp_path / name).columns("gap", "counts", "n") for name in ("random", "exact"))
     # Not equal: the exact form's cuts depend on each other, so that it is another classifier.
     np.testing.assert_allclose(random["counts"] / random["n"], exact["counts"] / exact["n"], atol=0.15)
