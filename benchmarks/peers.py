@@ -385,7 +385,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process leaves a GPU's memory to the workers
     defaults = {"n": (500, 2_000), "steps": (3, 10), "rounds": (1, 3), "whole": (0, 1)}
-    defaults |= {"epochs": (2, 4 if options.cifar10 else 20), "train_images": (1_000, 20_000)}
+    defaults |= {"epochs": (2, 3 if options.cifar10 else 20), "train_images": (1_000, 10_000)}
     for name, (small, usual) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else usual)
