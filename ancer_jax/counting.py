@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ancer_jax import parallel
-from ancer_jax.certification import select_class
 from ancer_jax.config import RunConfig
 from ancer_jax.sequential import UNIT
 from ancer_jax.smoothing import Stage, class_counts_between, stage_key
@@ -47,6 +46,10 @@ class Votes:
             begun.append((np.array(now)[:, 0], votes))
         return begun
 
+    def top(self, begun: list[tuple[np.ndarray, jax.Array]]) -> jax.Array:
+        """The class with most of the votes that `begin` counts, of each image: int32 [batch]; nothing waits for it."""
+        return _top(begun, batch=self._shape[0])
+
     def end(self, begun: list[tuple[np.ndarray, jax.Array]]) -> np.ndarray:
         """What `begin` started, for all images of the batch: int64 [batch, K]."""
         votes = np.zeros(self._shape, np.int64)
@@ -64,11 +67,9 @@ def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, 
     return count, {"certificate": config.counted, "chunk": chunk}
 
 
-@functools.partial(jax.jit, static_argnames=("certificate", "n0", "chunk"))
-def select(keys, classifier, images, theta, *, certificate, n0, chunk):
-    """The class that most of `n0` draws vote for, of each image: int32 [batch]."""
-    one = lambda key, x, theta: select_class(key, classifier, certificate, x, theta, n0=n0, chunk=chunk)
-    return jax.vmap(one)(keys, images, theta)
+@functools.partial(jax.jit, static_argnames="batch")
+def _top(begun, *, batch):
+    return sum(jax.ops.segment_sum(votes, rows, batch) for rows, votes in begun).argmax(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "chunk"))

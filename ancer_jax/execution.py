@@ -61,19 +61,19 @@ def compute(
     keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
     if config.data_dependent:
         theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
-    how = {"certificate": config.certificate, "chunk": chunk}
     votes, rows = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh), np.arange(len(ids))
-    begin = lambda n: votes.begin(Stage.ESTIMATE, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
+    begin = lambda stage, n: votes.begin(stage, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
     if config.exact:
-        begun = votes.end(begin(_num_draws(theta)))
-        selected = place(begun.argmax(axis=1).astype(np.int32), split, mesh)
+        begun = votes.end(begin(Stage.ESTIMATE, _num_draws(theta)))
+        selected = begun.argmax(axis=1).astype(np.int32)
     else:
-        selected = counting.select(keys, classifier, images, theta, n0=config.certify.n0, **how)
-        begun = None if config.sampling else begin(config.certify.n)
+        selected = votes.top(begin(Stage.SELECT, config.certify.n0))
+        begun = None if config.sampling else begin(Stage.ESTIMATE, config.certify.n)
+    selected = place(selected, split, mesh)
     leaked = asked = np.zeros(len(ids), np.int32)
     if references is not None and config.leakage is not None:
-        samples = config.leakage.num_samples
-        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, num_samples=samples, **how)
+        how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
+        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, **how)
     return Computed(theta, selected, leaked, asked, votes, begun)
 
 
@@ -174,11 +174,9 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
     if config.data_dependent:
         search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
-    how = {"certificate": config.certificate, "chunk": chunk}
-    select, selected = _planned(counting.select, keys, classifier, images, theta, n0=config.certify.n0, **how)
-    leakage = 0
+    leakage, selected = 0, place(np.zeros(batch, np.int32), split, mesh)
     if references is not None and config.leakage is not None:
-        how["num_samples"] = config.leakage.num_samples
+        how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
         leakage, _ = _planned(_measure_leakage, references, classifier, images, theta, selected, **how)
     count, how = counting.pieces(config, batch, chunk, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -186,7 +184,7 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     arrays = jax.tree.map(on_all, (keys, images, theta))
     pieces = parallel.split_rows(np.zeros((count, 3), np.int32), mesh)
     votes, _ = _planned(counting.count_pieces, *arrays, classifier, pieces, np.int32(1), np.int32(0), **how)
-    return search, max(select, leakage, votes)
+    return search, max(leakage, votes)
 
 
 def _planned(function, *arguments, **static):

@@ -54,7 +54,7 @@ def test_each_program_is_compiled_once(tmp_path, compilations, config, how):
     certify_dataset(CLASSIFIER, DATASET, config, out=tmp_path, execution=how, reconcile=False, progress=done)
     assert len(after_batches) > 3 and len(set(after_batches[1:])) == 1
     ours = {"jit(_find_theta)", "jit(make_references)", "jit(_measure_leakage)"} if config is ANCER else set()
-    ours |= {"jit(select)", "jit(count_pieces)"}
+    ours |= {"jit(_top)", "jit(count_pieces)"}
     assert {name: compilations.count(name) for name in ours} == dict.fromkeys(ours, 1)
 
 
