@@ -11,9 +11,10 @@ Reported, not judged: how many votes differ between CPU and GPU (draws and logit
 products may be computed in TF32), between default and highest matmul precision, and between float32 and bfloat16.
 
 Speed: certification of SmallCNN and ResNet-18 at several batches and chunks, its ratio to the bare forward passes
-(benchmarks/overhead.py) and the share of the noise; ResNet-50 at the batch and chunk that are chosen for the device's
-memory; both theta searches; bfloat16; which generator of random numbers pays; training. Results are stored after every
-section, and a section that would start after `--minutes` is left out and named.
+(benchmarks/overhead.py), its share of the rate of large matrix products, and the share of the noise; ResNet-50 at the
+batch and chunk that are chosen for the device's memory; both theta searches; bfloat16; which generator of random
+numbers pays; training. Results are stored after every section, and a section that would start after `--minutes` is left
+out and named.
 """
 
 import argparse
@@ -163,12 +164,23 @@ def compare_votes(small, seed):
     return rows
 
 
-def throughput(plans, *, repeats, seed, dtype=None):
-    """overhead.compare for (network, batch, chunk, n), with rows per second."""
+@functools.cache
+def ceiling(dtype, size):
+    """Billion operations a second of large matrix products, at the precision that networks get."""
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return 2 * size**3 / float(np.median(overhead.seconds({"product": lambda: a @ a}, 10)["product"])) / 1e9
+
+
+def throughput(plans, *, small, repeats, seed, dtype=None):
+    """overhead.compare for (network, batch, chunk, n), with rows per second, and the share of the device they use."""
     rows = []
     for name, batch, chunk, n in plans:
         line, _ = overhead.compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=seed, dtype=dtype)
-        rows.append(line | {"rows_per_second": 1e6 / line["certify_us_per_row"]})
+        classifier, shape = overhead.NETWORKS[name](seed)
+        costs = jax.jit(lambda classifier, x: classifier(x)).lower(classifier, jnp.zeros((1, *shape))).cost_analysis()
+        rate, products = 1e6 / line["certify_us_per_row"], ceiling(dtype or "float32", 512 if small else 8192)
+        line |= {"rows_per_second": rate, "share_of_bare": 1 / line["ratio"], "gflops_of_products": products}
+        rows.append(line | {"share_of_products": rate * costs["flops"] / 1e9 / products})
         record.show(rows[-1:])
     return rows
 
@@ -178,18 +190,18 @@ def certify_small_cnn(small, seed):
     total = 1_000_000
     if small:
         plans, total = [(1, 100), (4, 50)], 400
-    return throughput([("SmallCNN", b, c, max(total // b, 2 * c)) for b, c in plans], repeats=3, seed=seed)
+    return throughput([("SmallCNN", b, c, max(total // b, 2 * c)) for b, c in plans], small=small, repeats=3, seed=seed)
 
 
 def certify_resnet18(small, seed):
-    plans, total = ([(1, 10)], 20) if small else ([(1, 1000), (10, 100), (10, 1000)], 40_000)
-    return throughput([("ResNet-18", b, c, total // b) for b, c in plans], repeats=3, seed=seed)
+    plans, total = ([(1, 10)], 20) if small else ([(1, 100), (1, 1000), (10, 100), (10, 1000), (100, 100)], 40_000)
+    return throughput([("ResNet-18", b, c, total // b) for b, c in plans], small=small, repeats=3, seed=seed)
 
 
 def certify_resnet18_bfloat16(small, seed):
     plans, total = ([(1, 10)], 20) if small else ([(10, 1000)], 40_000)
     plans = [("ResNet-18", b, c, total // b) for b, c in plans]
-    rows = throughput(plans, repeats=3, seed=seed, dtype="bfloat16")
+    rows = throughput(plans, small=small, repeats=3, seed=seed, dtype="bfloat16")
     return [row | {"dtype": "bfloat16"} for row in rows]
 
 

@@ -15,7 +15,8 @@ Then, in turn, in processes of their own, on the same images, with the same n, s
 
 The reference needs Python 3.11, and gets a virtual environment in `--work` unless `--reference-python` names one.
 Without `--cifar10`: the bundled Fashion-MNIST images, padded to 32 x 32 x 3. Exit status 1 if counts or thetas
-disagree, or, but for --small, if a rate is below the reference's or "whole" is not ten times as fast.
+disagree, or, but for --small, if a rate is below the reference's (on a GPU: four times it) or "whole" is not ten
+times as fast.
 """
 
 import argparse
@@ -348,16 +349,16 @@ def whole(options, load, rows, file, start_ours, start_reference):
     return results
 
 
-def passed(results, small) -> bool:
-    """Whether certificates and thetas agree, and, but for a rehearsal, whether ours is as fast."""
-    good = True
+def passed(results, device, small) -> bool:
+    """Whether certificates and thetas agree, and, but for a rehearsal, whether ours is fast enough."""
+    good, bar = True, 1 if device == "cpu" else 4
     for one in results:
         same = one["certification"]["p_value"] >= 1e-3
         for kind in ("isotropic search", "anisotropic search"):
             proxy, error = one[kind]["proxy"], one[kind]["standard_error"]
             same &= proxy["ours"] >= proxy["reference"] - 2 * error - 0.01 * proxy["reference"]
         rates = [one[k]["rates"] for k in ("certification", "isotropic search", "anisotropic search")]
-        fast = all(rate["ours"] >= rate["reference"] for rate in rates)
+        fast = all(rate["ours"] >= bar * rate["reference"] for rate in rates)
         fast &= "whole" not in one or one["whole"]["times faster"] >= 10
         print(f"{one['network']}: {'agrees' if same else 'DISAGREES'}, {'as fast' if fast else 'SLOWER THAN THE BAR'}")
         good &= bool(same) and (small or bool(fast))
@@ -405,7 +406,7 @@ def main() -> int:
     for load in networks.values():
         results.append(measure(options, load, start_ours, start_reference))
         record.save("peers-small" if options.small else "peers", {"settings": settings, "networks": results}, seed=SEED)
-    return 0 if passed(results, options.small) else 1
+    return 0 if passed(results, options.device, options.small) else 1
 
 
 if __name__ == "__main__":
