@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -69,7 +70,7 @@ def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, 
 
 @functools.partial(jax.jit, static_argnames="batch")
 def _top(begun, *, batch):
-    return sum(jax.ops.segment_sum(votes, rows, batch) for rows, votes in begun).argmax(axis=1)
+    return jnp.stack([jax.ops.segment_sum(votes, rows, batch) for rows, votes in begun]).sum(axis=0).argmax(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("certificate", "chunk"))

@@ -53,18 +53,22 @@ def compute(
     references: References | None,
     config: RunConfig,
     *,
+    rows: np.ndarray,
     split: Split,
     chunk: int,
     mesh: Mesh,
 ) -> Computed:
-    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits for it."""
+    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits for it.
+
+    Votes are counted for the images `rows` of the batch; the others fill it up.
+    """
     keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
     if config.data_dependent:
         theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
-    votes, rows = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh), np.arange(len(ids))
+    votes = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh)
     begin = lambda stage, n: votes.begin(stage, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
     if config.exact:
-        begun = votes.end(begin(Stage.ESTIMATE, _num_draws(theta)))
+        begun = votes.end(begin(Stage.ESTIMATE, _num_draws(theta)[rows]))
         selected = begun.argmax(axis=1).astype(np.int32)
     else:
         selected = votes.top(begin(Stage.SELECT, config.certify.n0))

@@ -1,6 +1,7 @@
 """Devices: a mesh over the local devices, or those of all processes, and rows of a batch spread over it."""
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -57,7 +58,7 @@ def free_memory(mesh: Mesh) -> int:
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays with their leading axis spread over the mesh; its size must be a multiple of the mesh's."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("rows")))
+    return _put(tree, NamedSharding(mesh, PartitionSpec("rows")))
 
 
 def take_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -106,4 +107,19 @@ def pmap_examples(
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Arrays copied to every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _put(tree, sharding: NamedSharding):
+    """`device_put`, but what lies on these devices is moved by a program: the host does not wait until it is there."""
+
+    def one(leaf):
+        here = isinstance(leaf, jax.Array) and leaf.sharding.device_set == sharding.device_set
+        return _moved(sharding)(leaf) if here else jax.device_put(leaf, sharding)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _moved(sharding: NamedSharding):
+    return jax.jit(lambda leaf: leaf, out_shardings=sharding)

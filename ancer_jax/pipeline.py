@@ -154,7 +154,8 @@ def _certify_images(
             if config.exact:
                 _check_levels(batch, SplittingL1().levels)
             ids, images = place((batch["id"].astype(np.uint32), batch["image"]), execution.split, mesh)
-            yield batch, compute(ids, classifier, images, theta, references, config, **how)
+            present = np.flatnonzero(batch["mask"])
+            yield batch, compute(ids, classifier, images, theta, references, config, rows=present, **how)
         yield {}, None
 
     for (batch, computed), _ in itertools.pairwise(computing()):  # the next one is computing already

@@ -6,7 +6,7 @@ source, which is replaced.
 
 import json
 import pathlib
-import resource
+import re
 import sys
 import time
 import types
@@ -26,6 +26,7 @@ from ddsmoothing.smooth import Smooth
 FOLDER = pathlib.Path(ddsmoothing.utils.__file__).parent
 DEVICE = sys.argv[1]
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+torch.backends.cudnn.benchmark = True  # as XLA does: the fastest algorithm for each shape
 
 
 def build(name):
@@ -49,13 +50,12 @@ class Probabilities(torch.nn.Module):
 
 
 class Counting(Smooth):
-    """Says how many votes there were."""
+    """Keeps the votes."""
 
-    counts: list
-
-    def _lower_confidence_bound(self, NA, N, alpha):
-        self.counts.append(int(NA))
-        return super()._lower_confidence_bound(NA, N, alpha)
+    def _sample_noise(self, *arguments, **options):
+        found = super()._sample_noise(*arguments, **options)
+        self.votes = [*getattr(self, "votes", []), [int(count) for count in found]]
+        return found
 
 
 class Worker:
@@ -89,17 +89,20 @@ class Worker:
         if network == "wrn_40_2":
             self.network = Probabilities(self.network)
         self.images = torch.from_numpy(np.load(images)).to(DEVICE)
+        return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": DEVICE}
 
     def certify(self, rows, theta, n0, n, alpha, batch, seed):
         torch.manual_seed(seed)
         law = L2Certificate(1, DEVICE) if self.norm == "l2" else L1Certificate(DEVICE)
         theta = np.broadcast_to(np.load(theta) if isinstance(theta, str) else theta, self.images[rows].shape)
-        classes, counts = [], []
+        classes, selected, votes = [], [], []
         for x, one in zip(self.images[rows], theta, strict=True):
             smooth = Counting(self.network, 10, torch.from_numpy(np.array(one, np.float32)).to(DEVICE), law)
-            smooth.counts = counts
             classes.append(int(smooth.certify(x, n0, n, alpha, batch, DEVICE)[0]))
-        return {"classes": classes, "counts": counts}
+            selection, estimation = smooth.votes
+            selected.append(int(np.argmax(selection)))
+            votes.append(estimation)
+        return {"classes": classes, "selected": selected, "votes": votes}
 
     def isotropic(self, rows, start, steps, samples, lr, seed, out):
         torch.manual_seed(seed)
@@ -131,7 +134,8 @@ class Worker:
 
     def memory(self):
         device = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
-        return {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "device_mib": device}
+        peak = re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())  # ru_maxrss has the parent's
+        return {"host_mib": int(peak[1]) / 1024 if peak else None, "device_mib": device}
 
 
 worker, say = Worker(), sys.stdout

@@ -59,7 +59,7 @@ def sharded_path(name, n, seed, repeats):
 
         def sharded():
             ids, placed = execution.place((batch["id"].astype(np.uint32), batch["image"]), "images", mesh)
-            how = {"split": "images", "chunk": 50, "mesh": mesh}
+            how = {"rows": np.arange(10), "split": "images", "chunk": 50, "mesh": mesh}
             computed = execution.compute(ids, replicated, placed, None, config, **how)
             pipeline._store(run, batch, computed, config, 0.0)
 

@@ -136,8 +136,9 @@ def lines():
                 yield what, figure, "", "cifar10", found
     if found := load("peers"):
         for r in found["results"]["networks"]:
-            for phase in ("certification", "isotropic search", "anisotropic search"):
-                rates = r[phase]["rates"]
+            for phase, rates in (
+                (phase, found["rates"]) for phase, found in r.items() if isinstance(found, dict) and "rates" in found
+            ):
                 what = f"{r['network']}, {phase}, passes a second: {' / '.join(rates)}"
                 bar = ">= reference" if found["machine"]["device"] == "cpu" else ">= 4 x reference"
                 yield what, " / ".join(f"{rate:,.0f}" for rate in rates.values()), bar, "peers", found
@@ -150,6 +151,7 @@ def lines():
             if whole := r.get("whole"):
                 what = f"{r['network']}, seconds for an image, start to end: {' / '.join(whole['seconds'])}"
                 figure = " / ".join(f"{seconds:,.0f}" for seconds in whole["seconds"].values())
+                what += f" ({whole['images']} images)"
                 yield what, f"{figure} (ratio {whole['times faster']:.1f})", "ratio >= 10", "", found
     if found := load("field"):
         for r in found["results"]["rows"]:

@@ -222,7 +222,7 @@ def test_passes_are_those_that_the_network_sees(config):
     references = find_references(classifier, take(DATASET, range(3)), config, Execution(chunk=10), mesh)
     jax.effects_barrier()
     seen.update(forward=0, backward=0)
-    how = {"split": "images", "chunk": 10, "mesh": mesh}
+    how = {"rows": np.arange(5), "split": "images", "chunk": 10, "mesh": mesh}
     arguments = classifier, jnp.asarray(DATASET.images), np.asarray(0.3, np.float32), references, config
     jax.block_until_ready(compute(jnp.arange(5, dtype=jnp.uint32), *arguments, **how))
     jax.effects_barrier()
