@@ -20,9 +20,11 @@ out and named.
 import argparse
 import dataclasses
 import functools
+import itertools
 import sys
 import tempfile
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +179,9 @@ def throughput(plans, *, small, repeats, seed, dtype=None):
     for name, batch, chunk, n in plans:
         line, _ = overhead.compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=seed, dtype=dtype)
         classifier, shape = overhead.NETWORKS[name](seed)
-        costs = jax.jit(lambda classifier, x: classifier(x)).lower(classifier, jnp.zeros((1, *shape))).cost_analysis()
+        with jax.default_device(jax.devices("cpu")[0]):  # a GPU's client says nothing before compilation
+            row = jax.tree.map(np.asarray, (classifier, np.zeros((1, *shape), np.float32)))
+            costs = jax.jit(lambda classifier, x: classifier(x)).lower(*row).cost_analysis()
         rate, products = 1e6 / line["certify_us_per_row"], ceiling(dtype or "float32", 512 if small else 8192)
         line |= {"rows_per_second": rate, "share_of_bare": 1 / line["ratio"], "gflops_of_products": products}
         rows.append(line | {"share_of_products": rate * costs["flops"] / 1e9 / products})
@@ -207,19 +211,18 @@ def certify_resnet18_bfloat16(small, seed):
 
 def search(small, seed):
     """Both theta searches: microseconds per gradient row (steps x draws), and images per second at full settings."""
-    steps, draws = (2, 10) if small else (20, 100)
     plans = [("SmallCNN", batch) for batch in ((2,) if small else (1, 10, 100))] + [("ResNet-18", 1 if small else 10)]
-    stages = {
-        "isotropic": (optimize_isotropic, IsotropicConfig.reference(steps=steps, num_samples=draws), 900),
-        "anisotropic": (optimize_anisotropic, AnisotropicConfig.reference(steps=steps, num_samples=draws), 100),
-    }
+    searches = [(optimize_isotropic, IsotropicConfig), (optimize_anisotropic, AnisotropicConfig)]
     rows = []
     for name, batch in plans:
         classifier, shape = overhead.NETWORKS[name](seed)
         images = jnp.asarray(np.random.default_rng(seed).uniform(0, 1, (batch, *shape)), jnp.float32)
         keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), batch)
         theta = jnp.full(batch, overhead.THETA)
-        for stage, (optimize, config, full_steps) in stages.items():
+        for preset, (optimize, kind) in itertools.product(("fast", "reference"), searches):
+            whole = kind() if preset == "fast" else kind.reference()
+            some = {"steps": 2, "num_samples": 10} if small else {"steps": min(whole.steps, 20)}
+            config = dataclasses.replace(whole, **some)
 
             @jax.jit
             def run(keys, classifier, images, theta, optimize=optimize, config=config):
@@ -227,10 +230,12 @@ def search(small, seed):
                 return jax.vmap(one)(keys, images, theta)
 
             call = lambda run=run, a=(keys, classifier, images, theta): run(*a)
-            median = float(np.median(overhead.seconds({stage: call}, 3)[stage]))
-            full = batch / (median * full_steps / steps)
-            line = {"network": name, "stage": stage, "batch": batch, "draws": draws}
-            rows.append(line | {"us_per_row": median / (batch * steps * draws) * 1e6, "images_per_second": full})
+            per_row = float(np.median(overhead.seconds({"": call}, 3)[""])) / (
+                batch * config.steps * config.num_samples
+            )
+            line = {"network": name, "search": optimize.__name__, "preset": preset, "batch": batch}
+            line |= {"draws": config.num_samples, "us_per_row": per_row * 1e6}
+            rows.append(line | {"images_per_second": 1 / (per_row * whole.steps * whole.num_samples)})
     return rows
 
 
@@ -285,7 +290,8 @@ def imagenet(small, seed):
         times = []
         with tempfile.TemporaryDirectory() as folder:
             done = lambda images, times=times: times.append(time.perf_counter())
-            certify_dataset(classifier, data, config, out=f"{folder}/run", reconcile=False, progress=done)
+            how = {"execution": Execution(devices=1), "reconcile": False, "progress": done}
+            certify_dataset(classifier, data, config, out=f"{folder}/run", **how)
         last = times[-1] - times[-2]  # the first batch is compiled
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
         rows.append({"dtype": dtype, "method": method, "batch": chosen[0], "chunk": chosen[1],
@@ -320,7 +326,11 @@ def main():
         if elapsed > 60 * arguments.minutes:
             results[name] = "left out: no time"
             continue
-        results[name] = section(arguments.small, arguments.seed)
+        try:
+            results[name] = section(arguments.small, arguments.seed)
+        except Exception as error:  # the device is lent for minutes: the other sections shall have theirs
+            traceback.print_exc()
+            results[name] = [{"ok": False, "error": repr(error)}]
         record.show(results[name])
         failed += [name for row in results[name] if not row.get("ok", True)]
         record.save("gpu_small" if arguments.small else "gpu", results, seed=arguments.seed)

@@ -145,21 +145,22 @@ def lines():
             first = r["first certificate"]
             what = f"{r['network']}, seconds from start to the first certificate: {' / '.join(first)}"
             yield what, " / ".join(f"{seconds:.1f}" for seconds in first.values()), "", "", found
-            memory = {who: m["device_mib"] or m["host_mib"] for who, m in r["memory"].items()}
-            what = f"{r['network']}, peak memory in MiB: {' / '.join(memory)}"
-            yield what, " / ".join(f"{mib:,.0f}" for mib in memory.values()), "", "", found
+            for where in ("host", "device"):
+                memory = {who: m[f"{where}_mib"] for who, m in r["memory"].items() if m[f"{where}_mib"]}
+                if memory:
+                    what = f"{r['network']}, peak memory of the {where} in MiB: {' / '.join(memory)}"
+                    yield what, " / ".join(f"{mib:,.0f}" for mib in memory.values()), "", "", found
             if whole := r.get("whole"):
                 what = f"{r['network']}, seconds for an image, start to end: {' / '.join(whole['seconds'])}"
                 figure = " / ".join(f"{seconds:,.0f}" for seconds in whole["seconds"].values())
-                what += f" ({whole['images']} images)"
+                what += f" ({whole['images']} images; {' / '.join(f'{n:,.0f}' for n in whole['draws'].values())} draws)"
                 yield what, f"{figure} (ratio {whole['times faster']:.1f})", "ratio >= 10", "", found
     if found := load("field"):
         for r in found["results"]["rows"]:
             if r["run"] != "network":
-                what = f"{r['norm']}, sigma {r['sigma']}, {r['run']}, {r['images']} images of CIFAR-10: ACR; ACR-tilde"
-                names = [name for name in ("ACR", "ACR-tilde", "ACR-tilde without leaky") if name in r]
-                figure = "; ".join(round_down(r[name], 3) for name in names)
-                yield what, figure + (" (the last without leaky thetas)" if len(names) == 3 else ""), "", "field", found
+                what = f"CIFAR-10, {r['norm']}, sigma {r['sigma']}, {r['run']}, {r['images']} images, after memory: "
+                names = [name for name in ("accuracy", "ACR", "ACR-tilde", "ACR-tilde without leaky") if name in r]
+                yield what + "; ".join(names), "; ".join(round_down(r[name], 3) for name in names), "", "field", found
     if found := load("loading"):
         for r in found["results"]["rows"]:
             what = f"CIFAR-10, {r['split']}, {r['format']}: images, labels, ids as in the authors' files"

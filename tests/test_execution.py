@@ -1,15 +1,29 @@
 """How a run is carried out: each program is compiled once, and batches fit into the devices' memory."""
 
+import dataclasses
+import threading
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from ancer_jax import CertifyConfig, Execution, LeakageConfig, RunConfig, certify_dataset, execution, parallel, pipeline
+from ancer_jax import (
+    CertifyConfig,
+    Execution,
+    LeakageConfig,
+    RunConfig,
+    SequentialConfig,
+    certify_dataset,
+    counting,
+    execution,
+    parallel,
+    pipeline,
+)
 from ancer_jax.data import Dataset, take
 from ancer_jax.execution import fit
 from ancer_jax.runs import read_run
+from ancer_jax.smoothing import Stage
 from tests.test_pipeline import CLASSIFIER, SEARCH
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -95,6 +109,43 @@ def test_what_does_not_fit_gets_smaller(monkeypatch, asked, memory, per_search, 
         assert max(needs(batch, chunk)) <= 0.9 * memory
         usual = asked.get("batch_size", 20), asked.get("chunk", 100)
         assert (batch, chunk) == usual or max(needs(batch + 2, chunk + 1)) > 0.5 * memory
+
+
+@pytest.mark.parametrize("sampling", [None, SequentialConfig(radii=(0.1,))], ids=["all draws", "sequential"])
+def test_no_votes_are_counted_for_what_fills_a_batch_up(tmp_path, monkeypatch, sampling):
+    """Three images on two devices."""
+    asked = {stage: np.zeros(4, int) for stage in Stage}
+
+    def recording(keys, images, theta, classifier, pieces, steps, stage, **how):
+        np.add.at(asked[Stage(int(stage))], np.asarray(pieces)[:, 0], np.diff(np.asarray(pieces)[:, 1:])[:, 0])
+        return count(keys, images, theta, classifier, pieces, steps, stage, **how)
+
+    count = counting.count_pieces
+    monkeypatch.setattr(counting, "count_pieces", recording)
+    how = Execution(batch_size=4, chunk=30, devices=2)
+    config = dataclasses.replace(FIXED, sampling=sampling)
+    certify_dataset(CLASSIFIER, take(DATASET, range(3)), config, out=tmp_path, execution=how)
+    np.testing.assert_array_equal(asked[Stage.SELECT], [10, 10, 10, 0])
+    drawn = asked[Stage.SELECT] + asked[Stage.PILOT] + asked[Stage.ESTIMATE]
+    np.testing.assert_array_equal(drawn, [*read_run(tmp_path).columns("draws")["draws"], 0])
+
+
+def test_what_lies_on_the_devices_is_moved_without_waiting():
+    mesh, ready = parallel.device_mesh(4), threading.Event()
+
+    def wait(x):
+        assert ready.wait(60)
+        return np.asarray(x)
+
+    for start, move in ((parallel.split_rows, parallel.replicate), (parallel.replicate, parallel.split_rows)):
+        slow = jax.jit(lambda x: jax.pure_callback(wait, x, x, vmap_method="sequential") + 1)
+        ready.clear()
+        moved = move(
+            slow(start(np.arange(8.0, dtype=np.float32), mesh)), mesh
+        )  # waits a minute, and fails, if it waits
+        ready.set()
+        np.testing.assert_array_equal(moved, np.arange(8) + 1)
+        assert moved.sharding == move(np.arange(8.0), mesh).sharding
 
 
 def test_memory_of_the_machine_is_known():

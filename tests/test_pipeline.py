@@ -51,7 +51,9 @@ CONFIG = RunConfig(method="fixed", theta=0.3, certify=CertifyConfig(n0=20, n=500
 def run(path, config=CONFIG, dataset=DATASET, **execution):
     certify_dataset(CLASSIFIER, dataset, config, out=path, execution=Execution(**execution))
     shards = list(read_run(path).shards())
-    rows = {name: np.concatenate([s[name] for s in shards]) for name in ("ids", "counts", "gap", "theta")}
+    rows = {
+        name: np.concatenate([s[name] for s in shards]) for name in ("ids", "predictions", "counts", "gap", "theta")
+    }
     order = np.argsort(rows["ids"])
     return {name: column[order] for name, column in rows.items()}
 
@@ -75,6 +77,7 @@ def test_a_line_is_what_certify_gives_for_that_image(tmp_path):
         {"devices": 8},
         {"split": "draws", "devices": 1},
         {"split": "draws", "devices": 8},
+        {"chunk": 7, "devices": 3},  # the draws of the selection take several pieces, too
     ],
     ids=str,
 )
