@@ -13,6 +13,7 @@ import record
 
 import ancer_jax as aj
 from ancer_jax.certification import certification
+from ancer_jax.leakage import leakage, make_references
 from ancer_jax.models import convert_torch, make_network
 from ancer_jax.smoothing import Stage, class_counts, stage_key
 
@@ -63,20 +64,31 @@ class Worker:
 
         return {"votes": self._for_each(count, rows, seed, self.images[rows]).tolist()}
 
-    def radii(self, rows, theta, n0, n, alpha, batch, seed):
-        """Radii and proxy radii of thetas from a file, certified by draws that do not depend on where it came from."""
+    def sizes(self, rows, references, theta, start, n0, n, alpha, batch, seed):
+        """Sizes of regions and leakage of thetas from a file, by draws that do not depend on where they came from."""
         theta, images, config = np.load(theta), self.images[rows], aj.CertifyConfig(n0, n, alpha)
         theta = theta.reshape(-1, 1, 1, 1) if theta.ndim == 1 else theta.transpose(0, 2, 3, 1)
         theta = np.broadcast_to(theta, images.shape)
-
-        def count(classifier, key, x, theta):
-            return aj.count_votes(key, classifier, self.law, x, theta, config=config, chunk=batch)
-
-        found = certification(
-            *self._for_each(count, rows, seed + 1, images, theta), certificate=self.law, config=config
+        how = {"num_samples": 16, "chunk": batch}
+        keys = jax.random.split(jax.random.key(seed + 2, impl="threefry2x32"), len(references))
+        references = jax.jit(make_references, static_argnums=2, static_argnames=how)(
+            keys, self.classifier, self.law, self.images[references], start, **how
         )
+
+        def measure(shared, key, x, theta):
+            classifier, references = shared
+            selected, count = aj.count_votes(key, classifier, self.law, x, theta, config=config, chunk=batch)
+            return selected, count, *leakage(references, classifier, self.law, x, theta, selected, **how)
+
+        shared = self.classifier, references
+        selected, count, leaked, asked = self._for_each(measure, rows, seed + 1, images, theta, shared=shared)
+        found = certification(selected, count, certificate=self.law, config=config)
         regions = [aj.Region(*one, self.law.norm) for one in zip(images, theta, found.gap, strict=True)]
-        return {"radius": [float(aj.radius(r)) for r in regions], "proxy": [float(aj.proxy_radius(r)) for r in regions]}
+        sizes = {
+            "radius": [float(aj.radius(r)) for r in regions],
+            "proxy": [float(aj.proxy_radius(r)) for r in regions],
+        }
+        return sizes | {"leakage": (leaked / np.maximum(asked, 1)).tolist()}
 
     def memory(self):
         statistics = jax.local_devices()[0].memory_stats() or {}
@@ -98,8 +110,8 @@ class Worker:
         theta = self._for_each(search, rows, seed, self.images[rows], start, keep=config)
         np.save(out, theta if theta.ndim == 1 else theta.transpose(0, 3, 1, 2))
 
-    def _for_each(self, function, rows, seed, *arrays, keep=None):
-        """Results of function(classifier, key, row of each array), on all devices; `keep`: compiled under this name."""
+    def _for_each(self, function, rows, seed, *arrays, shared=None, keep=None):
+        """Results of function(classifier or shared, key, row of each array), on all devices; kept under a name."""
         count = len(rows)
         shared_out = np.resize(np.arange(count), -(-count // self.mesh.size) * self.mesh.size)
         key = jax.random.key(seed, impl="threefry2x32")
@@ -108,7 +120,7 @@ class Worker:
         program = jax.jit(jax.vmap(function, (None, *[0] * len(arrays))))
         if keep is not None:
             program = self.programs.setdefault(keep, program)
-        found = program(aj.parallel.replicate(self.classifier, self.mesh), *arrays)
+        found = program(aj.parallel.replicate(shared or self.classifier, self.mesh), *arrays)
         return jax.tree.map(lambda array: np.asarray(array)[:count], found)
 
 

@@ -95,14 +95,15 @@ class Worker:
         torch.manual_seed(seed)
         law = L2Certificate(1, DEVICE) if self.norm == "l2" else L1Certificate(DEVICE)
         theta = np.broadcast_to(np.load(theta) if isinstance(theta, str) else theta, self.images[rows].shape)
-        classes, selected, votes = [], [], []
+        found = {"classes": [], "gaps": [], "selected": [], "votes": []}
         for x, one in zip(self.images[rows], theta, strict=True):
             smooth = Counting(self.network, 10, torch.from_numpy(np.array(one, np.float32)).to(DEVICE), law)
-            classes.append(int(smooth.certify(x, n0, n, alpha, batch, DEVICE)[0]))
+            label, gap = smooth.certify(x, n0, n, alpha, batch, DEVICE)
             selection, estimation = smooth.votes
-            selected.append(int(np.argmax(selection)))
-            votes.append(estimation)
-        return {"classes": classes, "selected": selected, "votes": votes}
+            answer = (int(label), float(gap), int(np.argmax(selection)), estimation)
+            for name, value in zip(found, answer, strict=True):
+                found[name].append(value)
+        return found
 
     def isotropic(self, rows, start, steps, samples, lr, seed, out):
         torch.manual_seed(seed)

@@ -134,24 +134,23 @@ def lines():
                 what = f"CIFAR-10, {r['norm']}, {r['run']}, {r['images']} images: accuracy; ACR; ACR-tilde after memory"
                 figure = "; ".join(round_down(r[name], 3) for name in ("accuracy", "ACR", "ACR-tilde"))
                 yield what, figure, "", "cifar10", found
-    if found := load("peers"):
-        for r in found["results"]["networks"]:
-            for phase, rates in (
-                (phase, found["rates"]) for phase, found in r.items() if isinstance(found, dict) and "rates" in found
-            ):
-                what = f"{r['network']}, {phase}, passes a second: {' / '.join(rates)}"
+    for network in ("ancer_resnet18", "wrn_40_2"):
+        if found := load(f"peers-{network}"):
+            r = found["results"]
+            for phase in (name for name, one in r.items() if isinstance(one, dict) and "rates" in one):
+                what = f"{network}, {phase}, passes a second: {' / '.join(r[phase]['rates'])}"
                 bar = ">= reference" if found["machine"]["device"] == "cpu" else ">= 4 x reference"
-                yield what, " / ".join(f"{rate:,.0f}" for rate in rates.values()), bar, "peers", found
+                rates = " / ".join(f"{rate:,.0f}" for rate in r[phase]["rates"].values())
+                yield what, rates, bar, f"peers-{network}", found
             first = r["first certificate"]
-            what = f"{r['network']}, seconds from start to the first certificate: {' / '.join(first)}"
+            what = f"{network}, seconds from start to the first certificate: {' / '.join(first)}"
             yield what, " / ".join(f"{seconds:.1f}" for seconds in first.values()), "", "", found
             for where in ("host", "device"):
-                memory = {who: m[f"{where}_mib"] for who, m in r["memory"].items() if m[f"{where}_mib"]}
-                if memory:
-                    what = f"{r['network']}, peak memory of the {where} in MiB: {' / '.join(memory)}"
+                if memory := {who: m[f"{where}_mib"] for who, m in r["memory"].items() if m[f"{where}_mib"]}:
+                    what = f"{network}, peak memory of the {where} in MiB: {' / '.join(memory)}"
                     yield what, " / ".join(f"{mib:,.0f}" for mib in memory.values()), "", "", found
             if whole := r.get("whole"):
-                what = f"{r['network']}, seconds for an image, start to end: {' / '.join(whole['seconds'])}"
+                what = f"{network}, seconds for an image, start to end: {' / '.join(whole['seconds'])}"
                 figure = " / ".join(f"{seconds:,.0f}" for seconds in whole["seconds"].values())
                 what += f" ({whole['images']} images; {' / '.join(f'{n:,.0f}' for n in whole['draws'].values())} draws)"
                 yield what, f"{figure} (ratio {whole['times faster']:.1f})", "ratio >= 10", "", found
