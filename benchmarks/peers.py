@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -136,38 +137,35 @@ def measure(options, load, start_ours, start_reference, results):
 
     for batch in options.batch:
         task = {"rows": rows, "n": options.n, "n0": N0, "alpha": ALPHA, "batch": batch} | scale
-        others = [start_reference()] if norm == "l2" else []
-        tasks = {"ours": lambda task=task: ours("certify", **task)}
-        tasks["reference"] = lambda task=task: theirs("certify", **task)
-        for art in others:  # in a process of its own, as it holds all copies of an image at once
+        tasks = {"ours": partial(ours, "certify", **task), "reference": partial(theirs, "certify", **task)}
+        art = start_reference() if norm == "l2" else None  # of its own: it holds all copies of an image at once
+        if art:
             art("load", **load)
-            tasks["ART"] = lambda task=task, art=art: art("art", **task)
+            tasks["ART"] = partial(art, "art", **task)
         times, answers, raw = in_turn(options.rounds, **tasks)
         votes = ours("votes", rows=rows, n=options.n, batch=batch, **scale)["votes"]
         name, passes = f"certification, {batch} rows at a time", len(rows) * (options.n + N0)
         add(name, passes, times, raw, **compare_votes(votes, answers, theta, options.n))
-        for art in others:
-            results.setdefault("memory", {})["ART"] = art("memory")
+        if art:
+            results["memory"] = {"ART": art("memory")}
             art.close()
 
     # Searches at equal work; the second starts from our first one's thetas.
     settings = {"rows": rows, "samples": options.samples, "steps": options.steps, "lr": 0.04, "seed": SEED}
     file = lambda name: str(work / f"{network}-{name}.npy")
-    first = {"start": theta, **settings}
     tasks = {
-        "ours": lambda: ours("isotropic", **first, out=file("isotropic-ours")),
-        "reference": lambda: theirs("isotropic", **first, out=file("isotropic-reference")),
+        "ours": partial(ours, "isotropic", start=theta, **settings, out=file("isotropic-ours")),
+        "reference": partial(theirs, "isotropic", start=theta, **settings, out=file("isotropic-reference")),
     }
     times, _, raw = in_turn(options.rounds, **tasks)
     passes = len(rows) * options.steps * options.samples
     add("isotropic search", passes, times, raw, **compare_thetas(ours, file, "isotropic", options, theta))
     np.save(file("start"), np.minimum(np.load(file("isotropic-ours")), 4 * theta).astype(np.float32))
-    second = {"start": file("start"), **settings}
-    ref = lambda name, frozen: theirs("anisotropic", **second, out=file(name), frozen=frozen)
+    settings["start"], released = file("start"), file("anisotropic-released")
     tasks = {
-        "ours": lambda: ours("anisotropic", **second, out=file("anisotropic-ours")),
-        "reference": lambda: ref("anisotropic-reference", True),
-        "reference as released": lambda: ref("anisotropic-released", False),
+        "ours": partial(ours, "anisotropic", **settings, out=file("anisotropic-ours")),
+        "reference": partial(theirs, "anisotropic", **settings, out=file("anisotropic-reference"), frozen=True),
+        "reference as released": partial(theirs, "anisotropic", **settings, out=released, frozen=False),
     }
     times, _, raw = in_turn(options.rounds, **tasks)
     add("anisotropic search", passes, times, raw, **compare_thetas(ours, file, "anisotropic", options, theta))
@@ -178,7 +176,8 @@ def measure(options, load, start_ours, start_reference, results):
     firsts = {"ours": [], "ours, programs kept": [], "reference": []}
     one = {"rows": [0], "n": 1_000, "n0": N0, "alpha": ALPHA, "batch": 200} | scale
     with tempfile.TemporaryDirectory() as kept:
-        start_kept = lambda: start_ours(JAX_COMPILATION_CACHE_DIR=kept, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        keep = {"JAX_COMPILATION_CACHE_DIR": kept, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        start_kept = partial(start_ours, **keep)
         for _ in range(options.rounds + 1):
             for who, start in zip(firsts, (start_ours, start_kept, start_reference), strict=True):
                 began = time.perf_counter()
@@ -283,11 +282,6 @@ def whole(options, load, rows, file, start_ours, start_reference):
     short = {name: value if isinstance(value, int) else round(value, 2) for name, value in seconds.items()}
     print(f"{load['network']}, whole, {len(rows)} images, seconds for each: {short}", flush=True)
     return results
-
-
-def without_leaky(found, who):
-    """Proxy radii, 0 where theta leaks."""
-    return np.where(np.array(found["leakage"][who]) > 0.1, 0.0, found["proxy"][who])
 
 
 def passed(results, bar, small) -> bool:
