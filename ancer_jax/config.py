@@ -128,8 +128,8 @@ class Execution:
         each device, 10 for each CPU, or fewer if their memory is too small.
       chunk: noisy copies of each image at a time in certification, on each device. None: 128, on CPUs 100, or fewer.
       devices: how many local devices; None is all of them.
-      split: what the devices share: "images", for throughput, or the "draws" of each image in certification, where
-        images are large and few; theta is then searched on every device alike.
+      split: what the devices share: "images", for throughput, or the "draws" of one image after another, where images
+        are fewer than devices. Votes are shared out evenly in any case; this is for searches and leakage.
     """
 
     batch_size: int | None = None

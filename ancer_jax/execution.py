@@ -63,8 +63,9 @@ def compute(
     Votes are counted for the images `rows` of the batch; the others fill it up.
     """
     keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
+    shared = _shared(classifier, split, mesh)
     if config.data_dependent:
-        theta = _find_theta(keys, classifier, images, theta, references, config=config, chunk=chunk)
+        theta = _find_theta(keys, shared, images, theta, references, config=config, split=split, chunk=chunk)
     votes = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh)
     begin = lambda stage, n: votes.begin(stage, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
     if config.exact:
@@ -77,7 +78,7 @@ def compute(
     leaked = asked = np.zeros(len(ids), np.int32)
     if references is not None and config.leakage is not None:
         how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
-        leaked, asked = _measure_leakage(references, classifier, images, theta, selected, **how)
+        leaked, asked = _measure_leakage(references, shared, images, theta, selected, split=split, **how)
     return Computed(theta, selected, leaked, asked, votes, begun)
 
 
@@ -176,12 +177,14 @@ def _needed_memory(batch, classifier, dataset, start, references, config, *, spl
     """Bytes on one device for the search for theta, and for the counting of votes; by their compiled programs."""
     ids, images = place((np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)), split, mesh)
     keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
+    shared = _shared(classifier, split, mesh)
     if config.data_dependent:
-        search, theta = _planned(_find_theta, keys, classifier, images, theta, references, config=config, chunk=chunk)
+        how = {"config": config, "split": split, "chunk": chunk}
+        search, theta = _planned(_find_theta, keys, shared, images, theta, references, **how)
     leakage, selected = 0, place(np.zeros(batch, np.int32), split, mesh)
     if references is not None and config.leakage is not None:
         how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
-        leakage, _ = _planned(_measure_leakage, references, classifier, images, theta, selected, **how)
+        leakage, _ = _planned(_measure_leakage, references, shared, images, theta, selected, split=split, **how)
     count, how = counting.pieces(config, batch, chunk, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     on_all = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
@@ -226,8 +229,17 @@ def _example_keys(seed, ids):
 _make_references = jax.jit(make_references, static_argnames=("certificate", "num_samples", "chunk"))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def _find_theta(keys, classifier, images, theta, references, *, config: RunConfig, chunk: int):
+def _shared(classifier: Classifier, split: Split, mesh: Mesh) -> Classifier:
+    return classifier if split == "images" else parallel.share_rows(classifier, mesh)
+
+
+def _for_each(function, split: Split):
+    """`function` of one image, of a batch: all at once, or one after another on all devices."""
+    return jax.vmap(function) if split == "images" else lambda *batch: jax.lax.map(lambda one: function(*one), batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "split", "chunk"))
+def _find_theta(keys, classifier, images, theta, references, *, config: RunConfig, split: Split, chunk: int):
     """theta of each image, found from the one given: [batch] for isotropic, [batch, *d] for ancer."""
     certificate = config.certificate
 
@@ -251,13 +263,13 @@ def _find_theta(keys, classifier, images, theta, references, *, config: RunConfi
         theta, _ = choose(*arguments, theta, wider, guard=config.guard)
         return theta
 
-    found = jax.vmap(per_image)(keys, images, theta)
+    found = _for_each(per_image, split)(keys, images, theta)
     if not config.exact:
         return found
     return SplittingL1().quantised(found, period=config.period if config.method == "ancer" else None)
 
 
-@functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))
-def _measure_leakage(references, classifier, images, theta, predictions, *, certificate, num_samples, chunk):
+@functools.partial(jax.jit, static_argnames=("certificate", "split", "num_samples", "chunk"))
+def _measure_leakage(references, classifier, images, theta, predictions, *, certificate, split, num_samples, chunk):
     measure = functools.partial(leakage, references, classifier, certificate, num_samples=num_samples, chunk=chunk)
-    return jax.vmap(measure)(images, theta, predictions)
+    return _for_each(measure, split)(images, theta, predictions)

@@ -1,6 +1,7 @@
 """Devices: a mesh over the local devices, or those of all processes, and rows of a batch spread over it."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ancer_jax.classifiers import Classifier
 
 _MOST_CPU_DEVICES = 8
 
@@ -59,6 +62,24 @@ def free_memory(mesh: Mesh) -> int:
 def split_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays with their leading axis spread over the mesh; its size must be a multiple of the mesh's."""
     return _put(tree, NamedSharding(mesh, PartitionSpec("rows")))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """A network whose rows the devices of a mesh share, if they all get the same number."""
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+    mesh: Mesh
+
+    def __call__(self, variables, x):
+        if len(x) % self.mesh.size == 0:
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("rows")))
+        return self.apply(variables, x)
+
+
+def share_rows(classifier: Classifier, mesh: Mesh) -> Classifier:
+    """The classifier, with the rows of each call shared out: for the noisy copies of one image on many devices."""
+    return dataclasses.replace(classifier, apply=_Shared(classifier.apply, mesh))
 
 
 def take_rows(images: Any, rows: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -289,7 +289,7 @@ def passed(results, bar, small) -> bool:
     certifications = [found for name, found in results.items() if name.startswith("certification")]
     searches = [results["isotropic search"], results["anisotropic search"]]
     same = all(found["p_value"] >= 1e-3 for found in certifications)
-    for found in searches + [results["whole"]] * ("whole" in results):
+    for found in [*searches, results["whole"]] if "whole" in results else searches:
         pairs = np.array([found["proxy"][who] for who in ("ours", "reference")])
         a, b = pairs[:, pairs.any(axis=0)]  # images that one of them certifies; without any the median is NaN
         same &= bool(np.median(a / np.maximum(b, 1e-9)) >= 0.95)

@@ -1,6 +1,7 @@
 """How a run is carried out: each program is compiled once, and batches fit into the devices' memory."""
 
 import dataclasses
+import functools
 import threading
 import warnings
 
@@ -146,6 +147,14 @@ def test_what_lies_on_the_devices_is_moved_without_waiting():
         ready.set()
         np.testing.assert_array_equal(moved, np.arange(8) + 1)
         assert moved.sharding == move(np.arange(8.0), mesh).sharding
+
+
+def test_devices_share_the_rows_of_a_call():
+    classifier, x = parallel.share_rows(CLASSIFIER, parallel.device_mesh(4)), DATASET.images[:8]
+    shared = functools.partial(jax.jit(lambda classifier, x: classifier(x)), classifier)
+    assert {part.data.shape for part in shared(x).addressable_shards} == {(2, 2)}
+    np.testing.assert_allclose(shared(x), CLASSIFIER(x), rtol=1e-5)
+    np.testing.assert_allclose(shared(x[:3]), CLASSIFIER(x[:3]), rtol=1e-5)  # no multiple: not shared
 
 
 def test_memory_of_the_machine_is_known():

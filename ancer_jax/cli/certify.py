@@ -134,7 +134,7 @@ class Certify:
     devices: int | None = None
     """Local devices to use; default all. Without an accelerator each core is one, up to eight."""
     split_devices: Split = "images"
-    """What the devices share: images, for throughput; or the draws of each image, where images are few and large."""
+    """What the devices share in searches: images, for throughput; or the draws of one image after another, for few."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
     out: str | None = None
     """Run directory; default runs/<norm>-<method>-<sigma>. Processes that share a run share it, too."""
