@@ -214,10 +214,13 @@ def compare_votes(votes, answers, theta, n):
             count = int(abs(lower - scipy.stats.norm.cdf(radius / theta)).argmin())
             table = np.array([[a[label], n - a[label]], [count, n - count]])
             p_values.append(scipy.stats.chi2_contingency(table).pvalue if table[:, 1].any() else 1.0)
-    found = {"votes": {"ours": votes.tolist(), "reference": theirs.tolist()}, "answers of ART": art["classes"]}
-    certified = {"ours": sum(c >= 0 for c in ours["predict"]), "reference": answers["reference"]["classes"]}
-    certified["reference"] = sum(c >= 0 for c in certified["reference"])
-    return found | {"certified": certified, "p_value": min(1.0, min(p_values) * len(p_values))}
+    answered = {"ours": ours["predict"], "reference": answers["reference"]["classes"]}
+    return {
+        "votes": {"ours": votes.tolist(), "reference": theirs.tolist()},
+        "answers of ART": art["classes"],
+        "certified": {who: sum(label >= 0 for label in labels) for who, labels in answered.items()},
+        "p_value": min(1.0, min(p_values) * len(p_values)),
+    }
 
 
 def compare_thetas(ours, file, kind, options, start, rows=None, n=None):
@@ -279,7 +282,7 @@ def whole(options, load, rows, file, start_ours, start_reference):
             "anisotropic": float((anisotropic > 4 * theta).mean()),
         },
     }
-    short = {name: value if isinstance(value, int) else round(value, 2) for name, value in seconds.items()}
+    short = {name: round(value, 2) for name, value in seconds.items()}
     print(f"{load['network']}, whole, {len(rows)} images, seconds for each: {short}", flush=True)
     return results
 
