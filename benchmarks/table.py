@@ -149,11 +149,13 @@ def lines():
                 if memory := {who: m[f"{where}_mib"] for who, m in r["memory"].items() if m[f"{where}_mib"]}:
                     what = f"{network}, peak memory of the {where} in MiB: {' / '.join(memory)}"
                     yield what, " / ".join(f"{mib:,.0f}" for mib in memory.values()), "", "", found
-            if whole := r.get("whole"):
-                what = f"{network}, seconds for an image, start to end: {' / '.join(whole['seconds'])}"
-                figure = " / ".join(f"{seconds:,.0f}" for seconds in whole["seconds"].values())
-                what += f" ({whole['images']} images; {' / '.join(f'{n:,.0f}' for n in whole['draws'].values())} draws)"
-                yield what, f"{figure} (ratio {whole['times faster']:.1f})", "ratio >= 10", "", found
+        if found := load(f"whole-{network}"):
+            r = found["results"]
+            what = f"{network}, seconds for an image, start to end: {' / '.join(r['seconds'])}"
+            figure = " / ".join(f"{seconds:,.0f}" for seconds in r["seconds"].values())
+            what += f" ({r['images']} images; {' / '.join(f'{n:,.0f}' for n in r['draws'].values())} draws)"
+            ratio = round_down(r["times faster"], 1)
+            yield what, f"{figure} (ratio {ratio})", "ratio >= 10", f"whole-{network}", found
     if found := load("field"):
         for r in found["results"]["rows"]:
             if r["run"] != "network":
