@@ -121,7 +121,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Settings that change speed and memory only: no draw, no count.
+    """Settings that change speed and memory only: for a given theta no draw, no count.
 
     Attributes:
       batch_size: images at a time (rounded up to a multiple of the devices, if these split the images). None: 32 for

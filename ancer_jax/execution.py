@@ -58,7 +58,7 @@ def compute(
     chunk: int,
     mesh: Mesh,
 ) -> Computed:
-    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits for it.
+    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits but for exact votes.
 
     Votes are counted for the images `rows` of the batch; the others fill it up.
     """
@@ -120,7 +120,8 @@ def find_references(
     theta = jnp.asarray(config.theta, images.dtype)
     settings = {"certificate": config.certificate, "num_samples": config.leakage.num_samples}
     chunk = min(execution.chunk or _USUAL_ON_CPU[1], _USUAL_ON_CPU[1])
-    return _make_references(keys, classifier, images=images, theta=theta, **settings, chunk=chunk)
+    shared = parallel.share_rows(classifier, mesh)
+    return _make_references(keys, shared, images=images, theta=theta, **settings, chunk=chunk)
 
 
 def place(tree, split: Split, mesh: Mesh):

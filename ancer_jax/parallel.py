@@ -135,8 +135,9 @@ def _put(tree, sharding: NamedSharding):
     """`device_put`, but what lies on these devices is moved by a program: the host does not wait until it is there."""
 
     def one(leaf):
-        here = isinstance(leaf, jax.Array) and leaf.sharding.device_set == sharding.device_set
-        return _moved(sharding)(leaf) if here else jax.device_put(leaf, sharding)
+        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != sharding.device_set:
+            return jax.device_put(leaf, sharding)
+        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else _moved(sharding)(leaf)
 
     return jax.tree.map(one, tree)
 

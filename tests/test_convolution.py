@@ -46,8 +46,9 @@ def test_what_is_not_usual_is_xlas():
     x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
     grouped = convolution(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT, feature_group_count=4)
     assert grouped.shape == (1, 5, 5, 4) and grouped[0, 2, 2, 0] == 9
-    dilated = convolution(x[..., :1], w, (1, 1), "VALID", dimension_numbers=LAYOUT, rhs_dilation=(2, 2))
-    assert dilated.shape == (1, 1, 1, 4)
+    for padding, size in (("VALID", 1), ("SAME", 5)):
+        dilated = convolution(x[..., :1], w, (1, 1), padding, dimension_numbers=LAYOUT, rhs_dilation=(2, 2))
+        assert dilated.shape == (1, size, size, 4)
     cut = lambda x: convolution(x, jnp.ones((1, 1, 4, 2)), (2, 2), [(-1, 0), (0, 0)], dimension_numbers=LAYOUT).sum()
     assert jax.grad(cut)(x).shape == x.shape
     tiny, far = jnp.ones((1, 2, 2, 3)), jnp.ones((1, 1, 3, 2))

@@ -145,6 +145,7 @@ def test_what_lies_on_the_devices_is_moved_without_waiting():
         ready.set()
         np.testing.assert_array_equal(moved, np.arange(8) + 1)
         assert moved.sharding == move(np.arange(8.0), mesh).sharding
+        assert move(moved, mesh) is moved  # it is there
     assert in_time and all(in_time)
 
 

@@ -21,9 +21,10 @@ def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **op
     Convolutions with options (dilated, grouped, of another precision), and other backends, get XLA's own, and so does
     what is not `in_loop`, as a training step: there only the smallest images are slow.
     """
+    strides, pads = tuple(window_strides), padding
     if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-    strides, pads = tuple(window_strides), tuple(padding)
+        pads = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    pads = tuple(pads)
     plain = all(value in (None, 1, (1, 1)) for name, value in options.items() if name != "dimension_numbers")
     inside = all(0 <= pad < size for side, size in zip(pads, rhs.shape, strict=False) for pad in side)
     if not (plain and inside and jax.default_backend() == "cpu"):
