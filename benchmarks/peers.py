@@ -54,7 +54,6 @@ WHOLE = {"ancer_resnet18": 8, "wrn_40_2": 1}  # images; one takes the reference 
 NEEDS = ["torch==2.13.0", "numpy<2", "scipy<1.12", "ancer-python==1.0.0", "ddsmoothing-python==1.0.0"]
 NEEDS += ["adversarial-robustness-toolbox==1.20.1"]
 SEED, ALPHA, N0 = 0, 1e-3, 100
-REFERENCES = 100  # images for the measure of leakage, behind those that are certified
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}  # of the workers
 
 
@@ -105,7 +104,7 @@ def prepare(options, reference) -> dict[str, dict]:
     """Weights of both networks and the test images, as files."""
     work = pathlib.Path(options.work)
     pixels, labels, test = load_data(options)
-    count = options.images + REFERENCES
+    count = options.images + options.references
     np.save(work / "images.npy", test[:: max(1, len(test) // count)][:count])
     np.savez(work / "train.npz", images=pixels, labels=labels)
     found = {}
@@ -229,7 +228,11 @@ def compare_votes(votes, answers, theta, n):
 def compare_thetas(ours, file, kind, options, start, rows=None, n=None):
     """Radii, proxy radii and leakage of the thetas of both by the same draws."""
     how = {"rows": rows or list(range(options.images)), "n": n or options.n, "n0": N0, "alpha": ALPHA, "seed": SEED}
-    how |= {"references": list(range(options.images, options.images + REFERENCES)), "start": start, "batch": 100}
+    how |= {
+        "references": list(range(options.images, options.images + options.references)),
+        "start": start,
+        "batch": 100,
+    }
     sizes = {who: ours("sizes", theta=file(f"{kind}-{who}"), **how) for who in ("ours", "reference")}
     return {name: {who: found[name] for who, found in sizes.items()} for name in ("radius", "proxy", "leakage")}
 
@@ -322,7 +325,8 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--train-images", type=int)
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--references", type=int, help="images for the measure of leakage, behind those")
     parser.add_argument("--n", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--samples", type=int, default=50, help="draws of a step of a search")
@@ -334,6 +338,7 @@ def main() -> int:
     on_cpu = jax.default_backend() == "cpu"
     defaults = {"n": (500, 1_000 if on_cpu else 100_000), "steps": (3, None if on_cpu else 50), "rounds": (1, 5)}
     defaults |= {"batch": ([200], [200] if on_cpu else [200, 1_000, 4_000])}
+    defaults |= {"images": (4, 8), "references": (20, 100)}
     defaults |= {"epochs": (2, 3 if options.cifar10 else 20), "train_images": (1_000, 10_000)}
     for name, (small, usual) in defaults.items():
         if getattr(options, name) is None:
