@@ -193,7 +193,8 @@ def measure(options, load, start_ours, start_reference, results):
                 worker.close()
     firsts["ours, programs kept"] = firsts["ours, programs kept"][1:]
     results["first certificate"] = {who: float(np.median(times)) for who, times in firsts.items()}
-    print(f"{network}, seconds to the first certificate: {results['first certificate']}", flush=True)
+    firsts = ", ".join(f"{who} {seconds:.1f}" for who, seconds in results["first certificate"].items())
+    print(f"{network}, seconds to the first certificate: {firsts}", flush=True)
 
 
 def compare_votes(votes, answers, theta, n):
@@ -290,7 +291,7 @@ def whole(options, load, images, start_ours, start_reference, results):
             "anisotropic": float((anisotropic > 4 * theta).mean()),
         },
     }
-    short = {name: round(value, 2) for name, value in seconds.items()}
+    short = ", ".join(f"{who} {value:.1f}" for who, value in seconds.items())
     print(f"{load['network']}, whole, {len(rows)} images, seconds for each: {short}", flush=True)
 
 
@@ -302,7 +303,8 @@ def not_smaller(found) -> bool:
 
 
 def verdict(network, same, fast, small) -> bool:
-    print(f"{network}: {'agrees' if same else 'DISAGREES'}, {'as fast' if fast else 'SLOWER THAN THE BAR'}", flush=True)
+    speed = "speed not judged" if small else "as fast" if fast else "SLOWER THAN THE BAR"
+    print(f"{network}: {'agrees' if same else 'DISAGREES'}, {speed}", flush=True)
     return same and (small or fast)
 
 
@@ -350,6 +352,7 @@ def main() -> int:
         if not shutil.which("python3.11"):
             parser.error("the reference packages need Python 3.11, and there is no python3.11: see --reference-python")
         subprocess.run(["python3.11", "-m", "venv", work / "reference"], check=True)
+        print(f"installing PyTorch and the reference packages into {work / 'reference'}", flush=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *NEEDS], check=True)
     start_reference = lambda: Worker(python, HERE / "peers_torch.py", "cpu" if on_cpu else "cuda")
     start_ours = lambda **environment: Worker(sys.executable, HERE / "peers_ours.py", **environment)
