@@ -341,7 +341,7 @@ def main() -> int:
     defaults = {"n": (500, 1_000 if on_cpu else 100_000), "steps": (3, None if on_cpu else 50), "rounds": (1, 5)}
     defaults |= {"batch": ([200], [200] if on_cpu else [200, 1_000, 4_000])}
     defaults |= {"images": (4, 8), "references": (20, 100)}
-    defaults |= {"epochs": (2, 3 if options.cifar10 else 20), "train_images": (1_000, 10_000)}
+    defaults |= {"epochs": (2, 3 if options.cifar10 else 20), "train_images": (300, 10_000)}
     for name, (small, usual) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else usual)
