@@ -193,8 +193,8 @@ def measure(options, load, start_ours, start_reference, results):
                 worker.close()
     firsts["ours, programs kept"] = firsts["ours, programs kept"][1:]
     results["first certificate"] = {who: float(np.median(times)) for who, times in firsts.items()}
-    firsts = ", ".join(f"{who} {seconds:.1f}" for who, seconds in results["first certificate"].items())
-    print(f"{network}, seconds to the first certificate: {firsts}", flush=True)
+    shown = ", ".join(f"{who} {seconds:.1f}" for who, seconds in results["first certificate"].items())
+    print(f"{network}, seconds to the first certificate: {shown}", flush=True)
 
 
 def compare_votes(votes, answers, theta, n):
