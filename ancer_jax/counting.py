@@ -61,7 +61,9 @@ class Votes:
 
 def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, dict[str, Any]]:
     """How many pieces are counted at a time, `chunk` draws of each image of the batch; and the static arguments."""
-    many = 1
+    many, n = 1, config.certify.n
+    if config.sampling is None and not config.exact:  # no rows beyond the n draws, as far as equal chunks allow
+        chunk = math.ceil(n / math.ceil(n / chunk))
     if config.sampling is not None and chunk > UNIT:  # looks are multiples of UNIT
         many, chunk = max(1, chunk // UNIT), UNIT
     count = math.ceil(batch * many / mesh.size) * mesh.size

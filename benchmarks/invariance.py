@@ -4,8 +4,8 @@ On 20 bundled test images, with Gaussian and with uniform noise and n = 10,000:
 
 - fixed theta through `certify_dataset`: chunk, batch size, order of the images (half of them first, the rest by
   resuming the run) and one against four devices; the stored counts and predictions are compared by id;
-- an anisotropic random theta per image through `class_counts` under vmap: chunk, batch size, shuffled order and four
-  devices; all ten classes' counts are compared.
+- an anisotropic random theta per image, counted as a run does: chunk, batch size, shuffled order and four devices; all
+  ten classes' counts are compared.
 
 The four devices are virtual (`--xla_force_host_platform_device_count=4`), in a process of their own. Noise is the same
 bit for bit, so the only thing that could differ is a logit's last digit, and with it a vote between two classes that
@@ -17,9 +17,7 @@ Exit status 1 if any count differs.
 """
 
 import argparse
-import functools
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -31,20 +29,20 @@ import numpy as np
 import record
 
 from ancer_jax import CertifyConfig, Execution, RunConfig, certify_dataset, load_bundled, load_dataset, parallel
-from ancer_jax.certificates import CERTIFICATES
+from ancer_jax.counting import Votes
 from ancer_jax.data import select, take
 from ancer_jax.runs import read_run
-from ancer_jax.smoothing import Stage, class_counts, stage_key
+from ancer_jax.smoothing import Stage
 
 IMAGES = 20
 # The first is what the others are compared with.
 EXECUTIONS = (
     [{"chunk": 100, "batch_size": 10}]
-    + [{"chunk": chunk, "batch_size": 10} for chunk in (64, 1000, 1001)]
+    + [{"chunk": chunk, "batch_size": 10} for chunk in (64, 1000, 1500)]
     + [{"chunk": 100, "batch_size": batch_size} for batch_size in (1, 7, 64)]
     + [{"chunk": 100, "batch_size": 10, "order": "shuffled"}]
 )
-FOUR_DEVICES = [{"chunk": chunk, "batch_size": 10, "devices": 4} for chunk in (100, 1001)]
+FOUR_DEVICES = [{"chunk": chunk, "batch_size": 10, "devices": 4} for chunk in (100, 1500)]
 
 
 def fixed_theta(norm, n, seed, *, chunk, batch_size, order="plain", devices=1):
@@ -63,12 +61,6 @@ def fixed_theta(norm, n, seed, *, chunk, batch_size, order="plain", devices=1):
     return np.stack([columns["predictions"][by_id], columns["counts"][by_id]], axis=1).tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("certificate", "num_samples", "chunk"))
-def _counts(keys, classifier, images, theta, *, certificate, num_samples, chunk):
-    one = functools.partial(class_counts, num_samples=num_samples, chunk=chunk)
-    return jax.vmap(lambda key, x, theta: one(key, classifier, certificate, x, theta))(keys, images, theta)
-
-
 def anisotropic_theta(norm, n, seed, *, chunk, batch_size, order="plain", devices=1):
     """Counts of all classes of each image, by id, with a random theta per image and pixel."""
     bundled = load_bundled(norm)
@@ -76,18 +68,14 @@ def anisotropic_theta(norm, n, seed, *, chunk, batch_size, order="plain", device
     rng = np.random.default_rng(seed)
     theta = bundled.theta * np.exp(rng.uniform(-1, 1, images.shape)).astype(np.float32)
     rows = rng.permutation(IMAGES) if order == "shuffled" else np.arange(IMAGES)
-    batch_size = math.ceil(batch_size / devices) * devices
-    rows = np.resize(rows, math.ceil(IMAGES / batch_size) * batch_size)
-    key = stage_key(jax.random.key(seed, impl="threefry2x32"), Stage.ESTIMATE)
-    mesh = parallel.device_mesh(devices)
+    key, mesh = jax.random.key(seed, impl="threefry2x32"), parallel.device_mesh(devices)
+    classifier = parallel.replicate(bundled.classifier, mesh)
     counts = np.zeros((IMAGES, 10), int)
-    for batch in rows.reshape(-1, batch_size):
-        inputs = parallel.split_rows((jax.vmap(jax.random.fold_in, (None, 0))(key, batch), images[batch]), mesh)
-        thetas = parallel.split_rows(theta[batch], mesh)
-        classifier = parallel.replicate(bundled.classifier, mesh)
-        counts[batch] = _counts(
-            inputs[0], classifier, inputs[1], thetas, certificate=CERTIFICATES[norm], num_samples=n, chunk=chunk
-        )
+    for batch in np.split(rows, range(batch_size, IMAGES, batch_size)):
+        keys, every = jax.vmap(jax.random.fold_in, (None, 0))(key, batch), np.arange(len(batch))
+        arguments = keys, classifier, images[batch], theta[batch], RunConfig(norm=norm)
+        votes = Votes(*arguments, chunk=chunk, mesh=mesh)
+        counts[batch] = votes(Stage.ESTIMATE, every, np.zeros_like(every), np.full_like(every, n))
     return counts.tolist()
 
 

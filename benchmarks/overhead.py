@@ -1,14 +1,15 @@
-"""What certification costs beyond the network: `class_counts` against the bare forward passes of the same network.
+"""What certification costs beyond the network: the votes of a run against the bare forward passes of the same network.
 
 Bare: a jitted `lax.scan` over as many chunks of as many rows, each the network on one fixed block of images, argmax
 and count, without noise. Certification and bare forward alternate in one process; medians and their ratio are
 reported, for
 
 - the bundled SmallCNN on 28x28x1 (bar: 1.4), at several chunk sizes;
-- a ResNet-18 with a CIFAR stem on 32x32x3, 11 million random weights (bar: 1.1).
+- a ResNet-18 with a CIFAR stem on 32x32x3, 11 million random weights (bar: 1.1);
+- the ResNet-18 of ANCER's code on 32x32x3, whose maps are smaller, so that the noise weighs more (no bar).
 
 The noise alone is certification of a classifier that only adds up its input, so that keys, draws and `x + noise` are
-all there.
+all there. All of it is on one device.
 
     python benchmarks/overhead.py            # 5 to 10 minutes on two CPU cores that do nothing else
     python benchmarks/overhead.py --quick    # two minutes, one chunk size each
@@ -26,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
-from ancer_jax import GaussianL2, from_function, from_linen, load_bundled
+from ancer_jax import CertifyConfig, RunConfig, from_function, from_linen, load_bundled, parallel
+from ancer_jax.counting import Votes
 from ancer_jax.models import make_network
-from ancer_jax.smoothing import class_counts
+from ancer_jax.smoothing import Stage
 
 BARS = {"SmallCNN": 1.4, "ResNet-18": 1.1}
 THETA = 0.25
@@ -39,14 +41,18 @@ def small_cnn(seed):
     return load_bundled("l2").classifier, (28, 28, 1)
 
 
-def resnet18(seed, dtype="float32"):
+def resnet18(seed, dtype="float32", name="cifar_resnet18"):
     """(classifier, image shape) of a ResNet-18 with random weights."""
-    network = make_network("cifar_resnet18", compute_dtype=dtype)
+    network = make_network(name, compute_dtype=dtype)
     variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return from_linen(network, variables, num_classes=10), (32, 32, 3)
 
 
-NETWORKS = {"SmallCNN": small_cnn, "ResNet-18": resnet18}
+NETWORKS = {
+    "SmallCNN": small_cnn,
+    "ResNet-18": resnet18,
+    "ancer_resnet18": functools.partial(resnet18, name="ancer_resnet18"),
+}
 
 
 def _sum(_, x):
@@ -57,11 +63,12 @@ def _sum(_, x):
 SUM = from_function(_sum, {}, num_classes=2)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "chunk"))
-def certify(keys, classifier, images, theta, *, n, chunk):
-    """Counts [batch, K] of the library, as certification makes them."""
-    one = lambda key, x, theta: class_counts(key, classifier, GaussianL2(), x, theta, num_samples=n, chunk=chunk)
-    return jax.vmap(one)(keys, images, theta)
+def certify(keys, classifier, images, theta, *, n, chunk, mesh):
+    """Counts [batch, K] as a run makes them."""
+    rows = np.arange(len(images))
+    config = RunConfig(certify=CertifyConfig(n=n))
+    votes = Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh)
+    return votes(Stage.ESTIMATE, rows, np.zeros_like(rows), np.full_like(rows, n))
 
 
 @functools.partial(jax.jit, static_argnames=("n", "chunk"))
@@ -93,16 +100,18 @@ def seconds(functions, repeats):
 
 def compare(name, *, batch, chunk, n, repeats, seed, dtype=None):
     """One line: microseconds per row of certification, bare forward and noise, and the ratio of the first two."""
+    mesh = parallel.device_mesh(1)
     classifier, shape = NETWORKS[name](seed, dtype) if dtype else NETWORKS[name](seed)
+    classifier = parallel.replicate(classifier, mesh)
     rng = np.random.default_rng(seed)
     images = jnp.asarray(rng.uniform(0, 1, (batch, *shape)), jnp.float32)
     block = jnp.asarray(rng.uniform(0, 1, (batch, chunk + 1, *shape)), jnp.float32)
     theta = jnp.full(images.shape, THETA)
     keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), batch)
     functions = {
-        "certify": lambda: certify(keys, classifier, images, theta, n=n, chunk=chunk),
+        "certify": lambda: certify(keys, classifier, images, theta, n=n, chunk=chunk, mesh=mesh),
         "bare": lambda: bare(classifier, block, n=n, chunk=chunk),
-        "noise": lambda: certify(keys, SUM, images, theta, n=n, chunk=chunk),
+        "noise": lambda: certify(keys, SUM, images, theta, n=n, chunk=chunk, mesh=mesh),
     }
     times = seconds(functions, repeats)
     per_row = {f"{name}_us_per_row": float(np.median(t)) / (batch * n) * 1e6 for name, t in times.items()}
@@ -118,8 +127,10 @@ def main():
     arguments = parser.parse_args()
     plans = [("SmallCNN", 10, chunk, 2000, 7) for chunk in (20, 50, 100, 200, 500, 1000)]
     plans += [("ResNet-18", 1, chunk, 1000, 5) for chunk in (100, 200)]
+    plans += [("ancer_resnet18", 1, chunk, 4000, 7) for chunk in (100, 200, 500)]
     if arguments.quick:
         plans = [("SmallCNN", 10, 100, 1000, 3), ("ResNet-18", 1, 100, 200, 3)]
+        plans += [("ancer_resnet18", 1, 100, 1000, 3)]
     rows, raw = [], []
     for name, batch, chunk, n, repeats in plans:
         row, times = compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=arguments.seed)
@@ -132,8 +143,8 @@ def main():
             best[row["network"]] = row
     record.show(rows)
     for name, row in best.items():
-        print(f"{name}: ratio {row['ratio']:.2f} at its best chunk, {row['chunk']} (bar {BARS[name]})")
-    passed = all(row["ratio"] <= BARS[name] for name, row in best.items())
+        print(f"{name}: ratio {row['ratio']:.2f} at its best chunk, {row['chunk']} (bar {BARS.get(name, 'none')})")
+    passed = all(row["ratio"] <= BARS.get(name, np.inf) for name, row in best.items())
     if not arguments.quick:
         best = {name: {"chunk": row["chunk"], "ratio": row["ratio"]} for name, row in best.items()}
         record.save("overhead", {"bars": BARS, "passed": passed, "best": best, "rows": raw}, seed=arguments.seed)

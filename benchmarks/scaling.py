@@ -1,6 +1,6 @@
 """What sharing a run costs, and, on paper, how long ImageNet takes on 1 to 256 devices.
 
-python benchmarks/scaling.py [--skip-resnet]
+python benchmarks/scaling.py [--quick]
 
 Measured: the path that a run takes on one device (placement on a mesh, jitted batch, shard on disk) against a plain
 `jax.jit(jax.vmap(count_votes))`, alternating in one process (bar: 1.03); what the host does for each image; ResNet-50's
@@ -37,17 +37,17 @@ PUBLISHED = 909.0
 LAW = aj.GaussianL2()
 
 
-def sharded_path(name, n, seed, repeats):
+def sharded_path(name, n, chunk, seed, repeats):
     """One line: seconds of a batch of ten through the pipeline on a mesh of one device, and by plain jit and vmap."""
     classifier, shape = NETWORKS[name](seed)
     rng = np.random.default_rng(seed)
     images = rng.random((10, *shape), np.float32)
     data = Dataset("noise", np.arange(10), images, rng.integers(0, 10, 10), 10)
-    config = aj.RunConfig(theta=0.25, certify=aj.CertifyConfig(n0=10, n=n))
+    config = aj.RunConfig(theta=0.25, certify=aj.CertifyConfig(n0=chunk, n=n))
     mesh = parallel.device_mesh(1)
     replicated = parallel.replicate(classifier, mesh)
     (batch,) = batches(data, 10)
-    votes = functools.partial(aj.count_votes, config=config.certify, chunk=50)
+    votes = functools.partial(aj.count_votes, config=config.certify, chunk=chunk)
 
     @jax.jit
     def plain(classifier, images):
@@ -59,8 +59,8 @@ def sharded_path(name, n, seed, repeats):
 
         def sharded():
             ids, placed = execution.place((batch["id"].astype(np.uint32), batch["image"]), "images", mesh)
-            how = {"rows": np.arange(10), "split": "images", "chunk": 50, "mesh": mesh}
-            computed = execution.compute(ids, replicated, placed, None, config, **how)
+            how = {"rows": np.arange(10), "split": "images", "chunk": chunk, "mesh": mesh}
+            computed = execution.compute(ids, replicated, placed, np.float32(config.theta), None, config, **how)
             pipeline._store(run, batch, computed, config, 0.0)
 
         times = seconds({"plain": lambda: plain(classifier, images), "sharded": sharded}, repeats)
@@ -77,6 +77,7 @@ def host(images, shape, per_coordinate):
     arrays = {"labels": column(0, int), "predictions": column(0, int), "counts": column(99_000, int), "theta": theta}
     arrays |= {"p_lower": column(0.98, float), "gap": column(2.0, float), "seconds": column(1.0, float)}
     arrays |= {"pixels": column(0, np.uint64), "leaked": column(0, np.int32), "references": column(0, np.int32)}
+    arrays |= {"n": column(N, int), "draws": column(N, int)}
     result = {"coordinates of theta": theta[0].size}
     with tempfile.TemporaryDirectory() as folder, open_run(f"{folder}/run", settings, {}) as run:
         for what, work in (
@@ -127,16 +128,15 @@ def on_paper(rate, compilation, hosts, method):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-resnet", action="store_true", help="nothing on paper, nothing is stored")
+    parser.add_argument("--quick", action="store_true", help="few repeats, nothing on paper, nothing is stored")
     options = parser.parse_args()
-    paths = [
-        sharded_path(*plan) for plan in (("SmallCNN", 2000, options.seed, 21), ("ResNet-18", 20, options.seed, 21))
-    ]
+    plans = ("SmallCNN", 2000, 50), ("ResNet-18", 20, 10)
+    paths = [sharded_path(*plan, options.seed, 3 if options.quick else 41) for plan in plans]
     record.show([{name: path[name] for name in ("network", "n", "ratio")} for path in paths])
     hosts = {"fixed": host(5000, (224, 224, 3), False), "ancer": host(500, (224, 224, 3), True)}
     record.show([*hosts.values()])
     passed = all(path["ratio"] <= 1.03 for path in paths)
-    if not options.skip_resnet:
+    if not options.quick:
         network = resnet50(options.seed)
         print(network)
         compilation = network["compilation_seconds"]

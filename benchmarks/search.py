@@ -1,6 +1,6 @@
 """What a search for theta gets for its passes: the fast preset against the schedule of the papers' code.
 
-    python benchmarks/search.py [--images 16] [--cifar10 FOLDER --work cifar10 --cifar-images 4]
+    python benchmarks/search.py [--images 16] [--cifar10 FOLDER --work cifar10 --cifar-images 4 --norm l2 l1]
 
 For l2 and l1, on bundled test images and on CIFAR-10 (with the networks of benchmarks/cifar10.py): isotropic, then
 anisotropic search, by `IsotropicConfig()` and `AnisotropicConfig()`, by both with fewer and with more steps and draws,
@@ -62,7 +62,7 @@ def measure(case, classifier, norm, start, dataset, others):
     references = make_references(example_keys(others.ids), classifier, law, others.images[:], start, **how)
 
     @jax.jit
-    def certify(keys, images, theta, references):
+    def certify(classifier, keys, images, theta, references):
         def one(arguments):
             key, x, theta = arguments
             selected, count = aj.count_votes(key, classifier, law, x, theta, config=CERTIFY, chunk=100)
@@ -73,22 +73,27 @@ def measure(case, classifier, norm, start, dataset, others):
     rows = []
     for name, preset, isotropic, anisotropic in schedules(4 * float(start)):
 
-        def search(arguments, isotropic=isotropic, anisotropic=anisotropic):
+        def search(classifier, arguments, isotropic=isotropic, anisotropic=anisotropic):
             key, x = arguments
             first, _ = aj.optimize_isotropic(key, classifier, law, x, start, config=isotropic)
             second, _ = aj.optimize_anisotropic(key, classifier, law, x, first, config=anisotropic)
             return jnp.broadcast_to(first, x.shape), second
 
-        together = jax.jit(functools.partial(jax.lax.map, search, batch_size=TOGETHER))
-        compiled = together.lower((keys, images)).compile()
+        @jax.jit
+        def together(classifier, images, search=search):
+            return jax.lax.map(functools.partial(search, classifier), images, batch_size=TOGETHER)
+
+        compiled = together.lower(classifier, (keys, images)).compile()
         began = time.perf_counter()
-        thetas = jax.block_until_ready(compiled((keys, images)))
+        thetas = jax.block_until_ready(compiled(classifier, (keys, images)))
         seconds = (time.perf_counter() - began) / len(images)
         passes = [c.steps * c.num_samples for c in (isotropic, anisotropic)]
         row = {"case": case, "schedule": name, "preset": preset, "images": len(images)}
         row |= {"passes": sum(passes), "seconds an image": seconds}
         for stage, theta in zip(("isotropic", "anisotropic"), thetas, strict=True):
-            selected, count, (leaked, asked) = jax.tree.map(np.asarray, certify(keys, images, theta, references))
+            selected, count, (leaked, asked) = jax.tree.map(
+                np.asarray, certify(classifier, keys, images, theta, references)
+            )
             found = certification(selected, count, certificate=law, config=CERTIFY)
             regions = [aj.Region(x, t, g, law.norm) for x, t, g in zip(images, theta, found.gap, strict=True)]
             right, leaks = found.prediction == dataset.labels, leaked / np.maximum(asked, 1)
@@ -124,10 +129,11 @@ def draw(rows, path):
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16, help="bundled ones; 0: none")
     parser.add_argument("--cifar10")
     parser.add_argument("--work", default="cifar10")
     parser.add_argument("--cifar-images", type=int, default=4)
+    parser.add_argument("--norm", nargs="+", default=["l2", "l1"])
     options = parser.parse_args()
     some = lambda whole, count: select(whole, skip=len(whole) // count, max_images=count)
     rows = []
@@ -139,9 +145,9 @@ def main() -> int:
         draw(rows, record.RESULTS / "search.png")
         record.save("search", rows, seed=SEED)
 
-    for norm in ("l2", "l1"):
+    for norm in options.norm if options.images else ():
         add("bundled", norm, aj.load_bundled(norm), aj.load_dataset("fashion-mnist-subset"), options.images)
-    for norm in ("l2", "l1") if options.cifar10 else ():
+    for norm in options.norm if options.cifar10 else ():
         network = load_network(min(pathlib.Path(options.work).glob(f"{norm}*/network")))
         add("CIFAR-10", norm, network, aj.load_dataset(options.cifar10), options.cifar_images)
     presets = {(r["case"], r["schedule"]): r for r in rows if r["preset"]}

@@ -1,6 +1,6 @@
 """How many draws sequential sampling takes, and whether it decides what all draws decide.
 
-    python benchmarks/sequential.py [--images 100] [--cifar10 FOLDER --work cifar10 --cifar-images 15]
+    python benchmarks/sequential.py [--images 100] [--cifar10 FOLDER --work cifar10 --cifar-images 15 --norm l2 l1]
 
 1. By simulation, the mean number of draws to decide one radius at sigma = 1 (l2), for inputs whose p is Phi of the
    radii that eth-sri/acr-weakness publishes for 10,000 CIFAR-10 test images (Gaussian training, sigma 1, n = 1e5;
@@ -156,6 +156,7 @@ def main() -> int:
     parser.add_argument("--cifar10")
     parser.add_argument("--work", default="cifar10")
     parser.add_argument("--cifar-images", type=int, default=15)
+    parser.add_argument("--norm", nargs="+", default=["l2", "l1"])
     options = parser.parse_args()
     simulated, passed = simulations()
     subset, rows = aj.load_dataset("fashion-mnist-subset"), []
@@ -176,11 +177,11 @@ def main() -> int:
         save()
 
     save()
-    for norm in ("l2", "l1") if options.images else ():
+    for norm in options.norm if options.images else ():
         bundled = aj.load_bundled(norm)
         add("bundled", norm, "fixed", bundled, bundled.theta, some(subset, options.images))
         add("bundled", norm, "ancer", bundled, bundled.theta, some(subset, options.images // 5))
-    for norm in ("l2", "l1") if options.cifar10 else ():
+    for norm in options.norm if options.cifar10 else ():
         network = load_network(min(pathlib.Path(options.work).glob(f"{norm}*/network")))
         images = some(aj.load_dataset(options.cifar10), options.cifar_images)
         add("CIFAR-10", norm, "fixed", network, network.theta, images)

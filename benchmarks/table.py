@@ -34,7 +34,8 @@ def lines():
             what = f"{r['network']}, chunk {r['chunk']}: certification / bare forward"
             certify, bare, noise = (f"{r[name + '_us_per_row']:,.1f}" for name in ("certify", "bare", "noise"))
             best = found["results"]["best"][r["network"]]["chunk"] == r["chunk"]
-            bar = f"<= {found['results']['bars'][r['network']]}" if best else ""
+            bars = found["results"]["bars"]
+            bar = f"<= {bars[r['network']]}" if best and r["network"] in bars else ""
             yield what, f"{r['ratio']:.2f} ({certify} / {bare} us a row, noise {noise})", bar, "overhead", found
     if found := load("memory"):
         small, large = found["results"]["rows"]

@@ -131,6 +131,15 @@ def test_no_votes_are_counted_for_what_fills_a_batch_up(tmp_path, monkeypatch, s
     np.testing.assert_array_equal(drawn, [*read_run(tmp_path).columns("draws")["draws"], 0])
 
 
+@pytest.mark.parametrize(("n", "chunk"), [(20, 100), (110, 100), (100, 100), (1_000, 128)])
+def test_no_more_noisy_copies_than_draws_as_far_as_equal_chunks_allow(n, chunk):
+    config = RunConfig(certify=CertifyConfig(n=n))
+    count, how = counting.pieces(config, 3, chunk, parallel.device_mesh(1))
+    steps = -(-n // chunk)
+    assert count == 3 and how["chunk"] <= chunk and -(-n // how["chunk"]) == steps
+    assert n <= steps * how["chunk"] < n + steps
+
+
 def test_what_lies_on_the_devices_is_moved_without_waiting():
     mesh, ready, in_time = parallel.device_mesh(4), threading.Event(), []
 

@@ -6,6 +6,7 @@ import pytest
 
 from ancer_jax import report
 from ancer_jax.data import Dataset
+from ancer_jax.report import plots
 from ancer_jax.runs import open_run, read_run
 
 _HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
@@ -233,6 +234,14 @@ def test_plot_theta_draws_the_images_that_are_found(tmp_path, channels):
     assert report.plot_theta(run, images, tmp_path / "one.png", columns=1)
     (wide, height), (narrow, _) = _size(tmp_path / "two.png"), _size(tmp_path / "one.png")
     assert (wide, narrow, height) == (630, 390, 570)
+
+
+@pytest.mark.parametrize(("largest", "far", "middle"), [(1.0, False, 0.6), (20.0, True, 2.0)])
+def test_colours_of_thetas_that_are_far_apart_go_by_logarithms(largest, far, middle):
+    scale, logarithmic = plots.color_scale([np.array([[0.2]]), np.array([[largest]])])
+    assert logarithmic is far
+    np.testing.assert_allclose(scale([0.2, middle, largest]), [0, 0.5, 1])
+    assert plots.heat_map(np.full((2, 3), middle), scale).shape == (2, 3, 3)
 
 
 def test_plot_theta_draws_nothing_without_maps_or_images(tmp_path):

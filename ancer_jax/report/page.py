@@ -162,21 +162,22 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
         if int(i) in wanted
     }
     shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3]
-    maps, scale = bool(shown), (float(np.min(shown)), float(np.max(shown))) if shown else (0.0, 1.0)
+    maps, (scale, logarithmic) = bool(shown), plots.color_scale(shown or [np.ones(1)])
     cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
     return {
         "name": tables.mark(results),
         "note": "" if results.reconciled else tables.NOT_RECONCILED,
         "maps": maps,
-        "bar": _picture(plots.heat_map(np.linspace(0, 1, 64)[None, :, None], 0.0, 1.0)) if maps else "",
-        "scale": [f"{value:.3g}" for value in scale],
+        "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if maps else "",
+        "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
+        "logarithmic": logarithmic,
         "images": dataset is not None,
         "data": run.settings["data"]["name"],
         "groups": [(title, [cards[row] for row in rows]) for title, rows in groups if rows],
     }
 
 
-def _card(results: Results, row: int, theta: np.ndarray, scale: tuple[float, float], dataset: Dataset | None) -> Card:
+def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset | None) -> Card:
     line = {name: column[row] for name, column in results.columns.items()}
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
     own = answer if results.before is None else int(results.before["predict"][row])  # p_lower is of that
@@ -202,7 +203,7 @@ def _card(results: Results, row: int, theta: np.ndarray, scale: tuple[float, flo
         lines.append(f"before memory: {before}")
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
-    picture = _picture(plots.heat_map(theta, *scale)) if theta.ndim == 3 else ""
+    picture = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if theta.ndim == 3 else ""
     return Card(f"#{i}", image, picture, lines)
 
 

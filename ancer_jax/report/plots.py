@@ -23,7 +23,7 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
     for column, axis in zip(_SIZES, axes[0], strict=True):
         _draw_accuracy(axis, results, column)
     axes[0, 1].set_ylabel("")
-    axes[0, 1].legend(fontsize=8)
+    axes[0, 1].legend(fontsize=8, handlelength=3)
     if not all(r.reconciled for r in results):
         figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
     _save(figure, path)
@@ -118,12 +118,20 @@ def _colors(results: list[Results]) -> list[str]:
     return [next(colors) if r.data_dependent else next(greys) for r in results]
 
 
-def heat_map(theta: np.ndarray, least: float, largest: float) -> np.ndarray:
-    """theta, averaged over channels, as colours between `least` and `largest`: uint8 [height, width, 3]."""
+def color_scale(thetas: list[np.ndarray]):
+    """matplotlib's scale from the least of these to the largest, and whether it is logarithmic: they are far apart."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    least, largest = float(np.min(thetas)), float(np.max(thetas))
+    far = largest > 10 * least  # without a bound a few coordinates may be many times as wide as the others
+    return (LogNorm if far else Normalize)(least, largest), far
+
+
+def heat_map(shown: np.ndarray, scale) -> np.ndarray:
+    """Colours of theta by a scale: uint8 [height, width, 3] of [height, width]."""
     import matplotlib
 
-    shade = (theta.mean(axis=-1) - least) / max(largest - least, 1e-9)
-    return (matplotlib.colormaps["viridis"](shade)[..., :3] * 255).astype(np.uint8)
+    return (matplotlib.colormaps["viridis"](scale(shown))[..., :3] * 255).astype(np.uint8)
 
 
 def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
@@ -152,18 +160,18 @@ def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int
     if not found:
         return False
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
 
     bound = np.float32(run.settings["anisotropic"]["theta_max"])
     figure, axes = _figure(2, len(found), (1.6 * len(found) + 1, 3.8))
-    scale = Normalize(0, max(theta.max() for _, theta, *_ in found))
+    shown = [theta.mean(axis=-1) for _, theta, *_ in found]
+    scale, _ = color_scale(shown)
     for column, (i, theta, label, prediction, gap) in enumerate(found):
         image = dataset.images[np.searchsorted(dataset.ids, i)]
         pixels = image[..., 0] if image.shape[-1] == 1 else image
         axes[0, column].imshow(pixels, cmap="gray", vmin=0, vmax=1)
         answer = "abstains" if prediction < 0 else f"predicts {prediction}"
         axes[0, column].set_title(f"#{i}, label {label}\n{answer}", fontsize=8)
-        axes[1, column].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
+        axes[1, column].imshow(shown[column], cmap="viridis", norm=scale)
         title = f"{theta.min():.2f}..{theta.max():.2f}, gap {round_down(gap, 2)}"
         axes[1, column].set_title(f"{title}\nat the bound {np.mean(theta >= bound):.0%}", fontsize=8)
     for axis in axes.flat:

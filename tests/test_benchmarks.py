@@ -1,0 +1,37 @@
+"""The benchmarks run, in small; what they measure then is not looked at, nor whether they meet their bars."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "overhead.py --quick",
+        "scaling.py --quick",
+        "soundness.py --quick",
+        "invariance.py --n 100",
+        "memory.py --small 100 --large 200",
+        "reconcile.py --count 200",
+        "splitting.py --work work --epochs 1 --images 2 --theta 0.5",
+        "leakage.py --images 2 --norm l2 --no-cost",
+        "faults.py --faults 1 --no-record",
+        "convolution.py --networks SmallCNN",
+        "gpu.py --small",
+    ],
+)
+def test_runs(command, tmp_path):
+    script, *flags = command.split()
+    environment = os.environ | {"BENCH_RESULTS": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *flags], **how)
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert done.returncode in (0, 1), done.stderr  # 1: a bar is missed
+    assert done.stdout
