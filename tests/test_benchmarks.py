@@ -21,7 +21,6 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
         "memory.py --small 100 --large 200",
         "reconcile.py --count 200",
         "splitting.py --work work --epochs 1 --images 2 --theta 0.5",
-        "leakage.py --images 2 --norm l2 --no-cost",
         "faults.py --faults 1 --no-record",
         "convolution.py --networks SmallCNN",
         "gpu.py --small",
