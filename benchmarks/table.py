@@ -108,12 +108,13 @@ def lines():
             )
             figure = f"{r['ours']:,.0f} / {r['confidence sequence']:,.0f} ({r['published']:,})"
             yield what, figure, "< 1", "sequential", found
-        for r in found["results"]["rows"]:
+    for name in ("sequential", "sequential-cifar10-l1"):
+        for r in found["results"]["rows"] if (found := load(name)) else ():
             what = f"{r['case']}, {r['images']} images, {r['rule']}: times fewer draws (an oracle); decisions lost"
             bar = ">= 3; 0" if "tolerance" in r["rule"] else ">= 20; 0"
-            yield what, f"{r['fewer']:.1f} ({r['fewer, least']:.1f}); {r['sure decisions lost']}", bar, "", found
-    if found := load("search"):
-        for r in found["results"]:
+            yield what, f"{r['fewer']:.1f} ({r['fewer, least']:.1f}); {r['sure decisions lost']}", bar, name, found
+    for name in ("search", "search-cifar10-l1"):
+        for r in found["results"] if (found := load(name)) else ():
             what = (
                 f"{r['case']}, {r['images']} images, {r['schedule']}: passes; proxy radius (leakage) of both searches"
             )
@@ -122,7 +123,7 @@ def lines():
                 for stage in ("isotropic", "anisotropic")
             )
             bar = ">= reference" if r["preset"] and r["schedule"] == "fast" else ""
-            yield what, f"{r['passes']:,}; {figure}", bar, "search", found
+            yield what, f"{r['passes']:,}; {figure}", bar, name, found
     if found := load("splitting"):
         for r in found["results"]:
             what = f"l1, {r['noise']} {r['theta']:g}, {r['method']}, n = {r['n']}: passes; ACR; ACR-tilde; honest"
