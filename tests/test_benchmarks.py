@@ -1,4 +1,4 @@
-"""The benchmarks run, in small; what they measure then is not looked at, nor whether they meet their bars."""
+"""The benchmarks run, in small, and find nothing wrong; bars that such sizes say nothing about are not judged."""
 
 import os
 import pathlib
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+MAY_MISS_ITS_BAR = ("overhead.py", "scaling.py", "splitting.py", "memory.py")  # speed, training, peak of compilation
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
@@ -32,5 +33,5 @@ def test_runs(command, tmp_path):
     how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, str(BENCHMARKS / script), *flags], **how)
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
-    assert done.returncode in (0, 1), done.stderr  # 1: a bar is missed
+    assert done.returncode == 0 or (done.returncode == 1 and script in MAY_MISS_ITS_BAR), done.stdout + done.stderr
     assert done.stdout
