@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format docs notebooks notebooks-check bench clean
+.PHONY: demo test test-extras slow lint format docs notebooks notebooks-check bench clean
 
 demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# The tests that `make test` skips, because they need more than it installs: PyTorch, pictures, what reads notebooks.
+test-extras: $(VENV)/extras
+	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/test_models.py tests/test_notebooks.py
 
 # Some minutes; into bench/.
 bench: $(VENV)/package

@@ -12,13 +12,18 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float
 
-# Relative margin towards the safe side: many times the error of SciPy's incomplete beta function. Its inverse is not
-# that good everywhere (SciPy 1.17: off by 1e-8 to 1e-3 around 999 failures), so that every bound is put to the proof.
+# Relative margin of a bound towards the safe side.
 _MARGIN = 2.0**-40
+# Every bound is put to the proof by SciPy's incomplete beta function, because its inverse is wrong at isolated points
+# (SciPy 1.17: by 1e-8 to 1e-3 around 999 failures). The function itself is off by up to 4e-8 of its value where there
+# are few successes and alpha is tiny; this slack is many times that.
+_SLACK = 1e-6
+LEAST_ALPHA = 1e-200  # below, the incomplete beta function underflows
 # Traced twin: terms of the tail that are summed one by one, bisection steps, and the margin on log(alpha), which
 # covers the float32 error of the log tail (about 1e-3 at n = 1e7).
 _TERMS = 128
 _BISECTIONS = 40
+_FLOAT64 = np.finfo(np.float64)
 _LOG_MARGIN = 2e-3
 _TOO_MANY_TRIALS = 2**24
 _SMALLEST_ALPHA = 0.99e-9
@@ -30,7 +35,7 @@ def clopper_pearson_lower(successes, trials, alpha):
     Args:
       successes: integers [...], in [0, trials].
       trials: integers [...], at least 1.
-      alpha: probability of error, in (0, 1).
+      alpha: probability of error, in [1e-200, 1).
 
     Returns:
       float64 [...]; 0 where there are no successes.
@@ -47,7 +52,7 @@ def clopper_pearson_lower(successes, trials, alpha):
     """
     successes, trials, alpha = _checked(successes, trials, alpha)
     k, failures = np.maximum(successes, 1), trials - successes
-    guess = scipy.special.betaincinv(k, failures + 1, alpha) * (1 - _MARGIN)
+    guess = scipy.special.betaincinv(k, failures + 1, alpha / (1 + 2 * _SLACK)) * (1 - _MARGIN)
 
     def tail(p):  # P(Bin(trials, p) >= successes), from whichever of p and 1 - p has more digits
         upper = scipy.special.betaincc(failures + 1, k, 1 - p)
@@ -68,7 +73,7 @@ def clopper_pearson_upper(successes, trials, alpha):
     """
     successes, trials, alpha = _checked(successes, trials, alpha)
     failures = np.maximum(trials - successes, 1)
-    guess = scipy.special.betainccinv(successes + 1, failures, alpha) * (1 + _MARGIN)
+    guess = scipy.special.betainccinv(successes + 1, failures, alpha / (1 + 2 * _SLACK)) * (1 + _MARGIN)
     proven = _proven(lambda p: scipy.special.betaincc(successes + 1, failures, p), np.minimum(guess, 1.0), 1.0, alpha)
     return np.where(successes == trials, 1.0, proven)
 
@@ -100,7 +105,8 @@ def confidence_sequence_lower(successes, trials, alpha):
 
 
 def _proven(tail, guess, safe, alpha):
-    """`guess`, or, where `tail(guess) <= alpha` does not hold, the result of a bisection between it and `safe`."""
+    """`guess`, or, where its tail is not clearly at most alpha, the result of a bisection between it and `safe`."""
+    alpha = alpha / (1 + _SLACK)
     holds = tail(guess) <= alpha
     if holds.all():
         return guess
@@ -123,7 +129,7 @@ def separate_bounds(counts, top: int, alpha: float) -> tuple[float, float]:
       counts: integers [K], votes per class of draws that did not select `top`. They may add up to less than the
         number of draws only if the missing draws are appended as one more class.
       top: the class that other draws selected.
-      alpha: probability that any of the bounds fails, in (0, 1).
+      alpha: probability that any of the bounds fails, in [1e-200, 1).
 
     Returns:
       `(p_lower, p_b_upper)`.
@@ -131,7 +137,7 @@ def separate_bounds(counts, top: int, alpha: float) -> tuple[float, float]:
     Raises:
       ValueError: if an argument is outside its range.
     """
-    counts = np.asarray(counts)
+    counts = _integers("counts", counts)
     if (counts < 0).any():
         raise ValueError(f"counts must not be negative, got {counts.min()}")
     if counts.ndim != 1 or len(counts) < 2:
@@ -152,19 +158,20 @@ def binomial_test(count_a, count_b):
       count_a, count_b: non-negative integers [...], votes of the two classes.
 
     Returns:
-      float64 [...] in (0, 1]; 1 where both are 0.
+      float64 [...] in (0, 1], rounded up; 1 where both are 0.
 
     References: Hung & Fithian 2019; Cohen et al. 2019, algorithm 1 (Predict).
 
-    >>> round(float(binomial_test(10, 0)), 9)
-    0.001953125
+    >>> round(float(binomial_test(10, 0)), 8)
+    0.00195313
     """
-    count_a, count_b = np.asarray(count_a, np.int64), np.asarray(count_b, np.int64)
+    count_a, count_b = _integers("count_a", count_a), _integers("count_b", count_b)
     if (count_a < 0).any() or (count_b < 0).any():
         raise ValueError("counts must not be negative")
     high, total = np.maximum(count_a, count_b), count_a + count_b
     tail = scipy.special.betainc(np.maximum(high, 1), total - high + 1, 0.5)
-    return np.where(high == 0, 1.0, np.minimum(2 * tail * (1 + _MARGIN), 1.0))
+    p_value = np.maximum(2 * tail * (1 + _SLACK), _FLOAT64.tiny)  # it may underflow, but it is no 0
+    return np.where(high == 0, 1.0, np.minimum(p_value, 1.0))
 
 
 def clopper_pearson_lower_traced(successes, trials, alpha) -> Float[Array, "..."]:
@@ -268,26 +275,34 @@ def _log_stirling(x):
     return jnp.where(x < 16, exact, series)
 
 
+def _integers(name, values) -> np.ndarray:
+    """int64, if the values are integers."""
+    values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {values.dtype}")
+    return values.astype(np.int64)
+
+
 def _checked(successes, trials, alpha):
     """int64 successes and trials and float64 alpha, all within range."""
-    successes, trials = np.asarray(successes), np.asarray(trials)
-    for name, value in (("successes", successes), ("trials", trials)):
-        if not np.issubdtype(value.dtype, np.integer):
-            raise ValueError(f"{name} must be integers, got {value.dtype}")
+    successes, trials = _integers("successes", successes), _integers("trials", trials)
     if (trials < 1).any():
         raise ValueError(f"trials must be at least 1, got {trials.min()}")
     if ((successes < 0) | (successes > trials)).any():
         raise ValueError(f"successes must be in 0..{trials.min()}, got {successes.min()} to {successes.max()}")
-    return successes.astype(np.int64), trials.astype(np.int64), check_alpha(alpha)
+    return successes, trials, check_alpha(alpha)
 
 
 def check_alpha(alpha):
-    """`alpha` as float64, if it lies in (0, 1).
+    """`alpha` as float64, if it lies in [1e-200, 1).
 
     Raises:
       ValueError: otherwise.
     """
-    value = np.asarray(alpha, np.float64)
-    if not ((value > 0) & (value < 1)).all():
-        raise ValueError(f"alpha must be in (0, 1), got {alpha}")
+    value = np.asarray(alpha)
+    if value.dtype.kind != "f":
+        raise ValueError(f"alpha must be a real number below 1, got {alpha!r}")
+    value = value.astype(np.float64)
+    if not ((value >= LEAST_ALPHA) & (value < 1)).all():
+        raise ValueError(f"alpha must be in [{LEAST_ALPHA:g}, 1), got {alpha}")
     return value

@@ -54,18 +54,31 @@ class Certificate(Protocol):
         ...
 
 
+def noise_dtype(value) -> jnp.dtype:
+    """The type that noise is drawn in: that of the value, float32 at least."""
+    dtype = jnp.result_type(value)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def _wide(value: jax.Array) -> jax.Array:
+    return value.astype(noise_dtype(value))
+
+
 class AdditiveNoise(abc.ABC):
     """What Gaussian and uniform noise share: a noisy copy is `x + sample`."""
 
     @abc.abstractmethod
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
-        """One noise draw `theta * eps`, of the shape and dtype of `theta`."""
+        """One noise draw `theta * eps`, of the shape of `theta`, in float32 or wider.
+
+        A draw in bfloat16 would have at most 128 distinct normal values, none of them beyond 2.5.
+        """
 
     def perturb(
         self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
     ) -> Float[Array, "*d"]:
         """`x + sample(fold_in(key, draw), theta)`."""
-        return x + self.sample(jax.random.fold_in(key, draw), theta)
+        return _wide(x) + self.sample(jax.random.fold_in(key, draw), theta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +94,7 @@ class GaussianL2(AdditiveNoise):
 
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
         """One draw of `theta * N(0, I)`."""
-        return theta * jax.random.normal(key, theta.shape, theta.dtype)
+        return _wide(theta) * jax.random.normal(key, theta.shape, noise_dtype(theta))
 
     def gap(self, p_lower, p_b_upper=None):
         """See `Certificate.gap`.
@@ -115,7 +128,7 @@ class UniformL1(AdditiveNoise):
 
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
         """One draw of `theta * U[-1, 1]^d`."""
-        return theta * jax.random.uniform(key, theta.shape, theta.dtype, minval=-1.0, maxval=1.0)
+        return _wide(theta) * jax.random.uniform(key, theta.shape, noise_dtype(theta), minval=-1.0, maxval=1.0)
 
     def gap(self, p_lower, p_b_upper=None):
         """See `Certificate.gap`.
@@ -150,7 +163,8 @@ class SplittingL1:
     Attributes:
       exact: which form.
       levels: grid of the exact form: 255 for images of 8 bits.
-      seed: of the offsets, which are fixed for all inputs.
+      seed: of the offsets, in [0, 2^32). They are fixed for all inputs: a hash of seed and coordinate, with no random
+        generator that another version or setting of JAX could change.
 
     References: Levine & Feizi 2021 (arXiv 2103.10834). One theta per coordinate is ours, by their proof, which uses no
     more than the distribution of each coordinate's cuts.
@@ -172,9 +186,10 @@ class SplittingL1:
         The random form has a derivative in theta for searches: that of the probability to be cut, times what the cut
         then says, to first order (a straight-through estimate). There is none in x.
         """
+        x, theta = _wide(x), _wide(theta)
         if self.exact:
             cuts = jnp.rint(2 * self.levels * theta)
-            offsets = jax.random.randint(jax.random.key(self.seed, impl="threefry2x32"), x.shape, 0, 2**20)
+            offsets = _offsets(math.prod(x.shape), self.seed).reshape(x.shape)
             first = jnp.mod(offsets + draw, cuts.astype(jnp.int32)) + 0.5
             return _middle(jnp.rint(x * self.levels), first, cuts, self.levels) / self.levels
         uniform = jax.random.uniform(jax.random.fold_in(key, draw), x.shape, x.dtype)
@@ -216,9 +231,30 @@ class SplittingL1:
         certified.
 
         Guarantee: every input on the grid in the region has more votes for the top class than for any other.
+
+        Raises:
+          ValueError: if these cannot be the votes of so many draws, or there are more than 2^14 draws: beyond, one vote
+            no longer covers what rounding may add to the share of draws that cut between two inputs.
         """
-        lead = np.asarray(votes_top, np.int64) - np.asarray(votes_second, np.int64)
-        return np.maximum(lead - 1, 0) / np.asarray(num_draws, np.float64)
+        top, second, draws = (np.asarray(value) for value in (votes_top, votes_second, num_draws))
+        if not all(np.issubdtype(value.dtype, np.integer) for value in (top, second, draws)):
+            raise ValueError(f"votes and draws must be integers, got {top.dtype}, {second.dtype} and {draws.dtype}")
+        top, second, draws = (value.astype(np.int64) for value in (top, second, draws))
+        if not ((draws >= 1) & (draws <= _MOST_CUTS)).all():
+            raise ValueError(f"exact certificates are of 1..{_MOST_CUTS} draws, got {draws.min()} to {draws.max()}")
+        if not ((second >= 0) & (second <= top) & (top + second <= draws)).all():
+            raise ValueError("votes must be 0 <= second <= top, and not more than the draws")
+        return np.maximum(top - second - 1, 0) / draws.astype(np.float64)
+
+
+def _offsets(count: int, seed: int) -> Int[Array, " {count}"]:
+    """A hash in [0, 2^20) of each of the numbers 0, ..., count - 1 and the seed: MurmurHash3's 32-bit finaliser, of
+    `i + 0x9E3779B9 (seed + 1)` modulo 2^32. Integer arithmetic only.
+    """
+    value = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(0x9E3779B9 * (seed + 1) % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        value = (value ^ (value >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return ((value ^ (value >> jnp.uint32(16))) >> jnp.uint32(12)).astype(jnp.int32)
 
 
 def _middle(x, first, width, end):
@@ -243,12 +279,13 @@ NOISES: dict[str, Certificate] = {"gaussian": GaussianL2(), "uniform": UniformL1
 CERTIFICATES: dict[str, Certificate] = {"l2": NOISES["gaussian"], "l1": NOISES["uniform"]}
 
 
-def check_noise(noise: str | None, norm: str) -> None:
-    """Refuse noise that does not certify in this norm; None is the usual one.
+def noise_law(norm: str, noise: str | None = None, *, exact: bool = False) -> Certificate:
+    """The noise law of that name, or the usual one of the norm; `exact` is a form of splitting noise.
 
     Raises:
-      ValueError: naming those that do.
+      ValueError: if the noise does not certify in this norm, naming those that do.
     """
     fitting = [name for name, law in NOISES.items() if f"l{law.norm}" == norm]
     if noise is not None and noise not in fitting:
         raise ValueError(f"noise for {norm} must be one of {', '.join(fitting)}, got {noise!r}")
+    return SplittingL1(exact=True) if exact else NOISES[noise] if noise else CERTIFICATES[norm]

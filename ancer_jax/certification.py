@@ -1,7 +1,9 @@
 """Prediction and certification of one input by Monte Carlo (Cohen et al. 2019, algorithm 1)."""
 
 import dataclasses
-from typing import Any
+import math
+import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -10,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
+from ancer_jax._checks import check_integer, check_real
 from ancer_jax.certificates import Certificate, SplittingL1
 from ancer_jax.classifiers import Classifier
 from ancer_jax.smoothing import Stage, class_counts, stage_key
@@ -25,7 +28,7 @@ class CertifyConfig:
     Attributes:
       n0: draws that select the class.
       n: fresh draws that estimate its probability; at most 2^31 - 1.
-      alpha: probability that the certificate is wrong, per input, in (0, 1).
+      alpha: probability that a certificate is wrong, for each certificate that is made; in [1e-200, 1).
 
     Raises:
       ValueError: if a setting is out of range.
@@ -37,10 +40,8 @@ class CertifyConfig:
 
     def __post_init__(self):
         for name in ("n0", "n"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(f"{name} must be an int, at least 1 and below 2^31, got {value!r}")
-        bounds.check_alpha(self.alpha)
+            check_integer(name, getattr(self, name), 1, 2**31 - 1)
+        check_real("alpha", self.alpha, f"[{bounds.LEAST_ALPHA}, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,38 +103,72 @@ def select_class(
     return counts.argmax()
 
 
+class Evidence(NamedTuple):
+    """The integers that a certificate follows from, [...] each: what a run stores beside its gaps, to check them.
+
+    Attributes:
+      votes, n: votes for the class, and draws, of the bound that counts: all n draws, or those of the best look of
+        sequential sampling.
+      alpha: error probability of that bound; 0 for exact certificates.
+      runner_up: votes for the second class; needed for exact certificates alone, else 0.
+    """
+
+    votes: np.ndarray
+    n: np.ndarray
+    alpha: np.ndarray
+    runner_up: np.ndarray
+
+    def bound_and_gap(self, certificate: Certificate) -> tuple[np.ndarray, np.ndarray]:
+        """`p_lower` and gap, float64 [...]."""
+        if isinstance(certificate, SplittingL1) and certificate.exact:
+            return self.votes / self.n, certificate.exact_gap(self.votes, self.runner_up, self.n)
+        p_lower = bounds.clopper_pearson_lower(self.votes, self.n, self.alpha)
+        return p_lower, certificate.gap(p_lower)
+
+
 def certification(selected, count, *, certificate: Certificate, config: CertifyConfig) -> Certification:
     """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
     """
-    selected, count = np.asarray(selected), np.asarray(count)
-    p_lower = bounds.clopper_pearson_lower(count, config.n, config.alpha)
-    gap = certificate.gap(p_lower)
-    prediction = np.where(gap > 0, selected, ABSTAIN)
-    columns = (prediction, p_lower, gap, count, np.full(count.shape, config.n))
+    return certification_from(selected, all_draws(count, config), certificate)
+
+
+def all_draws(count, config: CertifyConfig) -> Evidence:
+    """The evidence where all `config.n` draws are counted."""
+    count = np.asarray(count)
+    full = lambda value: np.full(count.shape, value)
+    return Evidence(count, full(config.n), full(config.alpha), full(0))
+
+
+def exact_evidence(counts, num_draws) -> tuple[np.ndarray, Evidence]:
+    """The top class, ties to the lowest, and the evidence of the votes of all draws there are, integers [..., K]."""
+    counts, num_draws = np.asarray(counts), np.asarray(num_draws)
+    second, first = np.partition(counts, -2, axis=-1)[..., -2:].transpose(-1, *range(counts.ndim - 1))
+    return counts.argmax(axis=-1), Evidence(first, num_draws, np.zeros(num_draws.shape), second)
+
+
+def certification_from(selected, evidence: Evidence, certificate: Certificate) -> Certification:
+    """The certificates of the classes `selected`, in float64 on the host.
+
+    Guarantee: as in `certify`, if the evidence comes from draws that did not choose `selected`. Exact: no alpha; for
+    inputs on the grid, see `SplittingL1`.
+    """
+    p_lower, gap = evidence.bound_and_gap(certificate)
+    prediction = np.where(gap > 0, np.asarray(selected), ABSTAIN)
+    columns = (prediction, p_lower, gap, evidence.votes, evidence.n)
     return Certification(*(np.asarray(column)[()] for column in columns))
 
 
-def exact_certification(counts, num_draws, *, certificate: SplittingL1) -> Certification:
-    """Certificates from the votes for every class in all draws there are, of the exact form of splitting noise.
-
-    Args:
-      counts: integers [..., K]; ties go to the lowest class.
-      num_draws: number of draws [...].
-      certificate: the noise law.
-
-    Returns:
-      `p_lower` is the top class's probability, and `count` its votes of `n`; the classifier abstains where the second
-      class is as frequent, or behind by one vote.
-
-    Guarantee: no alpha; for inputs on the grid, see `SplittingL1`.
-    """
-    counts, num_draws = np.asarray(counts), np.asarray(num_draws)
-    top = counts.argmax(axis=-1)
-    second, first = np.partition(counts, -2, axis=-1)[..., -2:].transpose(-1, *range(counts.ndim - 1))
-    gap = certificate.exact_gap(first, second, num_draws)
-    return Certification(np.where(gap > 0, top, ABSTAIN), first / num_draws, gap, first, num_draws)
+def warn_if_undecidable(config: CertifyConfig, certificate: Certificate) -> None:
+    """Warn where every input would abstain, whatever the votes."""
+    if certificate.gap(bounds.clopper_pearson_lower(config.n, config.n, config.alpha)) == 0:
+        least = math.floor(math.log2(1 / config.alpha)) + 1
+        warnings.warn(
+            f"with n = {config.n} draws every input abstains at alpha = {config.alpha:g}, whatever the votes: n must "
+            f"be at least {least}, and far larger for a region of any size",
+            stacklevel=3,
+        )
 
 
 _count_votes = jax.jit(count_votes, static_argnames=("certificate", "config", "chunk"))
@@ -157,25 +192,29 @@ def certify(
       classifier: base classifier, which need not be robust, but must pass `check_classifier`: nothing is checked here.
       certificate: noise law, `GaussianL2()` or `UniformL1()`.
       x: [*d] one input.
-      theta: [] or [*d] noise parameter, positive, in the units of x. It must not depend on the draws of this call.
+      theta: [] or [*d] noise parameter, positive, in the units of x.
       config: n0, n, alpha.
       chunk: draws at a time; changes speed and memory only.
 
     Returns:
       A `Certification` of scalars, computed on the host. With `regions.Region(x, theta, gap, norm)` come its sizes.
+      Where n is too small for any count to decide at this alpha, a warning says so.
 
     Guarantee: with probability at least `1 - alpha` over the draws, either the answer is `ABSTAIN`, or
     `g_theta(y) = prediction` for every y with `||(y - x) / theta||_p <= gap`. It speaks of the smoothed classifier
     of this theta, not of the base classifier; a theta that was chosen for x makes another smoothed classifier for
-    every input.
+    every input. Neither x nor theta may depend on the draws: not x by somebody who knows the key, and not theta as the
+    best of several that were certified with the same draws.
 
     Raises:
-      ValueError: if theta or x is not finite, theta is not positive, or shapes do not fit.
+      ValueError: if theta or x is not finite, theta is not positive, shapes do not fit, or `chunk` is not an integer.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
     x32, theta32 = check_example(x, theta)
+    check_integer("chunk", chunk)
     config = config or CertifyConfig()
+    warn_if_undecidable(config, certificate)
     selected, count = _count_votes(key, classifier, certificate, x32, theta32, config=config, chunk=chunk)
     result = certification(selected, count, certificate=certificate, config=config)
     return in_callers_numbers(result, certificate, x, theta, x32, theta32)
@@ -206,14 +245,25 @@ def predict(
 ) -> int:
     """The smoothed classifier's class at `x`, or `ABSTAIN` where the n draws do not decide it.
 
-    Compares the two largest counts by an exact binomial test. Arguments and errors as in `certify`.
+    Compares the two largest counts by an exact binomial test. Arguments and errors as in `certify`. Where n is too
+    small for any count to decide at this alpha, a warning says so.
 
-    Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or `g_theta(x)`, of x and theta as float32.
+    Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or `g_theta(x)`, of x and theta as float32,
+    if x does not depend on the draws. Whoever serves takes a new key for each query, which nobody can predict: with one
+    key for all, somebody who knows the draws repeats those queries that they get wrong.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1, after Hung & Fithian 2019.
     """
     x, theta = check_example(x, theta)
-    bounds.check_alpha(alpha)
+    check_integer("n", n, 1, 2**31 - 1)
+    check_integer("chunk", chunk)
+    check_real("alpha", alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+    if bounds.binomial_test(n, 0) > alpha:
+        least = math.ceil(math.log2(2 / alpha) + 2e-6)
+        warnings.warn(
+            f"n = {n} draws decide nothing at alpha = {alpha:g}, whatever the votes: n must be at least {least}",
+            stacklevel=2,
+        )
     counts = np.asarray(
         _class_counts(stage_key(key, Stage.PREDICT), classifier, certificate, x, theta, num_samples=n, chunk=chunk)
     )

@@ -7,6 +7,7 @@ it, or loading other weights, compiles nothing again.
 import dataclasses
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import ArrayLike
+
+from ancer_jax._checks import check_integer
 
 # Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
 _EVALUATION_ARGUMENTS = {"train": False, "training": False, "is_training": False, "deterministic": True}
@@ -30,11 +33,17 @@ class Classifier:
       apply: `apply(variables, x[n, *d]) -> logits[n, num_classes]`, row by row and in evaluation mode (static).
       variables: pytree of arrays.
       num_classes: number of classes K, at least 2 (static).
+
+    Raises:
+      ValueError: if `num_classes` is not an integer of at least 2.
     """
 
     apply: Callable[[Any, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
     variables: Any = dataclasses.field(repr=False)
     num_classes: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        check_integer("num_classes", self.num_classes, minimum=2)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Logits [n, K] of inputs [n, *d].
@@ -124,8 +133,6 @@ def _evaluation(module, arguments) -> tuple[tuple[str, Any], ...]:
 
 
 def _classifier(apply, variables, num_classes) -> Classifier:
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     return Classifier(apply, jax.tree.map(jnp.asarray, variables), num_classes)
 
 
@@ -164,11 +171,21 @@ def check_classifier(classifier: Classifier, x) -> None:
         raise ValueError("the classifier's logits depend on the rest of the batch (batch norm in training mode?)")
 
 
+def calls_the_host(classifier: Classifier, x) -> bool:
+    """Whether the program that classifies inputs like `x` [*d] calls back to Python (`pure_callback`, `io_callback`).
+
+    What such a function computes is not in the program, and so not in its `fingerprint`.
+    """
+    program = str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
+    return re.search(r"\b(pure_callback|io_callback)\b", program) is not None
+
+
 def fingerprint(classifier: Classifier, x) -> str:
     """Hash of every variable and of the program that classifies inputs like `x` [*d]: names a base classifier.
 
     The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
-    version of JAX may write it differently.
+    version of JAX may write it differently. What it calls back to on the host is not noticed (`calls_the_host`), nor is
+    the arithmetic of the device that runs it: the programs for a CPU and for a GPU are the same text.
     """
     inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
     # Shapes alone, without the devices that the variables are on.

@@ -5,7 +5,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ancer_jax.certificates import CERTIFICATES, NOISES, Certificate, Noise, SplittingL1, check_noise
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.certificates import CERTIFICATES, Certificate, Noise, noise_law
 from ancer_jax.certification import CertifyConfig
 from ancer_jax.leakage import LeakageConfig
 from ancer_jax.optimize import THETA_MAX_FACTOR, AnisotropicConfig, Guard, IsotropicConfig
@@ -13,6 +14,7 @@ from ancer_jax.sequential import SequentialConfig
 
 Method = Literal["fixed", "shared", "isotropic", "ancer"]
 Split = Literal["images", "draws"]
+Precision = Literal["default", "high", "highest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class RunConfig:
         rounded down to where that can be done, after guard and leakage limit, and certificates hold without alpha.
       period: with exact and one theta per coordinate, the number of those draws; whole numbers `510 theta` are rounded
         down to its divisors (for images of 8 bits).
+      precision: of the network's products of matrices, on accelerators (`jax.default_matmul_precision`): "default" is
+        what JAX is set to, where float32 is TF32 on recent GPUs and bfloat16 on TPUs; "highest" is float32. Another
+        precision makes another base classifier.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -56,24 +61,28 @@ class RunConfig:
     noise: Noise | None = None
     exact: bool = False
     period: int = 5040
+    precision: Precision = "default"
 
     def __post_init__(self):
-        for name, choices in (("norm", tuple(CERTIFICATES)), ("method", get_args(Method)), ("guard", get_args(Guard))):
+        for name, choices in (
+            ("norm", tuple(CERTIFICATES)),
+            ("method", get_args(Method)),
+            ("guard", get_args(Guard)),
+            ("precision", get_args(Precision)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        check_noise(self.noise, self.norm)
+        noise_law(self.norm, self.noise)
         if self.exact and self.noise != "splitting":
             raise ValueError("exact certificates are for splitting noise: norm l1, noise splitting")
         if self.exact and self.sampling is not None:
             raise ValueError("exact certificates take all draws: no sequential sampling")
-        if not 1 <= self.period <= 2**14:
-            raise ValueError(f"period must be in 1..{2**14}, got {self.period}")
+        check_integer("period", self.period, 1, 2**14)
+        check_real("theta", self.theta, "[-inf, inf]")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be an int in 0..2^31 - 1, got {self.seed!r}")
-        if self.guard_samples < 1:
-            raise ValueError(f"guard_samples must be at least 1, got {self.guard_samples}")
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+        check_integer("guard_samples", self.guard_samples)
         for name in ("isotropic", "anisotropic"):
             search = getattr(self, name)
             if search.theta_max is None:
@@ -81,8 +90,8 @@ class RunConfig:
                 object.__setattr__(self, name, search)
             if search.theta_max < self.theta and self.method != "shared":
                 raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
-        if self.leakage_limit is not None and not 0 <= self.leakage_limit <= 1:
-            raise ValueError(f"leakage_limit must be in [0, 1], got {self.leakage_limit}")
+        if self.leakage_limit is not None:
+            check_real("leakage_limit", self.leakage_limit, "[0, 1]")
         if self.leakage_limit is not None and not self.data_dependent:
             raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
         penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
@@ -92,12 +101,12 @@ class RunConfig:
     @property
     def certificate(self) -> Certificate:
         """The noise law of searches and of random draws."""
-        return NOISES[self.noise] if self.noise else CERTIFICATES[self.norm]
+        return noise_law(self.norm, self.noise)
 
     @property
     def counted(self) -> Certificate:
         """The noise law of the draws that certify."""
-        return SplittingL1(exact=True) if self.exact else self.certificate
+        return noise_law(self.norm, self.noise, exact=self.exact)
 
     @property
     def data_dependent(self) -> bool:
@@ -129,7 +138,8 @@ class Execution:
       chunk: noisy copies of each image at a time in certification, on each device. None: 128, on CPUs 100, or fewer.
       devices: how many local devices; None is all of them.
       split: what the devices share: "images", for throughput, or the "draws" of one image after another, where images
-        are fewer than devices. Votes are shared out evenly in any case; this is for searches and leakage.
+        are fewer than devices. Votes are shared out evenly in any case; this is for searches and leakage. Several CPU
+        devices cannot share draws: they would have to wait for each other (`parallel.refuse_to_wait`).
     """
 
     batch_size: int | None = None
@@ -140,7 +150,6 @@ class Execution:
     def __post_init__(self):
         if self.split not in get_args(Split):
             raise ValueError(f"split must be images or draws, got {self.split!r}")
-        for name in ("batch_size", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("batch_size", "chunk", "devices"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))

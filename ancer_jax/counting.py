@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,8 +21,8 @@ class Votes:
     """Counts the votes of noisy copies of a batch of images, on all devices of the mesh."""
 
     def __init__(self, keys, classifier, images, theta, config: RunConfig, *, chunk: int, mesh: Mesh):
-        """Arrays with an entry for each image; `chunk` noisy copies of each at a time."""
-        self._batch = parallel.replicate((keys, images, theta), mesh)
+        """Arrays with an entry for each image, on every device; `chunk` noisy copies of each at a time."""
+        self._batch = keys, images, theta
         self._classifier, self._mesh = classifier, mesh
         self._shape = len(images), classifier.num_classes
         self._pieces, self._how = pieces(config, len(images), chunk, mesh)
@@ -47,10 +46,6 @@ class Votes:
             begun.append((np.array(now)[:, 0], votes))
         return begun
 
-    def top(self, begun: list[tuple[np.ndarray, jax.Array]]) -> jax.Array:
-        """The class with most of the votes that `begin` counts, of each image: int32 [batch]; nothing waits for it."""
-        return _top(begun, batch=self._shape[0])
-
     def end(self, begun: list[tuple[np.ndarray, jax.Array]]) -> np.ndarray:
         """What `begin` started, for all images of the batch: int64 [batch, K]."""
         votes = np.zeros(self._shape, np.int64)
@@ -67,21 +62,20 @@ def pieces(config: RunConfig, batch: int, chunk: int, mesh: Mesh) -> tuple[int, 
     if config.sampling is not None and chunk > UNIT:  # looks are multiples of UNIT
         many, chunk = max(1, chunk // UNIT), UNIT
     count = math.ceil(batch * many / mesh.size) * mesh.size
-    return count, {"certificate": config.counted, "chunk": chunk}
+    return count, {"certificate": config.counted, "chunk": chunk, "mesh": mesh}
 
 
-@functools.partial(jax.jit, static_argnames="batch")
-def _top(begun, *, batch):
-    return jnp.stack([jax.ops.segment_sum(votes, rows, batch) for rows, votes in begun]).sum(axis=0).argmax(axis=1)
+@functools.partial(jax.jit, static_argnames=("certificate", "chunk", "mesh"))
+def count_pieces(keys, images, theta, classifier, pieces, steps, stage, *, certificate, chunk, mesh):
+    """Votes for each class in each of the pieces (row, first, stop) [m, 3] of so many chunks: int32 [m, K].
 
+    Each device counts the pieces that it has. Sums over devices are left to the host.
+    """
 
-@functools.partial(jax.jit, static_argnames=("certificate", "chunk"))
-def count_pieces(keys, images, theta, classifier, pieces, steps, stage, *, certificate, chunk):
-    """Votes for each class in each of the pieces (row, first, stop) [m, 3] of so many chunks: int32 [m, K]."""
-
-    def count(piece):
+    def count(keys, images, theta, classifier, steps, stage, piece):
         row, first, stop = piece
         arguments = stage_key(keys[row], stage), classifier, certificate, images[row], theta[row]
         return class_counts_between(*arguments, first=first, stop=stop, steps=steps, chunk=chunk)
 
-    return jax.vmap(count)(pieces)
+    count_all = parallel.each_with_its_rows(jax.vmap(count, (*[None] * 6, 0)), mesh, [*[False] * 6, True])
+    return count_all(keys, images, theta, classifier, steps, stage, pieces)

@@ -17,7 +17,8 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
-from ancer_jax.certificates import Certificate, GaussianL2
+from ancer_jax._checks import check_integer
+from ancer_jax.certificates import Certificate, GaussianL2, noise_dtype
 from ancer_jax.classifiers import Classifier
 from ancer_jax.optimize import THETA_MAX_FACTOR, check_start
 from ancer_jax.regions import Region, proxy_radius
@@ -115,9 +116,10 @@ def vote_share(
     """
     if not isinstance(certificate, GaussianL2):
         raise ValueError(f"votes have derivatives under Gaussian noise only, got {certificate}: use the soft estimate")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-    x = jnp.asarray(x)
+    check_integer("num_samples", num_samples, minimum=2)
+    check_integer("chunk", chunk)
+    dtype = jnp.result_type(x)
+    x = jnp.asarray(x, noise_dtype(x))
     theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape)
     fixed_classifier, center, scale = jax.lax.stop_gradient((classifier, x, theta))
     chunk = min(chunk, num_samples)
@@ -126,7 +128,7 @@ def vote_share(
         draws = start + jnp.arange(chunk)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
         eps = jax.vmap(lambda k: certificate.sample(k, jnp.ones_like(scale)))(keys)
-        logits = fixed_classifier(center[None] + scale[None] * eps)
+        logits = fixed_classifier((center[None] + scale[None] * eps).astype(dtype))
         inside = draws < num_samples
         votes = inside & (logits.argmax(-1) == label) & ~jnp.isnan(logits).any(-1)
         moments = jnp.stack([eps, eps**2 - 1])  # the scores in x and theta, times theta
@@ -165,7 +167,8 @@ def learn_theta(
     Args:
       key: typed key of the draws and of the choice of images.
       classifier, certificate: as in `smoothing.class_counts`.
-      images, labels: of the training data. Test data would be sound, too, and flatter the accuracy.
+      images, labels: of the training data. Theta must not depend on the draws of the certificates that use it: on test
+        images, learn it with another seed than the run that certifies; and the accuracy would be flattered.
       theta_init: [] or [*d], the start.
       steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image (static). All noisy
         copies of a step are held at once.
@@ -187,11 +190,13 @@ def learn_theta(
     if len(np.shape(labels)) != 1 or np.shape(labels) != np.shape(images)[:1]:
         raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
     _check_labels(labels, classifier)
+    check_integer("steps", steps)
+    check_integer("batch_size", batch_size)
     for bound in (theta_init, *(() if theta_max is None else (theta_max,))):
         check_start(bound)
     key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    start = jnp.log(jnp.broadcast_to(jnp.asarray(theta_init, images.dtype), images.shape[1:]))
+    start = jnp.log(jnp.broadcast_to(jnp.asarray(theta_init, noise_dtype(images)), images.shape[1:]))
     upper = start + math.log(THETA_MAX_FACTOR) if theta_max is None else jnp.maximum(jnp.log(theta_max), start)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
@@ -251,8 +256,9 @@ def attack(
     if region.norm != certificate.norm:
         raise ValueError(f"the region is of norm {region.norm}, the noise certifies norm {certificate.norm}")
     _check_labels(label, classifier)
+    check_integer("steps", steps)
     key = stage_key(key, Stage.DIFFERENTIABLE)
-    center = jnp.asarray(region.center)
+    center = jnp.asarray(region.center, noise_dtype(region.center))
     theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
     norm = lambda values: jnp.sqrt((values**2).sum()) if region.norm == 2 else jnp.abs(values).sum()
     # What rounding may add to the distance of center + theta * scaled.

@@ -3,20 +3,20 @@
 import functools
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ancer_jax import counting, parallel
 from ancer_jax.certificates import SplittingL1
-from ancer_jax.certification import Certification, certification, exact_certification
+from ancer_jax.certification import Certification, Evidence, all_draws, certification_from, exact_evidence
 from ancer_jax.classifiers import Classifier
 from ancer_jax.config import Execution, RunConfig, Split
 from ancer_jax.data import Dataset
-from ancer_jax.leakage import References, leakage, make_references
+from ancer_jax.leakage import LeakageConfig, Leaked, Probes, References, leakage, reference_classes, vote_leakage
 from ancer_jax.optimize import guarded_choice, optimize_anisotropic, optimize_isotropic
 from ancer_jax.sequential import estimate, scales_of
 from ancer_jax.smoothing import Stage
@@ -27,30 +27,34 @@ _SHARE = 0.9  # of a device's memory that a program may plan with
 
 
 class Computed(NamedTuple):
-    """A batch's results, on the devices: arrays with an entry for each image.
+    """A batch's results: an entry for each image, on the host, and votes that are still being counted.
 
     Attributes:
       theta: [batch] for fixed and isotropic, [batch, *d] for shared and ancer.
-      selected: the selected class; for exact certificates the top one.
-      leaked, asked: references that theta sends to the selected class, and how many could be sent.
+      leaked: what was counted for its leakage; zeros where it is not measured.
       votes: what counts the votes.
-      begun: votes of all draws, being counted; None where sampling is sequential. For exact certificates, the votes.
+      selection: the draws that select the class, being counted; empty for exact certificates.
+      estimation: the draws of the certificate, being counted; None where sampling is sequential.
     """
 
-    theta: jax.Array
-    selected: jax.Array
-    leaked: jax.Array | np.ndarray
-    asked: jax.Array | np.ndarray
+    theta: np.ndarray
+    leaked: Leaked
     votes: counting.Votes
-    begun: Any
+    selection: list
+    estimation: list | None
+
+    @property
+    def selected(self) -> np.ndarray:
+        """The selected class of each image, of exact certificates the top one; waits for its votes."""
+        return self.votes.end(self.selection or self.estimation or []).argmax(axis=1).astype(np.int32)
 
 
 def compute(
-    ids,
+    ids: np.ndarray,
     classifier: Classifier,
-    images,
+    images: np.ndarray,
     start: np.ndarray,
-    references: References | None,
+    probes: Probes | None,
     config: RunConfig,
     *,
     rows: np.ndarray,
@@ -58,70 +62,94 @@ def compute(
     chunk: int,
     mesh: Mesh,
 ) -> Computed:
-    """Start a batch on the devices, from the theta of all images, [] or [*d]; nothing waits but for exact votes.
+    """Start a batch on the devices, from the theta of all images, [] or [*d].
 
-    Votes are counted for the images `rows` of the batch; the others fill it up.
+    The host waits for the search of theta and for the selected class, if its leakage is measured; the devices have the
+    votes of the certificate to count meanwhile. Votes are counted for the images `rows` of the batch; the others fill
+    it up.
     """
-    keys, theta = _example_keys(config.seed, ids), _start(len(ids), start, split, mesh)
+    theta = np.repeat(start[None], len(ids), axis=0)
+    on_all = parallel.replicate((ids, images), mesh)
+    batch = parallel.split_rows((ids, images), mesh) if split == "images" and config.data_dependent else on_all
     shared = _shared(classifier, split, mesh)
+    how = {"split": split, "chunk": chunk, "mesh": mesh}
     if config.data_dependent:
-        theta = _find_theta(keys, shared, images, theta, references, config=config, split=split, chunk=chunk)
-    votes = counting.Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh)
+        found = _find_theta(*batch, shared, place(theta, split, mesh), _references(probes), config=config, **how)
+        theta = np.asarray(found)
+    keys = _example_keys(config.seed, on_all[0])
+    votes = counting.Votes(keys, classifier, on_all[1], parallel.replicate(theta, mesh), config, chunk=chunk, mesh=mesh)
     begin = lambda stage, n: votes.begin(stage, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
     if config.exact:
-        begun = votes.end(begin(Stage.ESTIMATE, _num_draws(theta)[rows]))
-        selected = begun.argmax(axis=1).astype(np.int32)
+        selection, estimation = [], begin(Stage.ESTIMATE, _num_draws(theta)[rows])
     else:
-        selected = votes.top(begin(Stage.SELECT, config.certify.n0))
-        begun = None if config.sampling else begin(Stage.ESTIMATE, config.certify.n)
-    selected = place(selected, split, mesh)
-    leaked = asked = np.zeros(len(ids), np.int32)
-    if references is not None and config.leakage is not None:
-        how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
-        leaked, asked = _measure_leakage(references, shared, images, theta, selected, split=split, **how)
-    return Computed(theta, selected, leaked, asked, votes, begun)
+        selection = begin(Stage.SELECT, config.certify.n0)
+        estimation = None if config.sampling else begin(Stage.ESTIMATE, config.certify.n)
+    computed = Computed(theta, Leaked(*(np.zeros(len(ids), np.int32),) * 4), votes, selection, estimation)
+    if probes is None or config.leakage is None:
+        return computed
+    measured = place((theta, computed.selected), split, mesh)
+    leaked = _measure_leakage(probes, shared, batch[1], *measured, config=config, **how)
+    return computed._replace(leaked=leaked)
 
 
-def certificates(computed: Computed, rows: np.ndarray, config: RunConfig) -> tuple[Certification, np.ndarray]:
-    """Certificates of the images `rows` of a batch, and how many draws each one's took, selection included."""
-    certificate, selected, n0 = config.certificate, np.asarray(computed.selected)[rows], config.certify.n0
+def certificates(computed: Computed, rows: np.ndarray, config: RunConfig) -> tuple[Certification, Evidence, np.ndarray]:
+    """Certificates of the images `rows` of a batch, their evidence, and how many draws each took in all."""
+    n0 = config.certify.n0
     if config.exact:
-        result = exact_certification(computed.begun[rows], _num_draws(computed.theta)[rows], certificate=SplittingL1())
-        return result, result.n
+        selected, evidence = exact_evidence(
+            computed.votes.end(computed.estimation or [])[rows], _num_draws(computed.theta)[rows]
+        )
+        return certification_from(selected, evidence, config.counted), evidence, evidence.n
+    selected = computed.selected[rows]
     if config.sampling is None:
-        votes = computed.votes.end(computed.begun)[rows, selected]
-        result = certification(selected, votes, certificate=certificate, config=config.certify)
-        return result, n0 + result.n
+        votes = computed.votes.end(computed.estimation or [])[rows, selected]
+        evidence = all_draws(votes, config.certify)
+        return certification_from(selected, evidence, config.certificate), evidence, n0 + evidence.n
 
     def draw(stage, some, first, stop):
         return computed.votes(stage, rows[some], first, stop)[np.arange(len(some)), selected[some]]
 
-    result, pilot = estimate(
+    found = estimate(
         draw,
         selected,
-        scales_of(np.asarray(computed.theta)[rows]),
-        certificate=certificate,
+        scales_of(computed.theta[rows]),
+        certificate=config.certificate,
         config=config.certify,
         sequential=config.sampling,
     )
-    return result, n0 + pilot + result.n
+    return found.certification, found.evidence, n0 + found.pilot + found.certification.n
 
 
-def find_references(
+def find_probes(
     classifier: Classifier, dataset: Dataset, config: RunConfig, execution: Execution, mesh: Mesh
-) -> References | None:
+) -> Probes | None:
     """The images on which leakage is measured, the same whatever part of the data is certified; None if it is not."""
     if config.leakage is None or not config.data_dependent:
         return None
-    count = min(config.leakage.num_references, len(dataset))
-    rows = np.sort(np.random.default_rng(config.seed).choice(len(dataset), count, replace=False))
-    images = parallel.replicate(dataset.images[rows], mesh)
-    keys = _example_keys(config.seed, parallel.replicate(dataset.ids[rows].astype(np.uint32), mesh))
-    theta = jnp.asarray(config.theta, images.dtype)
-    settings = {"certificate": config.certificate, "num_samples": config.leakage.num_samples}
+    count, rng = min(config.leakage.num_references, len(dataset)), np.random.default_rng(config.seed)
+    rows = rng.choice(len(dataset), count, replace=False)
+    others = np.setdiff1d(np.arange(len(dataset)), rows)
+    held_out = rng.choice(others, min(count, len(others)), replace=False)
+
+    def references(rows):
+        if not len(rows):
+            return None
+        rows = np.sort(rows)
+        padded = np.resize(rows, math.ceil(len(rows) / mesh.size) * mesh.size)
+        spread = parallel.split_rows((dataset.ids[padded].astype(np.uint32), dataset.images[padded]), mesh)
+        classes = _classes(*spread, classifier, np.float32(config.theta), config=config, chunk=chunk, mesh=mesh)
+        ids, images = parallel.replicate((dataset.ids[rows].astype(np.uint32), dataset.images[rows]), mesh)
+        return References(
+            _example_keys(config.seed, ids), images, parallel.replicate(np.asarray(classes)[: len(rows)], mesh)
+        )
+
     chunk = min(execution.chunk or _USUAL_ON_CPU[1], _USUAL_ON_CPU[1])
-    shared = parallel.share_rows(classifier, mesh)
-    return _make_references(keys, shared, images=images, theta=theta, **settings, chunk=chunk)
+    found = references(rows)
+    return None if found is None else Probes(found, references(held_out))
+
+
+def _references(probes: Probes | None) -> References | None:
+    return None if probes is None else probes.references
 
 
 def place(tree, split: Split, mesh: Mesh):
@@ -133,7 +161,7 @@ def fit(
     classifier: Classifier,
     dataset: Dataset,
     start: np.ndarray,
-    references: References | None,
+    probes: Probes | None,
     config: RunConfig,
     execution: Execution,
     mesh: Mesh,
@@ -154,7 +182,7 @@ def fit(
             return batch, chunk
         budget = int(_SHARE * parallel.free_memory(mesh))
         how = {"split": execution.split, "chunk": chunk, "mesh": mesh}
-        search, count = _needed_memory(batch, classifier, dataset, start, references, config, **how)
+        search, count = _needed_memory(batch, classifier, dataset, start, probes, config, **how)
         if max(search, count) <= budget:
             return batch, chunk
         if count > budget and chunk > 1 and not execution.chunk:
@@ -174,36 +202,31 @@ def _shrunk(size: int, needed: int, budget: int) -> int:
     return max(1, min(size * 3 // 4, size * budget // needed))
 
 
-def _needed_memory(batch, classifier, dataset, start, references, config, *, split, chunk, mesh) -> tuple[int, int]:
+def _needed_memory(batch, classifier, dataset, start, probes, config, *, split, chunk, mesh) -> tuple[int, int]:
     """Bytes on one device for the search for theta, and for the counting of votes; by their compiled programs."""
-    ids, images = place((np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)), split, mesh)
-    keys, theta, search = _example_keys(config.seed, ids), _start(batch, start, split, mesh), 0
-    shared = _shared(classifier, split, mesh)
+    ids, images = np.zeros(batch, np.uint32), np.repeat(dataset.images[:1], batch, axis=0)
+    theta, search, leakage = np.repeat(start[None], batch, axis=0), 0, 0
+    shared, how = _shared(classifier, split, mesh), {"split": split, "chunk": chunk, "mesh": mesh}
     if config.data_dependent:
-        how = {"config": config, "split": split, "chunk": chunk}
-        search, theta = _planned(_find_theta, keys, shared, images, theta, references, **how)
-    leakage, selected = 0, place(np.zeros(batch, np.int32), split, mesh)
-    if references is not None and config.leakage is not None:
-        how = {"certificate": config.certificate, "num_samples": config.leakage.num_samples, "chunk": chunk}
-        leakage, _ = _planned(_measure_leakage, references, shared, images, theta, selected, split=split, **how)
+        placed = place((ids, images), split, mesh)
+        search, found = _planned(
+            _find_theta, *placed, shared, place(theta, split, mesh), _references(probes), config=config, **how
+        )
+        theta = np.zeros(found.shape, found.dtype)
+        if probes is not None and config.leakage is not None:
+            measured = place((theta, np.zeros(batch, np.int32)), split, mesh)
+            leakage = _planned(_measure_leakage, probes, shared, placed[1], *measured, config=config, **how)[0]
     count, how = counting.pieces(config, batch, chunk, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    on_all = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-    arrays = jax.tree.map(on_all, (keys, images, theta))
+    on_all = parallel.replicate((ids, images, theta), mesh)
     pieces = parallel.split_rows(np.zeros((count, 3), np.int32), mesh)
-    votes, _ = _planned(counting.count_pieces, *arrays, classifier, pieces, np.int32(1), np.int32(0), **how)
-    return search, max(leakage, votes)
+    arguments = _example_keys(config.seed, on_all[0]), *on_all[1:], classifier, pieces, np.int32(1), np.int32(0)
+    return search, max(leakage, _planned(counting.count_pieces, *arguments, **how)[0])
 
 
 def _planned(function, *arguments, **static):
-    """Bytes on one device that a jitted function takes, and what its results will be."""
+    """Bytes on one device that a jitted function takes, and shape and type of its result."""
     lowered = function.lower(*arguments, **static)
-    compiled = lowered.compile()
-    results = jax.tree.map(
-        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-        *(lowered.out_info, compiled.output_shardings),
-    )
-    return _memory(compiled), results
+    return _memory(lowered.compile()), lowered.out_info
 
 
 def _memory(compiled) -> int:
@@ -211,14 +234,9 @@ def _memory(compiled) -> int:
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
 
 
-def _start(batch: int, start: np.ndarray, split: Split, mesh: Mesh):
-    """The theta of all images, or where their search starts, once for each image."""
-    return place(np.repeat(start[None], batch, axis=0), split, mesh)
-
-
-def _num_draws(theta) -> np.ndarray:
+def _num_draws(theta: np.ndarray) -> np.ndarray:
     """How many draws of the exact form there are for the theta of each image: int64 [batch]."""
-    return np.array([SplittingL1(exact=True).num_draws(one) for one in np.asarray(theta)])
+    return np.array([SplittingL1(exact=True).num_draws(one) for one in theta])
 
 
 @jax.jit
@@ -227,25 +245,48 @@ def _example_keys(seed, ids):
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
-_make_references = jax.jit(make_references, static_argnames=("certificate", "num_samples", "chunk"))
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "mesh"))
+def _classes(ids, images, classifier, theta, *, config: RunConfig, chunk: int, mesh: Mesh):
+    """The smoothed classes of images under the starting theta: int32 [m]."""
+
+    def classes(keys, images, classifier, theta):
+        how = {"num_samples": config.leakage.num_samples, "chunk": chunk} if config.leakage else {}
+        return reference_classes(keys, classifier, config.certificate, images, theta, **how)
+
+    of_rows = parallel.each_with_its_rows(classes, mesh, [True, True, False, False])
+    return of_rows(_example_keys(config.seed, ids), images, classifier, theta)
 
 
 def _shared(classifier: Classifier, split: Split, mesh: Mesh) -> Classifier:
     return classifier if split == "images" else parallel.share_rows(classifier, mesh)
 
 
-def _for_each(function, split: Split):
-    """`function` of one image, of a batch: all at once, or one after another on all devices."""
-    return jax.vmap(function) if split == "images" else lambda *batch: jax.lax.map(lambda one: function(*one), batch)
+def _for_each(function, split: Split, mesh: Mesh, rows):
+    """`function` of one image, of a batch; `rows` says which arguments have an entry for each image.
+
+    Each device does it for its images; or all devices do it together, for one image after another.
+    """
+    if split == "images":
+        return parallel.each_with_its_rows(jax.vmap(function, [0 if spread else None for spread in rows]), mesh, rows)
+
+    def one_after_another(*arguments):
+        batch = [argument for argument, spread in zip(arguments, rows, strict=True) if spread]
+
+        def of_one(one):
+            entries = iter(one)
+            return function(*(next(entries) if spread else a for a, spread in zip(arguments, rows, strict=True)))
+
+        return jax.lax.map(of_one, batch)
+
+    return one_after_another
 
 
-@functools.partial(jax.jit, static_argnames=("config", "split", "chunk"))
-def _find_theta(keys, classifier, images, theta, references, *, config: RunConfig, split: Split, chunk: int):
+@functools.partial(jax.jit, static_argnames=("config", "split", "chunk", "mesh"))
+def _find_theta(ids, images, classifier, theta, references, *, config: RunConfig, split: Split, chunk: int, mesh: Mesh):
     """theta of each image, found from the one given: [batch] for isotropic, [batch, *d] for ancer."""
-    certificate = config.certificate
 
-    def per_image(key, x, theta):
-        arguments = key, classifier, certificate, x
+    def per_image(key, x, theta, classifier, references):
+        arguments = key, classifier, config.certificate, x
         choose = functools.partial(
             guarded_choice,
             num_samples=config.guard_samples,
@@ -264,13 +305,25 @@ def _find_theta(keys, classifier, images, theta, references, *, config: RunConfi
         theta, _ = choose(*arguments, theta, wider, guard=config.guard)
         return theta
 
-    found = _for_each(per_image, split)(keys, images, theta)
+    of_all = _for_each(per_image, split, mesh, [True, True, True, False, False])
+    found = of_all(_example_keys(config.seed, ids), images, theta, classifier, references)
     if not config.exact:
         return found
     return SplittingL1().quantised(found, period=config.period if config.method == "ancer" else None)
 
 
-@functools.partial(jax.jit, static_argnames=("certificate", "split", "num_samples", "chunk"))
-def _measure_leakage(references, classifier, images, theta, predictions, *, certificate, split, num_samples, chunk):
-    measure = functools.partial(leakage, references, classifier, certificate, num_samples=num_samples, chunk=chunk)
-    return _for_each(measure, split)(images, theta, predictions)
+@functools.partial(jax.jit, static_argnames=("config", "split", "chunk", "mesh"))
+def _measure_leakage(
+    probes, classifier, images, theta, predictions, *, config: RunConfig, split: Split, chunk: int, mesh: Mesh
+) -> Leaked:
+    def per_image(x, theta, prediction, classifier, probes: Probes) -> Leaked:
+        arguments = classifier, config.certificate, x, theta, prediction
+        settings = config.leakage or LeakageConfig()
+        counted = leakage(probes.references, *arguments, num_samples=settings.num_samples, chunk=chunk)
+        if probes.held_out is None:
+            return Leaked(*counted, jnp.int32(0), jnp.int32(0))
+        soft = vote_leakage(probes.held_out, *arguments, num_samples=settings.held_out_samples, chunk=chunk)
+        return Leaked(*counted, *soft)
+
+    of_all = _for_each(per_image, split, mesh, [True, True, True, False, False])
+    return of_all(images, theta, predictions, classifier, probes)

@@ -5,12 +5,13 @@ smoothed classifier of this theta and says little about x; other images tell: un
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from ancer_jax._checks import check_integer
 from ancer_jax.certificates import Certificate
 from ancer_jax.classifiers import Classifier
 from ancer_jax.smoothing import Stage, class_counts, probs_of_each, stage_key
@@ -21,20 +22,25 @@ class LeakageConfig:
     """Settings that change a measured leakage.
 
     Attributes:
-      num_references: how many other images are asked.
-      num_samples: noise draws for each of them.
+      num_references: how many other images are asked; and how many more, held out from every search, for the soft
+        leakage.
+      num_samples: noise draws for each of them; an eighth for those that are held out.
 
     Raises:
-      ValueError: if a setting is below 1.
+      ValueError: if a setting is not an integer of at least 1.
     """
 
     num_references: int = 200
     num_samples: int = 64
 
+    @property
+    def held_out_samples(self) -> int:
+        """Draws for each image that is held out: their mean is of many images, and needs few of each."""
+        return max(1, self.num_samples // 8)
+
     def __post_init__(self):
         for name in ("num_references", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name))
 
 
 class References(NamedTuple):
@@ -49,6 +55,32 @@ class References(NamedTuple):
     keys: Key[Array, " m"]
     images: Float[Array, "m *d"]
     classes: Int[Array, " m"]
+
+
+class Probes(NamedTuple):
+    """The images that leakage is measured on.
+
+    Attributes:
+      references: those of `leakage`, of a search's penalty, and of its limit.
+      held_out: others, that no search sees; None if the data set has no more images.
+    """
+
+    references: References
+    held_out: References | None
+
+
+class Leaked(NamedTuple):
+    """What was counted, for each input of a batch: int32 [batch] each.
+
+    Attributes:
+      leaked, references: of the eligible references, how many have the input's class under its theta, and all.
+      votes, draws: the same of the draws of the eligible images that are held out.
+    """
+
+    leaked: Any
+    references: Any
+    votes: Any
+    draws: Any
 
 
 def make_references(
@@ -96,14 +128,18 @@ def reference_classes(
       ValueError: at trace time, as in `smoothing.class_counts`.
     """
 
-    def majority(reference):
-        key, image = reference
-        counts = class_counts(
-            stage_key(key, Stage.LEAKAGE), classifier, certificate, image, theta, num_samples=num_samples, chunk=chunk
-        )
-        return jnp.where(counts.any(), counts.argmax(), -1).astype(jnp.int32)
+    counts = _counts(keys, classifier, certificate, images, theta, num_samples=num_samples, chunk=chunk)
+    return jnp.where(counts.any(axis=1), counts.argmax(axis=1), -1).astype(jnp.int32)
 
-    return jax.lax.map(majority, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
+
+def _counts(keys, classifier, certificate, images, theta, *, num_samples, chunk) -> Int[Array, "m K"]:
+    """Votes for each class of the draws of every image."""
+
+    def count(reference):
+        key, image = stage_key(reference[0], Stage.LEAKAGE), reference[1]
+        return class_counts(key, classifier, certificate, image, theta, num_samples=num_samples, chunk=chunk)
+
+    return jax.lax.map(count, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
 
 
 def leakage(
@@ -145,6 +181,33 @@ def leakage(
     )
     count = lambda mask: mask.sum(dtype=jnp.int32)
     return count(eligible & (classes == prediction)), count(eligible)
+
+
+def vote_leakage(
+    references: References,
+    classifier: Classifier,
+    certificate: Certificate,
+    x: Float[ArrayLike, "*d"],
+    theta: Float[ArrayLike, "..."],
+    prediction: Int[ArrayLike, ""],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many draws of the eligible references vote for the class of `x`, and out of how many.
+
+    The soft form of `leakage`, without its threshold at a majority. Arguments and errors as there; for a figure that no
+    search could fit, the references are others than those of the search.
+
+    Returns:
+      int32 [] votes, int32 [] draws; both 0 for an abstention.
+    """
+    eligible = _eligible(references, x, prediction)
+    counts = _counts(
+        references.keys, classifier, certificate, references.images, theta, num_samples=num_samples, chunk=chunk
+    )
+    votes = jnp.where(eligible, counts[:, prediction], 0).sum(dtype=jnp.int32)
+    return votes, eligible.sum(dtype=jnp.int32) * num_samples
 
 
 def soft_leakage(

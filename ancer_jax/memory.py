@@ -11,11 +11,17 @@ Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pa
 centre; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
 decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
 
+Inside a stored region the answer is that class because the memory says so. A certificate of the classifier with memory
+therefore speaks of inputs that come later; that of one fixed theta speaks of any input, alone. And a certificate that
+was wrong, with probability alpha, answers wrongly for all that come into its region: an answer is right if its own
+certificate and those of all earlier inputs are, so that of the i-th input with probability at least 1 - i alpha.
+
 References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
 """
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -182,8 +188,9 @@ def insert_batch(
 def classify(memory: Memory, x, fallback: Callable[[Any], int]) -> int:
     """The answer of the classifier with memory at `x` [*d]: the class of the stored region that contains it.
 
-    Where none does, `fallback(x)` answers: the smoothed classifier of a theta found for x, say. Nothing is stored; an
-    answer that is to be kept, and certified, goes through `insert`.
+    Where none does, `fallback(x)` answers: the smoothed classifier of a theta found for x, say. Nothing is stored, and
+    so a fallback's answer promises nothing: right beside x, and even at x itself, a later answer may be another one. To
+    serve answers that are kept, certify x and `insert` it.
 
     Raises:
       ValueError: if the shape of x differs from what is stored, or x is not finite.
@@ -198,8 +205,14 @@ def classify(memory: Memory, x, fallback: Callable[[Any], int]) -> int:
     return int(memory.predictions[inside[0]]) if inside.size else int(fallback(x))
 
 
+_claiming = threading.Lock()
+
+
 class _Columns(dict):
-    """Arrays by name, with spare rows at their ends. Written rows never change, so that Memories may share them."""
+    """Arrays by name, with spare rows at their ends. Written rows never change, so that Memories may share them.
+
+    Rows are claimed before they are written: of two threads that insert into one Memory, one gets a copy.
+    """
 
     used = 0
 
@@ -208,14 +221,18 @@ class _Columns(dict):
         end, columns = size + len(rows["gap"]), self
         wanted = {name: _common(self.get(name, column), column) for name, column in rows.items()}
         have = {name: (column.dtype, column.shape[1:]) for name, column in self.items()}
-        if wanted != have or size != self.used or end > len(self["gap"]):
+        with _claiming:
+            free = wanted == have and size == self.used and end <= len(self["gap"])
+            if free:
+                self.used = end
+        if not free:
             length = max(end, 2 * size)
             columns = _Columns({name: np.empty((length, *width), dtype) for name, (dtype, width) in wanted.items()})
+            columns.used = end
             for name, column in self.items():
                 columns[name][:size] = column[:size]
         for name, column in rows.items():
             columns[name][size:end] = column
-        columns.used = end
         return columns
 
 

@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from ancer_jax import bounds
-from ancer_jax.certificates import Certificate
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.certificates import Certificate, noise_dtype
 from ancer_jax.classifiers import Classifier
 from ancer_jax.leakage import References, leakage, soft_leakage
 from ancer_jax.regions import Region, geometric_mean, is_superset, proxy_radius
@@ -65,14 +66,11 @@ class SearchConfig:
 
     def __post_init__(self):
         for name in ("steps", "num_samples", "leakage_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "theta_max"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.leakage_weight < float("inf"):
-            raise ValueError(f"leakage_weight must be finite and not negative, got {self.leakage_weight}")
+            check_integer(name, getattr(self, name))
+        check_real("learning_rate", self.learning_rate, "(0, inf)")
+        if self.theta_max is not None:
+            check_real("theta_max", self.theta_max, "(0, inf]")
+        check_real("leakage_weight", self.leakage_weight, "[0, inf)")
         for name, choices in (("objective", get_args(Objective)), ("ascent", get_args(Ascent))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -106,8 +104,7 @@ class AnisotropicConfig(SearchConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.kappa >= 0:
-            raise ValueError(f"kappa must not be negative, got {self.kappa}")
+        check_real("kappa", self.kappa, "[0, inf)")
 
 
 class OptimizeTrace(NamedTuple):
@@ -150,7 +147,7 @@ def optimize_isotropic(
     """
     check_start(theta_init)
     x = jnp.asarray(x)
-    theta_init = jnp.asarray(theta_init, x.dtype)
+    theta_init = jnp.asarray(theta_init, noise_dtype(x))
 
     def objective(theta, gap):
         if config.objective == "log_volume":
@@ -205,7 +202,7 @@ def optimize_anisotropic(
     """
     check_start(theta_init)
     x = jnp.asarray(x)
-    theta_init = jnp.broadcast_to(jnp.asarray(theta_init, x.dtype), x.shape)
+    theta_init = jnp.broadcast_to(jnp.asarray(theta_init, noise_dtype(x)), x.shape)
 
     def objective(theta, gap):
         if config.objective == "log_volume":
@@ -321,13 +318,15 @@ def guarded_choice(
     """
     if guard not in get_args(Guard):
         raise ValueError(f"guard must be one of {', '.join(get_args(Guard))}, got {guard!r}")
-    if leakage_limit is not None and not 0 <= leakage_limit <= 1:
-        raise ValueError(f"leakage_limit must be in [0, 1], got {leakage_limit}")
+    check_integer("num_samples", num_samples)
+    check_integer("leakage_samples", leakage_samples)
+    if leakage_limit is not None:
+        check_real("leakage_limit", leakage_limit, "[0, 1]")
     if leakage_limit is not None and references is None:
         raise ValueError(f"leakage_limit = {leakage_limit} needs references, got None")
     x = jnp.asarray(x)
     theta_narrow, theta_wide = (
-        jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape) for theta in (theta_narrow, theta_wide)
+        jnp.broadcast_to(jnp.asarray(theta, noise_dtype(x)), x.shape) for theta in (theta_narrow, theta_wide)
     )
 
     def estimate(theta):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -15,6 +14,7 @@ import numpy as np
 import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ancer_jax._checks import check_integer
 from ancer_jax.classifiers import Classifier
 
 _MOST_CPU_DEVICES = 8
@@ -44,7 +44,8 @@ def device_mesh(num_devices: int | None = None, *, all_processes: bool = False) 
     """
     local = jax.local_devices()
     count = len(local) if num_devices is None else num_devices
-    if not 1 <= count <= len(local):
+    check_integer("devices", count)
+    if count > len(local):
         raise ValueError(f"devices must be in 1..{len(local)} on this machine, got {count}")
     of_each = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
     devices = [device for _, group in of_each for device in [*group][:count]] if all_processes else local[:count]
@@ -61,7 +62,7 @@ def free_memory(mesh: Mesh) -> int:
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays with their leading axis spread over the mesh; its size must be a multiple of the mesh's."""
-    return _put(tree, NamedSharding(mesh, PartitionSpec("rows")))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("rows")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +129,31 @@ def pmap_examples(
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Arrays copied to every device of the mesh."""
-    return _put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _put(tree, sharding: NamedSharding):
-    """`device_put`, but what lies on these devices is moved by a program: the host does not wait until it is there."""
+def each_with_its_rows(function: Callable[..., Any], mesh: Mesh, rows: Sequence[bool]) -> Callable[..., Any]:
+    """`function` of a batch, computed by each device for the rows that it has: no device waits for another.
 
-    def one(leaf):
-        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != sharding.device_set:
-            return jax.device_put(leaf, sharding)
-        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else _moved(sharding)(leaf)
+    Args:
+      function: its results have a row for each row of its arguments.
+      mesh: the devices.
+      rows: for each argument, whether its rows are spread over the devices (`split_rows`), or all of it is on each.
+    """
+    specs = tuple(PartitionSpec("rows") if spread else PartitionSpec() for spread in rows)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("rows"), check_vma=False)
 
-    return jax.tree.map(one, tree)
 
+def refuse_collectives(mesh: Mesh, what: str) -> None:
+    """Refuse programs in which several CPU devices of this process exchange results, as those that `what` must.
 
-@functools.cache
-def _moved(sharding: NamedSharding):
-    return jax.jit(lambda leaf: leaf, out_shardings=sharding)
+    XLA ends the whole process where one of them is 40 s late, as it can be on a busy machine.
+
+    Raises:
+      ValueError: if the mesh has more than one CPU device of this process.
+    """
+    if len(mesh.local_devices) > 1 and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            f"{len(mesh.local_devices)} CPU devices cannot {what}: they would wait for each other, and XLA aborts a "
+            "process where one is late; use one device, which has all cores"
+        )

@@ -1,5 +1,6 @@
 """The main job: for every image of a data set find theta, certify, reconcile by memory, store in a run directory."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -16,13 +17,13 @@ from jaxtyping import ArrayLike, Float
 
 from ancer_jax import memory, parallel
 from ancer_jax.certificates import SplittingL1
-from ancer_jax.certification import ABSTAIN
-from ancer_jax.classifiers import Classifier, check_classifier, fingerprint
+from ancer_jax.certification import warn_if_undecidable
+from ancer_jax.classifiers import Classifier, calls_the_host, check_classifier, fingerprint
 from ancer_jax.config import Execution, RunConfig
 from ancer_jax.data import Dataset, batches, pixel_hashes, share, take
-from ancer_jax.execution import Computed, certificates, compute, find_references, fit, place
+from ancer_jax.execution import Computed, certificates, compute, find_probes, fit
 from ancer_jax.regions import Region
-from ancer_jax.runs import RESULTS, Run, open_run
+from ancer_jax.runs import BEFORE_MEMORY, RESULTS, Run, open_run
 
 
 def certify_dataset(
@@ -51,22 +52,32 @@ def certify_dataset(
       theta_map: with method "shared" (and no other), the theta of all images, say of `differentiable.learn_theta`.
       execution: how to compute it.
       reconcile: with method "isotropic" or "ancer", whether all finished images of the run go through a memory, in
-        order of ids, at the end. It writes `memory.npz` and `results_memory.tsv`. A memory that these images do not
+        order of ids, at the end. It writes `memory.npz` and `results.tsv`. A memory that these images do not
         continue (lower ids came in, or it was saved there by hand) is kept under another name, with a warning.
       progress: called after each batch with the number of images that were finished.
       reconciled: called with the number of images that went through the memory since the last call.
 
     Returns:
-      Path of `results.tsv`, which is written when all processes have finished.
+      Path of the table that is written when all processes have finished: `results.tsv`, whose lines are of one
+      classifier; or, for data-dependent noise without memory, `results_before_memory.tsv`.
 
-    Guarantee: each line's region is certified as in `certification.certify`, with error probability `alpha` per
-    image. With method "fixed" or "shared" the lines of `results.tsv` speak of one smoothed classifier. With "isotropic"
-    or "ancer" each speaks of its own, that of the theta found for this image, and the lines of `results_memory.tsv`
-    speak of one classifier, that with memory.
+    Guarantee: each certificate that is made holds as one of `certification.certify`, with error probability `alpha`.
+    With method "fixed" or "shared" all lines speak of one smoothed classifier, and each line holds with probability at
+    least 1 - alpha: for whatever input, alone. With "isotropic" or "ancer" each certificate speaks of the smoothed
+    classifier of the theta found for this image, and the lines of `results.tsv` speak of the classifier with memory:
+    of inputs that come later, in the order of ids. There alpha is no longer of each line. Regions that are wrong are
+    too large, and may hold later inputs: a line is right if its own certificate and those of all earlier inputs are,
+    so the i-th line with probability at least 1 - i alpha. All of the first m lines together hold with probability at
+    least 1 - m alpha, with every method. (Fewer terms count only where which regions can reach an input does not
+    depend on draws.) So `alpha = A / number of images` gives a table that is right as a whole with probability 1 - A.
+
+    What is chosen must not depend on the draws that certify: a `theta_map`, or the best of several thetas, that was
+    chosen by a finished run is certified by a run with another seed.
 
     Raises:
       ValueError: if the classifier or the data cannot be certified, `theta_map` is missing, not wanted or no theta of
-        these images, or `out` holds something else.
+        these images, several CPU devices are to share draws, or `out` holds something else: other settings, another
+        platform or precision, or the work of a classifier that calls back to the host, which cannot be continued.
       OSError: if `out` cannot be written.
     """
     if dataset.num_classes > classifier.num_classes:
@@ -79,25 +90,42 @@ def certify_dataset(
             f"{classifier.num_classes}: labels are places in the list of folders, so all must be there"
         )
     theta = _theta(config, theta_map, dataset.images.shape[1:])
-    check_classifier(classifier, dataset.images[0])
     mesh = parallel.device_mesh(execution.devices)
-    classifier = parallel.replicate(classifier, mesh)
-    process = jax.process_index()
-    mine = share(dataset, process_index=process, process_count=jax.process_count())
-    who = {"process": process, "processes": jax.process_count()}
-    with open_run(out, _settings(classifier, dataset, config, theta), _made_with(), **who) as run:
-        done = run.done()
-        todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
-        progress(0 if mine is None else len(mine) - len(todo))
-        if mine is not None and todo:
-            _certify_images(run, classifier, mine, todo, theta, config, execution, mesh, progress)
-        if {*dataset.ids.tolist()} <= run.done():
-            with run.exporting() as ours:  # not if another process has finished, too, and was first
-                if ours and reconcile and config.data_dependent:
-                    _reconcile(run, dataset.whole, config.certificate.norm, reconciled)
-                if ours:
-                    run.export()
-        return run.path / RESULTS
+    if execution.split == "draws" and config.data_dependent:
+        parallel.refuse_collectives(mesh, "share the draws of a search")
+    if not config.exact:
+        warn_if_undecidable(config.certify, config.certificate)
+    asked = config.precision != "default"
+    with jax.default_matmul_precision(config.precision) if asked else contextlib.nullcontext():
+        check_classifier(classifier, dataset.images[0])
+        settings = _settings(classifier, dataset, config, theta, mesh)
+        classifier = parallel.replicate(classifier, mesh)
+        process = jax.process_index()
+        mine = share(dataset, process_index=process, process_count=jax.process_count())
+        who = {"process": process, "processes": jax.process_count()}
+        with open_run(out, settings, _made_with(), **who) as run:
+            done = run.done()
+            todo = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
+            progress(0 if mine is None else len(mine) - len(todo))
+            if mine is not None and todo:
+                if settings["calls_the_host"]:
+                    _warn_or_refuse(out, begun=len(todo) < len(mine))
+                _certify_images(run, classifier, mine, todo, theta, config, execution, mesh, progress)
+            if {*dataset.ids.tolist()} <= run.done():
+                with run.exporting() as ours:  # not if another process has finished, too, and was first
+                    if ours and reconcile and config.data_dependent:
+                        _reconcile(run, dataset.whole, config.certificate.norm, reconciled)
+                    if ours:
+                        return run.export()
+            return run.path / (RESULTS if reconcile or not config.data_dependent else BEFORE_MEMORY)
+
+
+def _warn_or_refuse(out, *, begun: bool) -> None:
+    """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
+    what = "the classifier calls back to the host (pure_callback or io_callback): what it computes there has no hash"
+    if begun:
+        raise ValueError(f"{what}, so {out} cannot be continued: it may have been another classifier")
+    warnings.warn(f"{what}, so this run cannot be continued once it is stopped", stacklevel=3)
 
 
 def _reconcile(run: Run, dataset: Dataset, norm: int, progress) -> None:
@@ -144,8 +172,8 @@ def _certify_images(
 
     Batches are as large as those of the whole data set: one that is made again gives the same bits.
     """
-    references = find_references(classifier, dataset.whole, config, execution, mesh)
-    batch_size, chunk = fit(classifier, dataset, theta, references, config, execution, mesh)
+    probes = find_probes(classifier, dataset.whole, config, execution, mesh)
+    batch_size, chunk = fit(classifier, dataset, theta, probes, config, execution, mesh)
     how = {"split": execution.split, "chunk": chunk, "mesh": mesh}
     ended = time.perf_counter()
 
@@ -153,9 +181,8 @@ def _certify_images(
         for batch in batches(take(dataset, rows), batch_size):
             if config.exact:
                 _check_levels(batch, SplittingL1().levels)
-            ids, images = place((batch["id"].astype(np.uint32), batch["image"]), execution.split, mesh)
-            present = np.flatnonzero(batch["mask"])
-            yield batch, compute(ids, classifier, images, theta, references, config, rows=present, **how)
+            ids, present = batch["id"].astype(np.uint32), np.flatnonzero(batch["mask"])
+            yield batch, compute(ids, classifier, batch["image"], theta, probes, config, rows=present, **how)
         yield {}, None
 
     for (batch, computed), _ in itertools.pairwise(computing()):  # the next one is computing already
@@ -178,9 +205,7 @@ def _check_levels(batch, levels: int) -> None:
 def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float) -> None:
     """The host's part of a batch: certificates from integers, and its shard."""
     rows = np.flatnonzero(batch["mask"])
-    result, draws = certificates(computed, rows, config)
-    theta, leaked, asked = (np.asarray(values)[rows] for values in (computed.theta, computed.leaked, computed.asked))
-    answered = result.prediction != ABSTAIN  # nothing can leak to an abstention
+    result, evidence, draws = certificates(computed, rows, config)
     run.write_shard(
         {
             "ids": batch["id"][rows],
@@ -192,21 +217,25 @@ def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float)
             "draws": draws,
             "p_lower": result.p_lower,
             "gap": result.gap,
-            "theta": theta,
-            "leaked": leaked * answered,
-            "references": asked * answered,
+            "theta": computed.theta[rows],
+            **{f"bound_{name}": column for name, column in evidence._asdict().items()},
+            **{f"leaked_{name}": np.asarray(column)[rows] for name, column in computed.leaked._asdict().items()},
             "seconds": np.full(len(rows), (time.perf_counter() - began) / len(rows)),
         }
     )
 
 
-def _settings(classifier, dataset, config, theta) -> dict[str, Any]:
+def _settings(classifier, dataset, config, theta, mesh) -> dict[str, Any]:
+    """What is hashed into the run: all that makes another base classifier, other data, or other results."""
     shared = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "shared" else {}
     return (
         config.settings()
         | shared
         | {
             "classifier": fingerprint(classifier, dataset.images[0]),
+            "calls_the_host": calls_the_host(classifier, dataset.images[0]),
+            "platform": mesh.devices.flat[0].platform,
+            "precision": getattr(jax.config, "jax_default_matmul_precision") or "default",  # noqa: B009
             "data": {
                 "name": dataset.name,
                 "fingerprint": dataset.fingerprint,

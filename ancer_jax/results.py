@@ -11,6 +11,7 @@ from etils import epath
 
 from ancer_jax.certificates import SplittingL1
 from ancer_jax.certification import ABSTAIN
+from ancer_jax.leakage import Leaked
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.regions import Region, log_volume, proxy_radius, radius
 
@@ -18,6 +19,7 @@ _COHEN = ("idx", "label", "predict", "radius", "correct", "time")
 COLUMNS = (
     *_COHEN,
     *("radius_proxy", "min_sigma", "gap", "p_lower", "count", "n", "log_volume", "method", "at_theta_max", "leakage"),
+    "soft_leakage",
 )
 MEMORY_COLUMNS = (*COLUMNS, "changed", "answered_by")
 
@@ -30,36 +32,49 @@ class Answer(NamedTuple):
       gap: of the region that is left.
       changed: whether class or gap differ from the certificate the input came with.
       answered_by: id of an earlier input in whose region it lies, -1 if there is none.
-      leakage: that of the theta whose class is answered: the earlier input's if the class was changed.
+      leakage: leakage and soft leakage of the theta whose class is answered: the earlier input's if the class was
+        changed.
     """
 
     prediction: int
     gap: float
     changed: bool
     answered_by: int
-    leakage: fractions.Fraction | float
+    leakage: tuple[fractions.Fraction | float, fractions.Fraction | float]
 
 
-def leakage_share(settings: Mapping[str, Any], leaked, references, prediction) -> fractions.Fraction | float:
-    """Share of the reference images that theta sends to the predicted class; NaN if it was not measured."""
+def leakage_of(settings: Mapping[str, Any], leaked: Leaked, prediction: int) -> tuple[Any, Any]:
+    """Leakage and soft leakage of one input: shares of the reference images whose majority, and of the draws of the
+    images held out that vote for its class under its theta; NaN where that was not measured.
+    """
     if settings["method"] == "fixed":
-        return fractions.Fraction(0)  # all images have this theta, the usual one
-    if settings["method"] == "shared":
-        return math.nan
-    if settings["leakage"] is not None and prediction == ABSTAIN:
-        return fractions.Fraction(0)
-    return fractions.Fraction(int(leaked), int(references)) if references else math.nan
+        return fractions.Fraction(0), math.nan  # all images have this theta, the usual one
+    if settings["method"] == "shared" or settings["leakage"] is None:
+        return math.nan, math.nan
+    if prediction == ABSTAIN:  # nothing can leak to an abstention
+        return fractions.Fraction(0), fractions.Fraction(0)
+    share = lambda part, whole: fractions.Fraction(int(part), int(whole)) if whole else math.nan
+    return share(leaked.leaked, leaked.references), share(leaked.votes, leaked.draws)
+
+
+def theta_bound(settings: Mapping[str, Any]) -> np.ndarray:
+    """The largest theta that the search of a run could give: infinite without a search; exact runs round it down."""
+    search = settings.get("anisotropic", settings.get("isotropic"))
+    bound = np.float32(search["theta_max"] if search else np.inf)
+    if search and settings.get("exact"):
+        bound = SplittingL1().quantised(bound, period=settings.get("period"))
+    return np.asarray(bound)
 
 
 def write_table(
     shards: Iterable[Mapping[str, np.ndarray]], settings: Mapping[str, Any], answers: Mapping[int, Answer] | None = None
 ) -> str:
-    """The text of `results.tsv`: in order of ids, numbers rounded towards zero, leakage away from it.
+    """The text of a table of results: in order of ids, numbers rounded towards zero, leakage away from it.
 
     Args:
       shards: finished batches (`runs.Run.shards`).
       settings: of the run.
-      answers: id -> answer; then it is the text of `results_memory.tsv`.
+      answers: id -> answer of the classifier with memory; without them the table is of the certificates before it.
     """
     rows = sorted((row for shard in shards for row in _rows(shard, settings, answers)), key=lambda row: row[0])
     header = COLUMNS if answers is None else MEMORY_COLUMNS
@@ -67,22 +82,19 @@ def write_table(
 
 
 def _rows(shard, settings, answers):
-    search = settings.get("anisotropic", settings.get("isotropic"))
-    bound = np.float32(search["theta_max"] if search else np.inf)
-    if settings.get("exact"):  # theta was rounded down
-        bound = np.asarray(SplittingL1().quantised(bound, period=settings.get("period")))
+    bound = theta_bound(settings)
     norm = {"l2": 2, "l1": 1}[settings["norm"]]
     center = np.zeros(settings["data"]["image_shape"])
     for row, id_ in enumerate(shard["ids"]):
         one = {name: column[row] for name, column in shard.items()}
         theta, prediction, gap = one["theta"], one["predictions"], one["gap"]
-        leakage = leakage_share(settings, one["leaked"], one["references"], prediction)
+        leakage = leakage_of(settings, Leaked(*(one[f"leaked_{name}"] for name in Leaked._fields)), int(prediction))
         extra = ()
         if answers is not None:
             prediction, gap, changed, answered_by, leakage = answers[int(id_)]
             extra = (int(changed), answered_by)
         region = Region(center, theta, gap, norm)
-        at_bound = np.mean(theta >= bound) if search else 0.0
+        at_bound = np.mean(theta >= bound)
         yield (
             int(id_),
             int(one["labels"]),
@@ -99,7 +111,7 @@ def _rows(shard, settings, answers):
             round_down(log_volume(region), 3),
             settings["method"],
             round_down(at_bound, 4),
-            round_up(leakage, 4),
+            *(round_up(share, 4) for share in leakage),
             *extra,
         )
 

@@ -1,10 +1,11 @@
 """A run on disk: settings, one immutable shard per finished batch, resume, export.
 
-    config.json          settings that change results, their hash, and what the run was made with
-    shards/<first id>.npz   one finished batch; written to a temporary name and renamed
-    results.tsv          derived from the shards: Cohen's columns first
-    memory.npz           data-dependent noise: the memory after all inputs, in order of ids
-    results_memory.tsv   the same columns for the classifier with memory
+    config.json               settings that change results, and their hash
+    shards/<first id>.npz     one finished batch, and what made it; written to a temporary name and renamed
+    results.tsv               a line for each input, of one classifier: Cohen's columns first. Where theta depends on
+                              the input, it is the classifier with memory
+    results_before_memory.tsv the same columns of the per-input classifiers, before memory
+    memory.npz                the memory after all inputs, in order of ids
 
 A process that is killed at any moment leaves finished shards only; the next one continues after them.
 """
@@ -22,9 +23,12 @@ import numpy as np
 from etils import epath
 
 from ancer_jax import memory
+from ancer_jax.certificates import noise_law
+from ancer_jax.certification import ABSTAIN, Evidence
+from ancer_jax.leakage import Leaked
 from ancer_jax.memory import Memory
 from ancer_jax.regions import Region
-from ancer_jax.results import Answer, leakage_share, write_table
+from ancer_jax.results import Answer, leakage_of, write_table
 from ancer_jax.storage import (
     as_os_error,
     in_bucket,
@@ -39,11 +43,15 @@ from ancer_jax.storage import (
 )
 
 RESULTS = "results.tsv"
-RESULTS_MEMORY = "results_memory.tsv"
+BEFORE_MEMORY = "results_before_memory.tsv"
 MEMORY = "memory.npz"
+# Of what the same settings mean: to be raised whenever they give other draws, bounds, regions or counts than before.
+RESULTS_VERSION = 2
 _ARRAYS = (
-    *("ids", "labels", "pixels", "predictions", "counts", "n", "draws", "p_lower", "gap", "theta", "leaked"),
-    *("references", "seconds"),
+    *("ids", "labels", "pixels", "predictions", "counts", "n", "draws", "p_lower", "gap", "theta"),
+    *(f"bound_{name}" for name in Evidence._fields),
+    *(f"leaked_{name}" for name in Leaked._fields),
+    "seconds",
 )
 
 
@@ -55,6 +63,7 @@ class Run:
       path: the directory.
       settings: nested mapping of everything that changes results.
       key: hash of the settings; every shard carries it.
+      made_with: versions, device and the like of this process; stored with every shard that it writes.
       process: which of several processes writes; names its temporary files.
       still_held: raises ValueError if another process has taken the run over.
     """
@@ -62,6 +71,7 @@ class Run:
     path: epath.Path
     settings: Mapping[str, Any]
     key: str
+    made_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     process: int = 0
     still_held: Callable[[], None] = lambda: None
 
@@ -82,22 +92,28 @@ class Run:
     ) -> Iterator[dict[str, np.ndarray]]:
         """The finished batches, in order of their first id: `ids` and the arrays `names`, of `files` (default: all).
 
+        Gaps are checked: they must follow from the counts that are stored beside them.
+
         Raises:
-          ValueError: if a shard is truncated, renamed, doubled, or belongs to another run.
+          ValueError: if a shard is truncated, renamed, doubled, changed, or belongs to another run.
         """
-        seen, names = set(), tuple(dict.fromkeys(("ids", *names)))
+        checked = ("gap", "p_lower", "predictions", "n", *(f"bound_{name}" for name in Evidence._fields))
+        names = tuple(dict.fromkeys(("ids", *names)))
+        seen, read = set(), tuple(dict.fromkeys((*names, *(checked if "gap" in names else ()))))
         for file in self.files() if files is None else files:
             try:
-                shard = read_arrays(file, (*names, "key"))
+                shard = read_arrays(file, (*read, "key"))
             except ValueError as error:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
             if str(shard.pop("key")) != self.key:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
             ids = [int(i) for i in shard["ids"]]
-            if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in names):
+            if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in read):
                 raise ValueError(f"{file}: renamed, copied or damaged; move it away")
+            if "gap" in names and not _follows_from_counts(shard, self.settings):
+                raise ValueError(f"{file}: its gaps do not follow from its counts; delete it to compute it again")
             seen |= {*ids}
-            yield shard
+            yield {name: shard[name] for name in names}
 
     def done(self) -> set[int]:
         """Ids of the inputs that are finished."""
@@ -113,15 +129,30 @@ class Run:
         self.still_held()
         buffer = io.BytesIO()
         named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-        np.savez(buffer, key=np.array(self.key), **named)
+        np.savez(buffer, key=np.array(self.key), made_with=np.array(json.dumps(dict(self.made_with))), **named)
         write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
+    def made(self) -> dict[str, str]:
+        """Versions, device and the like that shards were made with; where they differ, all of them."""
+        found: dict[str, dict[str, None]] = {}
+        for file in self.files():
+            for name, value in json.loads(str(read_arrays(file, ["made_with"])["made_with"])).items():
+                found.setdefault(name, {})[value] = None
+        return {name: ", ".join(values) for name, values in found.items()}
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether every input has a theta of its own."""
+        return self.settings["method"] in ("isotropic", "ancer")
+
     def table(self, files: Sequence[epath.Path] | None = None) -> str:
-        """The text of `results.tsv`: a line per finished input, in order of ids, numbers rounded towards zero."""
+        """The table of certificates, before memory: a line per finished input, in order of ids, numbers rounded
+        towards zero.
+        """
         return write_table(self.shards(files=files), self.settings)
 
     def memory_table(self, files: Sequence[epath.Path] | None = None) -> str | None:
-        """The text of `results_memory.tsv`; None if the finished inputs have not been reconciled."""
+        """The table of the classifier with memory; None if the finished inputs have not been reconciled."""
         files = self.files() if files is None else files  # once: another process may be adding to them
         answers = self._answers(files)
         return None if answers is None else write_table(self.shards(files=files), self.settings, answers)
@@ -145,15 +176,23 @@ class Run:
                 yield True
 
     def export(self) -> epath.Path:
-        """Write `results.tsv`, and `results_memory.tsv` if the finished inputs have been reconciled."""
+        """Write the tables: `results.tsv` of one classifier, and what is before memory under another name.
+
+        Returns:
+          The path of `results.tsv`, or, where no memory made one classifier of them, of the table before memory.
+        """
         self.still_held()
-        files, path = self.files(), self.path / RESULTS_MEMORY
-        table, text = self.table(files), self.memory_table(files)
+        files, path = self.files(), self.path / RESULTS
+        before, after = self.table(files), self.memory_table(files)
+        if not self.data_dependent:
+            write_file(path, before.encode(), self.process)
+            return path
         remove(path)  # first: the two tables are never of different inputs
-        write_file(self.path / RESULTS, table.encode(), self.process)
-        if text is not None:
-            write_file(path, text.encode(), self.process)
-        return self.path / RESULTS
+        write_file(self.path / BEFORE_MEMORY, before.encode(), self.process)
+        if after is None:
+            return self.path / BEFORE_MEMORY
+        write_file(path, after.encode(), self.process)
+        return path
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
@@ -203,14 +242,15 @@ class Run:
 
     def _answers(self, files) -> dict[int, Answer] | None:
         after = self._stored(files, "inside", "gap", "prediction")
-        before = self.columns("predictions", "gap", "leaked", "references", files=files)
+        leaked = [f"leaked_{name}" for name in Leaked._fields]
+        before = self.columns("predictions", "gap", *leaked, files=files)
         if after is None or len(after["ids"]) != len(before["ids"]):
             return None
         answers: dict[int, Answer] = {}
         for row, id_ in enumerate(before["ids"]):
             was, prediction, inside = before["predictions"][row], after["prediction"][row], int(after["inside"][row])
             changed = prediction != was or after["gap"][row] != before["gap"][row]
-            leakage = leakage_share(self.settings, before["leaked"][row], before["references"][row], was)
+            leakage = leakage_of(self.settings, Leaked(*(before[name][row] for name in leaked)), int(was))
             if prediction != was:
                 leakage = answers[inside].leakage
             answers[int(id_)] = Answer(prediction, after["gap"][row], bool(changed), inside, leakage)
@@ -221,7 +261,7 @@ class Run:
 def open_run(
     path: epath.PathLike,
     settings: Mapping[str, Any],
-    made_with: Mapping[str, Any],
+    made_with: Mapping[str, str],
     *,
     process: int = 0,
     processes: int = 1,
@@ -231,7 +271,7 @@ def open_run(
     Args:
       path: the run directory, made if it does not exist.
       settings: nested mapping of everything that changes results; JSON values.
-      made_with: versions, device and the like: recorded, not compared.
+      made_with: versions, device and the like of this process: stored with its shards, not compared.
       process, processes: number of this process among those that share the run, and how many they are.
 
     Raises:
@@ -249,11 +289,11 @@ def open_run(
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
     with locked_share(path, process, processes) as still_held:
-        settings = json.loads(json.dumps(settings))
-        run = dataclasses.replace(_run(path, settings), process=process, still_held=still_held)
+        settings = {"results_version": RESULTS_VERSION, **json.loads(json.dumps(settings))}
+        run = _run(path, settings, made_with=made_with, process=process, still_held=still_held)
         config = path / "config.json"
         if config not in list_folder(path):
-            document = {"hash": run.key, "settings": settings, "made_with": made_with}
+            document = {"hash": run.key, "settings": settings}
             write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
         refuse_other_settings(path, read_settings(path), settings)
         for file in list_folder(path / "shards"):
@@ -270,16 +310,6 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
       OSError: if it cannot be read.
     """
     return _read_document(path)["settings"]
-
-
-def read_made_with(path: epath.PathLike) -> dict[str, Any]:
-    """Versions, device and the like of a run when it began; empty if that is not recorded.
-
-    Raises:
-      ValueError: as `read_settings`.
-      OSError: as `read_settings`.
-    """
-    return dict(_read_document(path).get("made_with", {}))
 
 
 def _read_document(path: epath.PathLike) -> dict[str, Any]:
@@ -339,12 +369,36 @@ def _memory(file: epath.Path) -> Memory:
 
 
 def read_run(path: epath.PathLike) -> Run:
-    """A finished or unfinished run, for reading."""
-    return _run(epath.Path(path), read_settings(path))
+    """A finished or unfinished run, for reading.
+
+    Raises:
+      ValueError: if there is none, or its results mean something else than those of this version.
+    """
+    settings = read_settings(path)
+    if settings.get("results_version") != RESULTS_VERSION:
+        raise ValueError(
+            f"{path} was made by another version of ancer_jax, whose results mean something else (results_version "
+            f"{settings.get('results_version')}, not {RESULTS_VERSION}): certify again, or report its tables (*.tsv)"
+        )
+    return _run(epath.Path(path), settings)
 
 
-def _run(path, settings) -> Run:
-    return Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+def _run(path, settings, **options) -> Run:
+    return Run(path, settings, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(), **options)
+
+
+def _follows_from_counts(shard: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> bool:
+    """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
+    law = noise_law(settings["norm"], settings.get("noise"), exact=bool(settings.get("exact")))
+    evidence = Evidence(*(shard[f"bound_{name}"] for name in Evidence._fields))
+    if (evidence.alpha > (0 if settings.get("exact") else settings["certify"]["alpha"])).any():
+        return False
+    try:
+        p_lower, gap = evidence.bound_and_gap(law)
+    except ValueError:
+        return False
+    same = np.isclose(gap, shard["gap"], rtol=1e-9, atol=0) & np.isclose(p_lower, shard["p_lower"], rtol=1e-9, atol=0)
+    return bool((same & ((shard["predictions"] == ABSTAIN) == (gap == 0))).all())
 
 
 def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -18,14 +18,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ancer_jax import bounds
+from ancer_jax._checks import check_integer, check_real
 from ancer_jax.certificates import Certificate
 from ancer_jax.certification import (
-    ABSTAIN,
     Certification,
     CertifyConfig,
+    Evidence,
+    certification_from,
     check_example,
     in_callers_numbers,
     select_class,
+    warn_if_undecidable,
 )
 from ancer_jax.classifiers import Classifier
 from ancer_jax.regions import geometric_mean
@@ -65,10 +68,13 @@ class SequentialConfig:
             raise ValueError(
                 f"sequential sampling takes either radii or a tolerance, got {self.radii} and {self.tolerance}"
             )
-        if self.radii is not None and not (self.radii and all(0 <= radius < math.inf for radius in self.radii)):
-            raise ValueError(f"radii must be one or more finite numbers, none negative, got {self.radii}")
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}")
+        if self.radii is not None:
+            if not self.radii:
+                raise ValueError("radii must be one or more numbers, got none")
+            for radius in self.radii:
+                check_real("radii", radius, "[0, inf)")
+        if self.tolerance is not None:
+            check_real("tolerance", self.tolerance, "(0, 1)")
 
 
 def certify_sequentially(
@@ -87,7 +93,9 @@ def certify_sequentially(
     Arguments, guarantee and errors as in `certification.certify`.
     """
     x32, theta32 = check_example(x, theta)
+    check_integer("chunk", chunk)
     config = config or CertifyConfig()
+    warn_if_undecidable(config, certificate)
     arguments = key, classifier, certificate, x32, theta32
     selected = int(_select_class(*arguments, n0=config.n0, chunk=chunk))
 
@@ -97,8 +105,10 @@ def certify_sequentially(
         return np.asarray(_counts_between(stage, *arguments, **between, steps=steps, chunk=chunk))[None, selected]
 
     how = {"certificate": certificate, "config": config, "sequential": sequential}
-    result, _ = estimate(draw, np.array([selected]), scales_of(np.asarray(theta32)[None]), **how)
-    result = Certification(*(getattr(result, field.name)[0] for field in dataclasses.fields(result)))
+    found = estimate(draw, np.array([selected]), scales_of(np.asarray(theta32)[None]), **how)
+    result = Certification(
+        *(getattr(found.certification, field.name)[0] for field in dataclasses.fields(Certification))
+    )
     return in_callers_numbers(result, certificate, x, theta, x32, theta32)
 
 
@@ -115,10 +125,12 @@ class Estimate(NamedTuple):
 
     Attributes:
       certification: with the number of each input's draws as `n`.
+      evidence: of the look whose bound is the largest.
       pilot: draws of the pilot, int64 [batch].
     """
 
     certification: Certification
+    evidence: Evidence
     pilot: np.ndarray
 
 
@@ -163,13 +175,18 @@ def estimate(
     goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(batch, -1)
     goals = np.maximum(goals * (1 + 1e-9), 1e-12)  # reached in the table, too, and 0 only by a region
     count, drawn, p_lower = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
+    best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), np.zeros(batch, np.int64))
     for look in itertools.count():
         if not rows.size:
             break
         size = sizes[rows, look]
         count[rows] += draw(Stage.ESTIMATE, rows, drawn[rows], size)
         drawn[rows], votes = size, count[rows]
-        p_lower[rows] = np.maximum(p_lower[rows], bounds.clopper_pearson_lower(votes, size, alphas[rows, look]))
+        bound = bounds.clopper_pearson_lower(votes, size, alphas[rows, look])
+        better = bound > p_lower[rows]
+        for column, value in zip(best, (votes, size, alphas[rows, look]), strict=False):
+            column[rows[better]] = value[better]
+        p_lower[rows] = np.maximum(p_lower[rows], bound)
         gap = certificate.gap(p_lower[rows])
         hope = _hope(votes, n - size, votes, size, certificate, n, last_alpha[rows])
         if tolerance is None:
@@ -178,8 +195,8 @@ def estimate(
             whole = bounds.clopper_pearson_lower(np.rint(votes / size * n).astype(np.int64), n, config.alpha)
             enough = (hope == 0) | ((gap > 0) & (gap >= (1 - tolerance) * certificate.gap(whole)))
         rows = rows[~enough & (size < n)]
-    gap = certificate.gap(p_lower)
-    return Estimate(Certification(np.where(gap > 0, selected, ABSTAIN), p_lower, gap, count, drawn), pilot)
+    result = dataclasses.replace(certification_from(selected, best, certificate), count=count, n=drawn)
+    return Estimate(result, best, pilot)
 
 
 def _looks(first: np.ndarray, config: CertifyConfig, *, planned: bool):

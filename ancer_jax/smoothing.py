@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from ancer_jax.certificates import Certificate, SplittingL1
+from ancer_jax._checks import check_integer
+from ancer_jax.certificates import Certificate, SplittingL1, noise_dtype
 from ancer_jax.classifiers import Classifier
 
 
@@ -41,13 +42,18 @@ def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, 
 
 
 def _noisy_logits(key, classifier, certificate, x, theta, draws):
-    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m]."""
+    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m].
+
+    Noise is drawn and added in float32 or wider; the network gets the copies in the type of x.
+    """
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
-    x = jnp.asarray(x)
-    theta = jnp.broadcast_to(jnp.asarray(theta, x.dtype), x.shape[1:])
+    dtype, wide = jnp.result_type(x), noise_dtype(x)
+    x = jnp.asarray(x, wide)
+    theta = jnp.broadcast_to(jnp.asarray(theta, wide), x.shape[1:])
     copy = lambda draw, x: certificate.perturb(key, draw, x, theta)
-    return classifier(jax.vmap(copy, (0, 0 if len(x) > 1 else None))(draws, x if len(x) > 1 else x[0]))
+    copies = jax.vmap(copy, (0, 0 if len(x) > 1 else None))(draws, x if len(x) > 1 else x[0])
+    return classifier(copies.astype(dtype))
 
 
 def class_counts(
@@ -77,14 +83,14 @@ def class_counts(
       int32 [K].
 
     Raises:
-      ValueError: at trace time, if `num_samples` or `chunk` is below 1, x is not floating point, or the noise is the
-        exact form of splitting noise, whose draws are no random ones.
+      ValueError: at trace time, if `num_samples` or `chunk` is not an integer of at least 1, x is not floating point,
+        or the noise is the exact form of splitting noise, whose draws are not random.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_integer("num_samples", num_samples)
+    check_integer("chunk", chunk)
     _check_random(certificate)
     chunk = min(chunk, num_samples)
-    steps = math.ceil(num_samples / max(chunk, 1))
+    steps = math.ceil(num_samples / chunk)
     return class_counts_between(
         key, classifier, certificate, x, theta, first=0, stop=num_samples, steps=steps, chunk=chunk
     )
@@ -116,10 +122,9 @@ def class_counts_between(
       key, classifier, certificate, x, theta, chunk: as in `class_counts`; the exact form of splitting noise, too.
 
     Raises:
-      ValueError: at trace time, if `chunk` is below 1 or x is not floating point.
+      ValueError: at trace time, if `chunk` is not an integer of at least 1 or x is not floating point.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    check_integer("chunk", chunk)
 
     def add(step, counts):
         draws = first + step * chunk + jnp.arange(chunk)
@@ -149,6 +154,7 @@ def smoothed_probs(
     Returns:
       float [K], sums to 1.
     """
+    check_integer("num_samples", num_samples)
     _check_random(certificate)
     logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, jnp.arange(num_samples))
     return jax.nn.softmax(logits, axis=-1).mean(axis=0)

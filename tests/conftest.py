@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 jaxtyping.install_import_hook("ancer_jax", "beartype.beartype")
 
+collect_ignore = ["torch_networks.py"]  # imports torch, which `make test` does not install
+
 # How fast examples come says how busy the machine is, not whether the code is right.
 settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ours")
@@ -29,3 +31,16 @@ def quick_compilation():
         jax.config.update("jax_disable_most_optimizations", quick)
         if quick:
             yield
+
+
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """CPU devices may wait for each other, as those of an accelerator may."""
+    monkeypatch.setattr("ancer_jax.parallel.refuse_collectives", lambda mesh, what: None)
+
+
+def pytest_sessionfinish(session):
+    """With NO_SKIPS=1, a test that is skipped is one that failed: what it needs should have been installed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("NO_SKIPS") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

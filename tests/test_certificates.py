@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ancer_jax import GaussianL2, UniformL1
+from ancer_jax import GaussianL2, SplittingL1, UniformL1
 from ancer_jax.certificates import CERTIFICATES, Certificate
 
 THETA = np.array([0.1, 1.0, 7.0], np.float32)
@@ -25,6 +25,29 @@ def test_law_of_the_noise(certificate, law):
         for wrong in (2 / 3, 3 / 2):
             assert scipy.stats.kstest(noise[:, i] / theta * wrong, law.cdf).pvalue < 1e-9
     assert abs(scipy.stats.spearmanr(noise[:, 0], noise[:, 1]).statistic) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32, np.float64])
+@pytest.mark.parametrize(
+    ("certificate", "law"), [(GaussianL2(), scipy.stats.norm()), (UniformL1(), scipy.stats.uniform(-1, 2))]
+)
+def test_noise_has_the_same_law_whatever_type_x_and_theta_have(certificate, law, dtype):
+    """A normal draw in bfloat16 would have 128 values at most, none of them beyond 2.5."""
+    with jax.enable_x64(dtype is np.float64):
+        x, theta = jnp.full(50, 0.5, dtype), jnp.full(50, 0.25, dtype)
+        key = jax.random.key(0)
+        noisy = jax.vmap(lambda draw: certificate.perturb(key, draw, x, theta))(jnp.arange(2000))
+        assert noisy.dtype == (jnp.float64 if dtype is np.float64 else jnp.float32)
+        noise = (np.asarray(noisy, np.float64).ravel() - 0.5) / 0.25
+    assert scipy.stats.kstest(noise, law.cdf).pvalue > 1e-3
+    assert len(np.unique(noise)) > 90_000
+    assert abs(noise).max() > law.ppf(1 - 1e-3)
+
+
+def test_splitting_noise_has_the_same_law_whatever_type_x_has():
+    key, theta = jax.random.key(0), jnp.full(50, 0.3, jnp.bfloat16)
+    copies = jax.vmap(lambda draw: SplittingL1().perturb(key, draw, jnp.full(50, 0.5, jnp.bfloat16), theta))
+    assert len(np.unique(copies(jnp.arange(2000)))) > 50_000
 
 
 def exact_gap(certificate, p, p_b):

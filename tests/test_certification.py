@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ancer_jax import ABSTAIN, CertifyConfig, GaussianL2, Region, UniformL1, bounds, certify, predict, regions
+from ancer_jax import ABSTAIN, CertifyConfig, GaussianL2, Region, UniformL1, bounds, certify, memory, predict, regions
 from ancer_jax.certification import certification, count_votes
 from ancer_jax.smoothing import Stage
 from tests import reference
@@ -118,11 +118,15 @@ def test_an_undecided_input_abstains():
 
 def test_too_few_samples_abstain():
     config = CertifyConfig(n0=10, n=9, alpha=0.001)
-    result = certify(
-        jax.random.key(0), reference.constant([0, 1]), GaussianL2(), np.zeros(2, np.float32), 1.0, config=config
-    )
+    arguments = jax.random.key(0), reference.constant([0, 1]), GaussianL2(), np.zeros(2, np.float32), 1.0
+    with pytest.warns(match="with n = 9 draws every input abstains at alpha = 0.001, .* n must be at least 10"):
+        result = certify(*arguments, config=config)
     assert result.count == 9
     assert result.prediction == ABSTAIN
+    assert certify(*arguments, config=dataclasses.replace(config, n=10)).prediction == 1  # without a warning
+    with pytest.warns(match="n = 10 draws decide nothing at alpha = 0.001, .* n must be at least 11"):
+        assert predict(*arguments, n=10, alpha=0.001) == ABSTAIN
+    assert predict(*arguments, n=11, alpha=0.001) == 1
 
 
 def test_prediction_is_wrong_no_more_often_than_alpha():
@@ -177,3 +181,38 @@ def test_reports_are_refused_inside_jit():
     classifier = reference.linear([1.0, 1.0])
     with pytest.raises(TypeError, match="count_votes"):
         jax.jit(lambda x: certify(jax.random.key(0), classifier, GaussianL2(), x, 1.0).gap)(np.zeros(2, np.float32))
+
+
+LATER = np.float32(-1e-6)
+
+
+@pytest.mark.slow
+def test_alpha_is_of_each_certificate_and_adds_up_in_the_memory():
+    """Four inputs on one side of a threshold, then one just beyond it: every earlier region that is too large holds it.
+
+    Before memory its own certificate is wrong with probability alpha; after, with up to five times that.
+    """
+    alpha, trials, config = 0.05, 2000, CertifyConfig(n0=50, n=200, alpha=0.05)
+    xs = np.float32([[0.5], [0.7], [0.9], [1.1], [LATER]])
+
+    def one(key, x):
+        return count_votes(key, reference.linear([1.0]), GaussianL2(), x, 1.0, config=config, chunk=50)
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(trials * len(xs))).reshape(trials, len(xs))
+    selected, count = jax.jit(jax.vmap(jax.vmap(one), (0, None)))(keys, xs)
+    before = certification(selected, count, certificate=GaussianL2(), config=config)
+    wrong = lambda x, prediction, gap: (prediction == 1) & (x - gap < 0) | (prediction == 0) & (x + gap > 0)
+    wrong_before = wrong(xs[:, 0], before.prediction, before.gap)
+    wrong_after = np.zeros(trials, bool)
+    for i in range(trials):
+        regions = Region(xs, np.ones(len(xs)), before.gap[i], 2)
+        _, info = memory.insert_batch(memory.empty(2), regions, before.prediction[i])
+        wrong_after[i] = wrong(LATER, info.prediction[-1], info.region.gap[-1])
+        if info.prediction[-1] != before.prediction[i, -1]:
+            assert wrong_before[i, int(info.inside[-1])]
+        assert wrong_before[i].any() or not wrong_after[i]
+    too_often = lambda bound: scipy.stats.binomtest(int(wrong_after.sum()), trials, bound, alternative="greater").pvalue
+    assert scipy.stats.binomtest(int(wrong_before[:, -1].sum()), trials, alpha, alternative="greater").pvalue > 1e-3
+    assert too_often(alpha) < 1e-12  # so alpha alone is no bound
+    assert too_often(5 * alpha) > 1e-3
+    assert wrong_after.mean() > 3 * wrong_before[:, -1].mean()

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAYERS = {
-    "bounds": 0, "duals": 0, "regions": 0,
+    "_checks": 0, "bounds": 0, "duals": 0, "regions": 0,
     "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
     "certification": 2, "optimize": 2,
     "differentiable": 3, "memory": 3, "metrics": 3, "parallel": 3, "sequential": 3,

@@ -1,5 +1,7 @@
+import concurrent.futures
 import copy
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -635,3 +637,40 @@ def test_attacks_find_no_contradiction(norm):
 @both_norms
 def test_attacks_find_no_contradiction_among_ten_thousand(norm):
     attack(norm, clusters=200, members=50, pairs=1000, swallowed=500)
+
+
+def test_threads_that_insert_into_one_memory_get_their_own_rows():
+    """A Memory is a value, for threads, too: what each adds to it is what it would be alone."""
+    rng = np.random.default_rng(0)
+    start, _ = fill(2, *((rng.normal(size=3), 1.0, 0.1, i % 2) for i in range(4)))
+    inputs = [(rng.normal(size=3), 1.0, 0.2, i % 2) for i in range(8)]
+    barrier = threading.Barrier(len(inputs))
+
+    def work(one):
+        center, theta, gap, prediction = one
+        barrier.wait()
+        return insert(start, Region(center, theta, gap, 2), prediction)
+
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(30):
+            start = restore(start.regions, start.predictions)  # with spare rows again, which all of them want
+            start = insert(start, Region(rng.normal(size=3), 1.0, 0.0, 2), 1)[0]
+            expected = [
+                insert(restore(start.regions, start.predictions), Region(c, t, g, 2), p) for c, t, g, p in inputs
+            ]
+            for (memory, info), (wanted, answer) in zip(pool.map(work, inputs), expected, strict=True):
+                np.testing.assert_array_equal(memory.regions.center, wanted.regions.center)
+                np.testing.assert_array_equal(memory.predictions, wanted.predictions)
+                assert info.prediction == answer.prediction and info.region.gap == answer.region.gap
+
+
+def test_a_row_is_claimed_once():
+    """Two threads that append to the same columns at the same moment: one of them gets a copy."""
+    start, _ = fill(2, *((np.full(3, i), 1.0, 0.1, i % 2) for i in range(3)))
+    columns = start._columns
+    rows = lambda value: {
+        name: np.full((1, *column.shape[1:]), value, column.dtype) for name, column in columns.items()
+    }
+    first, second = columns.append(3, rows(1)), columns.append(3, rows(2))
+    assert (first is columns) != (second is columns)
+    assert first["gap"][3] == 1 and second["gap"][3] == 2

@@ -1,5 +1,7 @@
 import contextlib
 import dataclasses
+import functools
+import json
 import shutil
 
 import jax
@@ -23,7 +25,7 @@ from ancer_jax import (
     save_memory,
 )
 from ancer_jax.data import Dataset, take
-from ancer_jax.leakage import leakage, make_references
+from ancer_jax.leakage import Leaked, leakage, make_references, vote_leakage
 from ancer_jax.metrics import round_down
 from ancer_jax.optimize import AnisotropicConfig, IsotropicConfig
 from ancer_jax.results import parse_results
@@ -92,6 +94,7 @@ def test_other_images_beside_it_change_no_count(tmp_path):
     np.testing.assert_array_equal(rows["counts"], expected["counts"][[1, 4]])
 
 
+@pytest.mark.usefixtures("as_on_accelerators")
 @pytest.mark.parametrize("method", [pytest.param("isotropic", marks=pytest.mark.slow), "ancer"])
 def test_searched_thetas_agree_between_execution_plans(tmp_path, method):
     config = RunConfig(method=method, theta=0.3, certify=CertifyConfig(n0=20, n=500), guard="off", **SEARCH)
@@ -125,8 +128,9 @@ def test_only_settings_that_the_method_uses_name_the_run():
         ({"norm": "linf"}, "norm must be one of l2, l1, got 'linf'"),
         ({"method": "best"}, "method must be one of fixed, shared, isotropic, ancer"),
         ({"theta": 0.0}, "theta must be positive and finite as float32, got 0.0"),
+        ({"theta": "0.5"}, "theta must be a number, got '0.5'"),
         ({"theta": float("inf")}, "theta must be positive and finite"),
-        ({"seed": -1}, "seed must be an int in"),
+        ({"seed": -1}, r"seed must be in 0\.\.2147483647, got -1"),
         ({"guard": "on"}, "guard must be one of"),
         ({"guard_samples": 0}, "guard_samples must be at least 1"),
         ({"isotropic": IsotropicConfig(theta_max=0.1)}, "theta_max must be at least theta = 0.25, got 0.1"),
@@ -218,7 +222,7 @@ WILD = RunConfig(
 
 
 def tables(path):
-    return [(path / name).read_text() for name in ("results.tsv", "results_memory.tsv")]
+    return [(path / name).read_text() for name in ("results_before_memory.tsv", "results.tsv")]
 
 
 def untimed(text):
@@ -335,28 +339,41 @@ def test_a_memory_with_a_flipped_bit_is_made_again(crowd, tmp_path):
 def test_a_stale_table_after_memory_does_not_stay(crowd, tmp_path):
     certify_dataset(BUMPS, take(CROWD, [0, 1]), WILD, out=tmp_path / "run")
     certify_dataset(BUMPS, CROWD, WILD, out=tmp_path / "run", reconcile=False)
-    assert not (tmp_path / "run" / "results_memory.tsv").exists()
-    assert len((tmp_path / "run" / "results.tsv").read_text().splitlines()) == 13
+    assert not (tmp_path / "run" / "results.tsv").exists()
+    assert len((tmp_path / "run" / "results_before_memory.tsv").read_text().splitlines()) == 13
 
 
 def test_fixed_noise_needs_no_memory_and_leaks_nothing(tmp_path):
     certify_dataset(CLASSIFIER, DATASET, CONFIG, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "results_memory.tsv").exists()
+    assert not (tmp_path / "run" / "results_before_memory.tsv").exists()
     assert (parse_results((tmp_path / "run" / "results.tsv").read_text(), "run")["leakage"] == 0).all()
 
 
 def test_leakage_in_the_table_is_what_the_measure_gives(crowd):
-    """References: the run's seed chooses them from the whole data set; their draws come from their own keys."""
-    rows = np.sort(np.random.default_rng(0).choice(12, 8, replace=False))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(CROWD.ids[rows].astype(np.uint32))
-    settings = {"num_samples": 8, "chunk": 8}
-    references = make_references(keys, BUMPS, GaussianL2(), CROWD.images[rows], np.float32(0.1), **settings)
-    columns = read_run(crowd).columns("theta", "predictions", "leaked", "references")
-    measure = jax.jit(jax.vmap(lambda *one: leakage(references, BUMPS, GaussianL2(), *one, **settings)))
-    leaked, asked = measure(CROWD.images, columns["theta"], columns["predictions"].astype(np.int32))
-    np.testing.assert_array_equal(columns["leaked"], leaked)
-    np.testing.assert_array_equal(columns["references"], asked)
-    assert columns["leaked"].any()
+    """The run's seed chooses the images from the whole data set; their draws come from their own keys."""
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(12, 8, replace=False))
+    others = np.sort(rng.choice(np.setdiff1d(np.arange(12), rows), 4, replace=False))
+    columns = read_run(crowd).columns("theta", "predictions", *(f"leaked_{name}" for name in Leaked._fields))
+    of = CROWD.images, columns["theta"], columns["predictions"].astype(np.int32)
+
+    def references(rows):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(CROWD.ids[rows].astype(np.uint32))
+        theta = np.float32(0.1)
+        return make_references(keys, BUMPS, GaussianL2(), CROWD.images[rows], theta, num_samples=8, chunk=8)
+
+    for function, of_rows, num_samples, names in (
+        (leakage, rows, 8, ("leaked_leaked", "leaked_references")),
+        (vote_leakage, others, 1, ("leaked_votes", "leaked_draws")),
+    ):
+        measure = functools.partial(
+            function, references(of_rows), BUMPS, GaussianL2(), num_samples=num_samples, chunk=8
+        )
+        for counted, name in zip(jax.jit(jax.vmap(measure))(*of), names, strict=True):
+            np.testing.assert_array_equal(
+                columns[name][columns["predictions"] >= 0], counted[columns["predictions"] >= 0]
+            )
+    assert columns["leaked_leaked"].any() and columns["leaked_votes"].any()
 
 
 def test_a_leakage_limit_holds(tmp_path):
@@ -374,3 +391,71 @@ def test_a_penalty_or_a_limit_needs_a_measure():
         RunConfig(method="ancer", leakage_limit=2.0)
     with pytest.raises(ValueError, match="for methods that search theta"):
         RunConfig(leakage_limit=0.5)
+
+
+OFFSET = [0.0]
+
+
+def asks_the_host(variables, x):
+    """A base classifier that is computed, in part, by a Python function."""
+    shift = jax.pure_callback(
+        lambda: np.float32(OFFSET[0]), jax.ShapeDtypeStruct((), jnp.float32), vmap_method="sequential"
+    )
+    return reference.linear_logits(variables, x) + shift
+
+
+def test_a_classifier_that_calls_back_to_the_host_is_not_resumed(tmp_path):
+    """Its program is the same whatever the function computes."""
+    called = from_function(asks_the_host, CLASSIFIER.variables, num_classes=2)
+    two = take(DATASET, [0, 1])
+    with pytest.warns(match=r"calls back to the host .* so this run cannot be continued once it is stopped"):
+        certify_dataset(called, two, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))
+    with pytest.raises(ValueError, match=r"calls back to the host .*run cannot be continued"):
+        certify_dataset(called, DATASET, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))
+    certify_dataset(called, two, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))  # nothing is left to do
+    assert read_run(tmp_path / "run").done() == {3, 5}
+    assert read_run(tmp_path / "run").settings["calls_the_host"] is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("platform", "gpu"), ("precision", "highest"), ("results_version", 1), ("platform", None)]
+)
+def test_another_arithmetic_is_another_base_classifier(tmp_path, setting, value):
+    """A run begun on a CPU is not finished on a GPU, nor in another precision: the program's text is the same."""
+    certify_dataset(CLASSIFIER, take(DATASET, [0]), CONFIG, out=tmp_path / "run")
+    assert (
+        read_run(tmp_path / "run").settings | {"platform": "cpu", "precision": "default"}
+        == read_run(tmp_path / "run").settings
+    )
+    config = tmp_path / "run" / "config.json"
+    document = json.loads(config.read_text())
+    document["settings"][setting] = value
+    config.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"other settings \({setting} is {value} there, "):
+        certify_dataset(CLASSIFIER, DATASET, CONFIG, out=tmp_path / "run")
+
+
+def product(variables, x):
+    return x.reshape(len(x), -1) @ variables
+
+
+def test_precision_is_that_of_the_programs_and_of_the_run(tmp_path):
+    classifier = from_function(product, np.ones((D, 2), np.float32), num_classes=2)
+    hashes = set()
+    for precision in ("default", "high", "highest"):
+        config = dataclasses.replace(CONFIG, precision=precision)
+        certify_dataset(classifier, DATASET, config, out=tmp_path / precision)
+        settings = read_run(tmp_path / precision).settings
+        assert settings["precision"] == precision
+        hashes.add(settings["classifier"])
+    assert len(hashes) == 3  # the fingerprint is of the program that runs
+    with jax.default_matmul_precision("highest"):  # however it was set
+        certify_dataset(classifier, DATASET, CONFIG, out=tmp_path / "highest")
+    with pytest.raises(ValueError, match="precision is highest there, default here"):
+        certify_dataset(classifier, DATASET, CONFIG, out=tmp_path / "highest")
+
+
+def test_a_run_in_which_every_image_must_abstain_says_so(tmp_path):
+    few = dataclasses.replace(CONFIG, certify=CertifyConfig(n0=5, n=9))
+    with pytest.warns(match="with n = 9 draws every input abstains at alpha = 0.001"):
+        certify_dataset(CLASSIFIER, DATASET, few, out=tmp_path / "run")

@@ -4,8 +4,11 @@ import zlib
 import numpy as np
 import pytest
 
-from ancer_jax import report
+from ancer_jax import CertifyConfig, report
+from ancer_jax.certificates import noise_law
+from ancer_jax.certification import all_draws, certification_from
 from ancer_jax.data import Dataset
+from ancer_jax.metrics import round_down
 from ancer_jax.report import plots
 from ancer_jax.runs import open_run, read_run
 
@@ -34,28 +37,33 @@ def _run(path, method, theta, ids=(0, 20, 40), channels=1, norm="l2"):
     settings = {
         "norm": norm,
         "method": method,
-        "certify": {"n": 100},
+        "certify": {"n0": 10, "n": 100, "alpha": 0.001},
         "leakage": {"num_references": 20, "num_samples": 8},
         "data": {"image_shape": [4, 5, channels]},
         "isotropic": {"theta_max": 1.0},
         "anisotropic": {"theta_max": 1.0},
     }
     n = len(ids)
+    evidence = all_draws(np.array([50, 80, 99]), CertifyConfig(10, 100, 0.001))
+    result = certification_from(np.arange(n) - 1, evidence, noise_law(norm))
     with open_run(path, settings, {}) as run:
         run.write_shard(
             {
                 "ids": np.array(ids),
                 "labels": np.arange(n),
                 "pixels": np.arange(n, dtype=np.uint64),
-                "predictions": np.arange(n) - 1,
-                "counts": np.full(n, 99),
+                "predictions": result.prediction,
+                "counts": result.count,
                 "n": np.full(n, 100),
                 "draws": np.full(n, 110),
-                "p_lower": np.full(n, 0.9),
-                "gap": np.arange(n) / 2,
+                "p_lower": result.p_lower,
+                "gap": result.gap,
                 "theta": theta,
-                "leaked": np.arange(n),
-                "references": np.full(n, 20),
+                **{f"bound_{name}": column for name, column in evidence._asdict().items()},
+                "leaked_leaked": np.arange(n),
+                "leaked_references": np.full(n, 20),
+                "leaked_votes": 10 * np.arange(n),
+                "leaked_draws": np.full(n, 80),
                 "seconds": np.ones(n),
             }
         )
@@ -95,7 +103,7 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
     table = report.summary_table([_results(tmp_path, "cohen.tsv", _FIXED)], [0.0, 0.25, 0.5, 1.3])
     figures = dict(zip(_cells(table, 0), _cells(table, 2), strict=True))
     assert figures == {
-        "run": "cohen",
+        "run": "cohen?",
         "norm": "?",
         "images": "6",
         "accuracy": "0.666",  # 4 of 6, rounded down
@@ -108,9 +116,9 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
         "s/image": "2.00",
     }
     assert _cells(table, 6) == ["run", "by", "0", "0.25", "0.5", "1.3"]
-    assert _cells(table, 8) == ["cohen", "radius", "0.666", "0.500", "0.333", "0.000"]
+    assert _cells(table, 8) == ["cohen?", "radius", "0.666", "0.500", "0.333", "0.000"]
     # Without proxy radii of its own there is no second line.
-    assert len(table.splitlines()) == 9
+    assert table.splitlines()[9:] == ["", f"? {report.UNKNOWN}"]
 
 
 def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
@@ -127,15 +135,15 @@ def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
 def test_the_label_is_there_exactly_when_a_data_dependent_run_is(tmp_path):
     label = "per-input classifiers, not reconciled by memory"
     assert label == report.NOT_RECONCILED
-    fixed = _results(tmp_path, "fixed.tsv", _FIXED)
-    ours = _results(tmp_path, "ours.tsv", _ANCER.replace("\tancer", "\tfixed"))
-    assert label not in report.summary_table([fixed, ours], [0.0])
+    fixed = _results(tmp_path, "fixed.tsv", _ANCER.replace("\tancer", "\tfixed"))
+    shared = _results(tmp_path, "shared.tsv", _ANCER.replace("\tancer", "\tshared"))
+    assert label not in report.summary_table([fixed, shared], [0.0])
     for method in ("ancer", "isotropic"):
         dependent = _results(tmp_path, f"{method}.tsv", _ANCER.replace("\tancer", f"\t{method}"))
-        table = report.summary_table([fixed, dependent, ours], [0.0])
+        table = report.summary_table([fixed, dependent, shared], [0.0])
         assert table.splitlines()[-1] == f"* {label}"
         names = [_cells(table, line)[0] for line in (2, 3, 4)]
-        assert names == ["fixed", f"{method}*", "ours"]
+        assert names == ["fixed", f"{method}*", "shared"]
 
 
 def test_tables_of_others_without_a_method_are_labelled_by_what_they_hold(tmp_path):
@@ -149,6 +157,55 @@ def test_tables_of_others_without_a_method_are_labelled_by_what_they_hold(tmp_pa
         assert (report.NOT_RECONCILED in report.summary_table([results], [0.0])) is dependent
 
 
+def test_what_a_table_does_not_say_is_unknown(tmp_path):
+    """Cohen's six columns may be of data-dependent noise: ANCER's l2 scripts write them, too."""
+    cohen = _results(tmp_path, "cohen.tsv", _FIXED)
+    assert cohen.data_dependent is None and not cohen.reconciled
+    table = report.summary_table([cohen], [0.0])
+    assert "| cohen? " in table and table.splitlines()[-1] == f"? {report.UNKNOWN}"
+    assert report.TWO_CLAIMS not in table
+
+
+def test_fixed_noise_beside_a_memory_is_another_threat_model(tmp_path):
+    fixed = _results(tmp_path, "fixed.tsv", _ANCER.replace("\tancer", "\tfixed"))
+    ancer = _results(tmp_path, "ancer.tsv", _ANCER)
+    assert report.TWO_CLAIMS in report.summary_table([fixed, ancer], [0.0])
+    assert report.TWO_CLAIMS in report.compare_proxy_radius([fixed, ancer], fixed)
+    for alone in (fixed, ancer):
+        assert report.TWO_CLAIMS not in report.summary_table([alone], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "text"), [(0.001, "p >= 0.9970"), (0.0166666, "p >= 0.9500"), (1 / 3 + 1e-9, "nothing is known")]
+)
+def test_the_table_says_how_surely_all_its_lines_hold(tmp_path, alpha, text):
+    run = _run(tmp_path / "run", "isotropic", np.ones(3, np.float32))
+    results = report.load_results(run)
+    results.run.settings["certify"]["alpha"] = alpha
+    table = report.summary_table([results, _results(tmp_path, "cohen.tsv", _FIXED)], [0.0])
+    place = _cells(table, 0).index("all lines hold")
+    assert [_cells(table, line)[place] for line in (2, 3)] == [text, "-"]
+
+
+def test_leakage_that_was_not_measured_is_not_none(tmp_path):
+    header, *lines = _ANCER.splitlines()
+    text = "\n".join([f"{header}\tleakage\tsoft_leakage", f"{lines[0]}\t0.05\t0.2", f"{lines[1]}\tnan\tnan"])
+    some = _results(tmp_path, "some.tsv", text)
+    none = _results(tmp_path, "none.tsv", _ANCER)
+    title, rows = report.summary([some, none], [0.0])[-1]
+    assert "known to leak at most 0.1" in title
+    assert rows[0] | {"ACR without leaky": "0.250", "mean": "0.050", "above 0.1": "0 of 1"} == rows[0]  # 0.5 / 2
+    assert rows[0]["mean soft, held out"] == "0.200" and rows[0]["accuracy without leaky"] == "0.500"
+    assert {*rows[1].values()} == {"none*", "not measured"}
+    lines = report.compare_proxy_radius([some, none], none).splitlines()
+    assert "without leaky thetas not measured" in lines[0] and "without leaky thetas 0.375" in lines[1]
+
+
+@pytest.mark.parametrize(("at", "text"), [(2.0, "2"), (1.999996, "1.999996"), (0.1, "0.1"), (1e-7, "1e-07")])
+def test_a_radius_is_never_printed_as_another_one(tmp_path, at, text):
+    assert _cells(report.summary_table([_results(tmp_path, "a.tsv", _FIXED)], [at]), 6)[-1] == text
+
+
 def test_runs_of_different_norms_are_not_compared_silently(tmp_path):
     both = [_run(tmp_path / norm, "isotropic", np.ones(3, np.float32), norm=norm) for norm in ("l2", "l1")]
     table = report.summary_table([report.load_results(run) for run in both], [0.0])
@@ -158,7 +215,7 @@ def test_runs_of_different_norms_are_not_compared_silently(tmp_path):
 
 def test_an_unfinished_run_is_reported_from_its_shards(tmp_path):
     path = _run(tmp_path / "run", "isotropic", np.ones(3, np.float32))
-    (path / "results.tsv").unlink()
+    (path / "results_before_memory.tsv").unlink()
     assert report.load_results(path)["idx"].tolist() == [0, 20, 40]
     (path / "shards" / "0.npz").unlink()
     with pytest.raises(ValueError, match="there are no results yet"):
@@ -173,10 +230,10 @@ def test_runs_of_other_images_are_not_compared_silently(tmp_path):
 
 def test_proxy_radii_are_compared_with_the_best_fixed_run(tmp_path):
     fixed, dependent = _results(tmp_path, "fixed.tsv", _FIXED), _results(tmp_path, "ancer.tsv", _ANCER)
-    lines = report.compare_proxy_radius([fixed, dependent]).splitlines()
-    assert lines[0].split()[:3] == ["fixed", "0.700", "1.00"]
+    lines = report.compare_proxy_radius([fixed, dependent], fixed).splitlines()
+    assert lines[0].split()[:3] == ["fixed?", "0.700", "1.00"]
     assert lines[1].split()[:3] == ["ancer*", "1.750", "2.49"]
-    assert lines[-1] == f"* {report.NOT_RECONCILED}"
+    assert lines[-2:] == [f"* {report.NOT_RECONCILED}", f"? {report.UNKNOWN}"]
 
 
 def test_times_that_cannot_be_read_are_left_out(tmp_path):
@@ -195,10 +252,13 @@ def test_load_results_of_a_run_directory(tmp_path):
     results = report.load_results(path)
     assert results.name == "my run"
     assert results["idx"].tolist() == [0, 20, 40]
-    assert results["radius"].tolist() == [0.0, 0.25, 1.0]
+    gap = results.run.columns("gap")["gap"]
+    assert gap[0] == 0 and results["radius"].tolist() == [
+        float(round_down(g * t, 6)) for g, t in zip(gap, (0.25, 0.5, 1.0), strict=True)
+    ]
     assert results.data_dependent
     assert not results.correct.any()
-    assert _cells(report.summary_table([results], [0.0]), 2)[9] == "1 of 3 (100% of coordinates)"
+    assert _cells(report.summary_table([results], [0.0]), 2)[10] == "1 of 3 (100% of coordinates)"
 
 
 def test_load_results_names_what_is_not_there(tmp_path):

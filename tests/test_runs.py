@@ -14,10 +14,12 @@ import pytest
 from etils import epath
 
 from ancer_jax import CertifyConfig, Execution, RunConfig, certify_dataset, from_function
+from ancer_jax.certificates import noise_law
+from ancer_jax.certification import all_draws, certification_from
 from ancer_jax.data import Dataset, select
 from ancer_jax.metrics import average_certified_radius, certified_accuracy
 from ancer_jax.results import COLUMNS, read_results
-from ancer_jax.runs import open_run, read_run, read_settings
+from ancer_jax.runs import RESULTS_VERSION, open_run, read_run, read_settings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,23 +35,28 @@ _SETTINGS = {
 _NUMBERS = ("radius", "radius_proxy", "min_sigma", "gap", "p_lower", "log_volume", "at_theta_max")
 
 
-def _arrays(ids, *, per_coordinate=True, seed=0):
+def _arrays(ids, *, per_coordinate=True, seed=0, norm="l2"):
     rng = np.random.default_rng([seed, *ids])
     n = len(ids)
-    predictions = rng.integers(-1, 3, n)
+    counts = rng.integers(400, 1001, n).astype(np.int32)
+    evidence = all_draws(counts, CertifyConfig(10, 1000, 0.001))
+    result = certification_from(rng.integers(0, 3, n), evidence, noise_law(norm))
     return {
         "ids": np.asarray(ids),
         "labels": rng.integers(0, 3, n),
         "pixels": rng.integers(0, 2**63, n).astype(np.uint64),
-        "predictions": predictions,
-        "counts": rng.integers(0, 1001, n).astype(np.int32),
+        "predictions": result.prediction,
+        "counts": counts,
         "n": np.full(n, 1000),
         "draws": np.full(n, 1100),
-        "p_lower": rng.random(n),
-        "gap": np.where(predictions < 0, 0.0, rng.exponential(size=n)),
+        "p_lower": result.p_lower,
+        "gap": result.gap,
         "theta": np.minimum(rng.exponential(size=(n, 3, 2, 1) if per_coordinate else n), 1.5).astype(np.float32),
-        "leaked": rng.integers(0, 50, n).astype(np.int32),
-        "references": np.full(n, 50, np.int32),
+        **{f"bound_{name}": column for name, column in evidence._asdict().items()},
+        "leaked_leaked": rng.integers(0, 50, n).astype(np.int32),
+        "leaked_references": np.full(n, 50, np.int32),
+        "leaked_votes": rng.integers(0, 400, n).astype(np.int32),
+        "leaked_draws": np.full(n, 400, np.int32),
         "seconds": rng.exponential(size=n),
     }
 
@@ -57,7 +64,7 @@ def _arrays(ids, *, per_coordinate=True, seed=0):
 def _write(path, *batches, settings=_SETTINGS, **options):
     with open_run(path, settings, {}) as run:
         for ids in batches:
-            run.write_shard(_arrays(ids, **options))
+            run.write_shard(_arrays(ids, norm=settings["norm"], **options))
         return run.export()
 
 
@@ -118,7 +125,7 @@ def finished(tmp_path_factory):
 def test_what_is_written_is_read(tmp_path):
     _write(tmp_path / "run", [0, 2, 9], [10, 11])
     run = read_run(tmp_path / "run")
-    assert run.settings == _SETTINGS == read_settings(tmp_path / "run")
+    assert run.settings == {"results_version": RESULTS_VERSION} | _SETTINGS == read_settings(tmp_path / "run")
     assert run.done() == {0, 2, 9, 10, 11}
     for shard, ids in zip(run.shards(), ([0, 2, 9], [10, 11]), strict=True):
         expected = _arrays(ids)
@@ -128,14 +135,59 @@ def test_what_is_written_is_read(tmp_path):
             assert shard[name].dtype == array.dtype
 
 
-def test_config_records_hash_and_what_it_was_made_with(tmp_path, finished):
-    with open_run(tmp_path / "run", _SETTINGS, {"jax": "1.2.3"}):
-        document = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert document["made_with"] == {"jax": "1.2.3"}
-    assert document["settings"] == _SETTINGS
+def test_config_records_settings_and_their_hash(tmp_path):
+    _write(tmp_path / "run", [0])
+    document = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert document["settings"] == {"results_version": RESULTS_VERSION} | _SETTINGS
     assert len(document["hash"]) == 64
-    made_with = json.loads((finished / "config.json").read_text())["made_with"]
-    assert {"ancer-jax", "jax", "numpy", "python", "device"} <= made_with.keys()
+
+
+def test_every_shard_says_what_it_was_made_with(tmp_path, finished):
+    for ids, device in (([0], "a CPU"), ([1], "another CPU"), ([2], "a CPU")):
+        with open_run(tmp_path / "run", _SETTINGS, {"jax": "1.2.3", "device": device}) as run:
+            run.write_shard(_arrays(ids))
+    assert read_run(tmp_path / "run").made() == {"jax": "1.2.3", "device": "a CPU, another CPU"}
+    assert {"ancer-jax", "jax", "numpy", "python", "device"} <= read_run(finished).made().keys()
+
+
+def test_a_run_whose_results_mean_something_else_is_refused(tmp_path):
+    """Of an older version, say: by whoever goes on with it, and whoever reads it."""
+    _write(tmp_path / "run", [0])
+    config = tmp_path / "run" / "config.json"
+    document = json.loads(config.read_text())
+    del document["settings"]["results_version"]
+    config.write_text(json.dumps(document))
+    with pytest.raises(
+        ValueError, match=r"results mean something else \(results_version None, not \d+\): certify again"
+    ):
+        read_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(results_version is None there"):
+        _write(tmp_path / "run", [1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gap": lambda a: a["gap"] * 1.0001},
+        {"gap": lambda a: a["gap"] + (a["gap"] == 0)},
+        {"gap": lambda a: a["gap"] * 100, "p_lower": lambda a: a["p_lower"] ** 0.01},
+        {"predictions": lambda a: np.maximum(a["predictions"], 0)},
+        {"bound_alpha": lambda a: a["bound_alpha"] * 100},
+        {"bound_votes": lambda a: a["bound_n"] + 1},
+    ],
+    ids=["a little", "of an abstention", "and bound", "class of an abstention", "alpha", "votes"],
+)
+def test_a_gap_that_does_not_follow_from_its_counts_is_not_believed(tmp_path, change):
+    ids, shard = list(range(20)), tmp_path / "run" / "shards" / "0.npz"
+    _write(tmp_path / "run", ids)
+    with np.load(shard) as arrays:
+        stored = dict(arrays)
+    assert (stored["gap"] == 0).any()
+    np.savez(shard, **stored | {name: value(stored) for name, value in change.items()})
+    with pytest.raises(ValueError, match=r"0\.npz: its gaps do not follow from its counts; delete it"):
+        read_run(tmp_path / "run").table()
+    np.savez(shard, **stored)
+    read_run(tmp_path / "run").table()
 
 
 def test_shards_come_in_the_order_of_numbers_and_lines_in_that_of_ids(tmp_path):
@@ -158,7 +210,7 @@ def test_lines_hold_the_shard_and_never_more(tmp_path, norm, per_coordinate):
     settings = _SETTINGS | {"norm": norm}
     tsv = _write(tmp_path / "run", ids[:25], ids[25:], settings=settings, per_coordinate=per_coordinate)
     rows = pd.read_csv(tsv, sep="\t", dtype=str)
-    shards = [_arrays(part, per_coordinate=per_coordinate) for part in (ids[:25], ids[25:])]
+    shards = [_arrays(part, per_coordinate=per_coordinate, norm=norm) for part in (ids[:25], ids[25:])]
     whole = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
     assert (whole["predictions"] < 0).any() and (whole["predictions"] == whole["labels"]).any()
     theta = np.broadcast_to(whole["theta"].reshape(40, -1).astype(np.float64), (40, 6))
@@ -561,7 +613,10 @@ def test_a_table_that_cannot_be_written_keeps_the_old_one(tmp_path):
     old = tsv.read_bytes()
     with open_run(tmp_path / "run", _SETTINGS, {}) as run:
         run.write_shard(_arrays([1, 2, 3]))
-        with _files_of_at_most(len(old) + 5), pytest.raises(OSError, match=r"cannot write .*results\.tsv"):
+        with (
+            _files_of_at_most(len(old) + 5),
+            pytest.raises(OSError, match=r"cannot write .*results_before_memory\.tsv"),
+        ):
             run.export()
         assert tsv.read_bytes() == old
         run.export()

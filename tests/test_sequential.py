@@ -41,7 +41,11 @@ def simulate(p, batch, rule, config, certificate=LAWS["l2"], seed=0):
     draw = lambda stage, rows, first, stop: rng.binomial(stop - first, np.broadcast_to(p, batch)[rows])
     scales = np.tile([0.4, 0.9], (batch, 1))
     selected = np.zeros(batch, np.int64)
-    return sequential.estimate(draw, selected, scales, certificate=certificate, config=config, sequential=rule)
+    found = sequential.estimate(draw, selected, scales, certificate=certificate, config=config, sequential=rule)
+    p_lower, gap = found.evidence.bound_and_gap(certificate)  # what is stored gives the certificates again
+    np.testing.assert_array_equal([p_lower, gap], [found.certification.p_lower, found.certification.gap])
+    assert (found.evidence.alpha <= config.alpha).all() and (found.evidence.n <= config.n).all()
+    return found.certification, found.pilot
 
 
 def _too_often(failures, batch, alpha):
@@ -106,7 +110,7 @@ def test_decisions_are_those_of_all_n_draws_where_these_have_slack():
     votes = np.concatenate([np.zeros((300, 1), np.int32), votes], axis=1)
     draw = lambda stage, rows, first, stop: votes[rows, stop] - votes[rows, first]
     how = {"certificate": LAWS["l2"], "config": config, "sequential": SequentialConfig(radii=radii)}
-    result, _ = sequential.estimate(draw, np.zeros(300, np.int64), np.full((300, 1), 0.25), **how)
+    result = sequential.estimate(draw, np.zeros(300, np.int64), np.full((300, 1), 0.25), **how).certification
     whole = 0.25 * LAWS["l2"].gap(bounds.clopper_pearson_lower(votes[:, -1], config.n, config.alpha))
     for at in radii:
         decided = 0.25 * result.gap >= at
@@ -128,9 +132,9 @@ def test_a_tolerance_is_kept_against_all_n_draws():
     [
         ({}, "takes either radii or a tolerance, got None and None"),
         ({"radii": (0.5,), "tolerance": 0.1}, r"takes either radii or a tolerance, got \(0.5,\) and 0.1"),
-        ({"radii": ()}, "radii must be one or more finite numbers"),
-        ({"radii": (0.5, float("nan"))}, "radii must be one or more finite numbers"),
-        ({"radii": (-0.5,)}, "none negative"),
+        ({"radii": ()}, "radii must be one or more numbers, got none"),
+        ({"radii": (0.5, float("nan"))}, r"radii must be in \[0, inf\), got nan"),
+        ({"radii": (-0.5,)}, r"radii must be in \[0, inf\), got -0.5"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\), got 1.0"),
     ],

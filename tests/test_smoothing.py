@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ancer_jax import GaussianL2, UniformL1, from_function
+from ancer_jax import CertifyConfig, GaussianL2, UniformL1, count_votes, from_function
 from ancer_jax.smoothing import Stage, class_counts, class_counts_between, smoothed_probs, stage_key
 from tests import reference
 
@@ -66,6 +66,25 @@ def test_counts_follow_the_closed_form():
     p = scipy.stats.norm.cdf(w @ X / np.linalg.norm(w * theta))
     counts = class_counts(KEY, CLASSIFIER, GaussianL2(), X, theta, num_samples=20_000, chunk=1000)
     assert scipy.stats.binomtest(int(counts[1]), 20_000, p).pvalue > 1e-3
+
+
+def far_out(variables, x):
+    """Class 1 where noise of standard deviation 1 is beyond 2.75, where a draw in bfloat16 never is."""
+    assert x.dtype == variables.dtype
+    return jnp.stack([jnp.zeros(len(x)), x[:, 0].astype(jnp.float32) - 2.75], axis=1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_votes_are_of_noise_in_float32_and_the_network_sees_the_type_of_x(dtype):
+    classifier = from_function(far_out, jnp.zeros((), dtype), num_classes=2)
+    x = jnp.zeros(4, dtype)
+    counts = class_counts(KEY, classifier, GaussianL2(), x, 1.0, num_samples=50_000, chunk=5000)
+    assert scipy.stats.binomtest(int(counts[1]), 50_000, scipy.stats.norm.sf(2.75)).pvalue > 1e-3
+    probs = smoothed_probs(KEY, classifier, GaussianL2(), x, 1.0, num_samples=100)
+    assert probs.dtype == jnp.float32
+    config = CertifyConfig(n0=10, n=2000)
+    selected, count = count_votes(KEY, classifier, GaussianL2(), x, 1.0, config=config, chunk=500)
+    assert selected == 0 and count < 2000
 
 
 def nan_above(variables, x):

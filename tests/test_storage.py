@@ -49,7 +49,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(gs, tmp_path):
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
     names = {path.name for path in epath.Path("gs://b/run").iterdir()}
-    assert names == {"config.json", "shards", "results.tsv", "memory.npz", "results_memory.tsv"}
+    assert names == {"config.json", "shards", "results.tsv", "memory.npz", "results_before_memory.tsv"}
     assert len(load_memory("gs://b/run")) == 5
 
 
@@ -76,7 +76,7 @@ def test_a_bucket_that_fails_at_random_loses_and_doubles_nothing(gs, tmp_path, m
         gs(0)
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name])
-        for name in ("results.tsv", "results_memory.tsv"):
+        for name in ("results.tsv", "results_before_memory.tsv"):
             lines = [
                 [row.split("\t")[:5] + row.split("\t")[6:] for row in (where / name).read_text().splitlines()]
                 for where in (epath.Path(out), tmp_path / "disk")

@@ -89,7 +89,7 @@ class Train:
     seed: int = 0
     """Of everything that is drawn."""
     devices: int | None = None
-    """Devices of each process that share every batch; default all."""
+    """Devices of each process that share every batch; default all. CPUs: one, which has all cores."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
 
     def run(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
+from ancer_jax._checks import check_integer
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImages:
@@ -88,8 +90,7 @@ class Dataset:
                 f"{self.name}: {len(images)} images need as many ids and labels, "
                 f"got {list(ids.shape)} and {list(labels.shape)}"
             )
-        if self.num_classes < 2:
-            raise ValueError(f"{self.name}: num_classes must be at least 2, got {self.num_classes}")
+        check_integer(f"{self.name}: num_classes", self.num_classes, minimum=2)
         if self.classes and len(self.classes) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
@@ -142,12 +143,11 @@ def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) ->
     """Every `skip`-th image in order, `max_images` of them at most.
 
     Raises:
-      ValueError: if `skip` or `max_images` is below 1.
+      ValueError: if `skip` or `max_images` is not an integer of at least 1.
     """
-    if skip < 1:
-        raise ValueError(f"skip must be at least 1, got {skip}")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max must be at least 1, got {max_images}")
+    check_integer("skip", skip)
+    if max_images is not None:
+        check_integer("max", max_images)
     return take(dataset, np.arange(0, len(dataset), skip)[:max_images])
 
 
@@ -169,8 +169,8 @@ def share(dataset: Dataset, *, process_index: int, process_count: int) -> Datase
     Raises:
       ValueError: if `process_index` is not in [0, process_count).
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
+    check_integer("process_count", process_count)
+    check_integer("process_index", process_index, 0, process_count - 1)
     rows = np.arange(process_index, len(dataset), process_count)
     return take(dataset, rows) if len(rows) else None
 
@@ -181,10 +181,9 @@ def batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]
     The last batch is filled up with copies of its first row; `mask` is False there.
 
     Raises:
-      ValueError: if `batch_size` is below 1.
+      ValueError: if `batch_size` is not an integer of at least 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_integer("batch_size", batch_size)
     for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)
         mask = rows < len(dataset)

@@ -6,6 +6,8 @@ from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_tra
 from ancer_jax.report.tables import (
     LEAKAGE_LIMIT,
     NOT_RECONCILED,
+    TWO_CLAIMS,
+    UNKNOWN,
     Results,
     compare_proxy_radius,
     format_table,
@@ -17,6 +19,8 @@ from ancer_jax.report.tables import (
 __all__ = [
     "LEAKAGE_LIMIT",
     "NOT_RECONCILED",
+    "TWO_CLAIMS",
+    "UNKNOWN",
     "Results",
     "compare_proxy_radius",
     "format_table",

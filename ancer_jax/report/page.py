@@ -16,7 +16,7 @@ from ancer_jax.data import Dataset
 from ancer_jax.metrics import average_certified_radius, round_down, round_up
 from ancer_jax.report import plots, tables
 from ancer_jax.report.tables import LEAKAGE_LIMIT, Results
-from ancer_jax.runs import Run, flatten, read_made_with
+from ancer_jax.runs import Run, flatten
 
 _CARDS, _PIXELS = 6, 96  # regions of a kind that are shown; longer side of a picture
 
@@ -94,7 +94,10 @@ def _facts(settings: Sequence[Mapping[str, Any]]) -> str:
         (", ".join(dict.fromkeys(s["data"]["name"] for s in settings)), ""),
         (", ".join(dict.fromkeys(s["norm"] for s in settings)), ""),
         (", ".join(dict.fromkeys(f"{s['certify']['n']:,}" for s in settings)), "n = "),
-        (", ".join(dict.fromkeys(str(s["certify"].get("alpha", "?")) for s in settings)), "alpha = "),
+        (
+            ", ".join(dict.fromkeys("0" if s.get("exact") else f"{s['certify']['alpha']:g}" for s in settings)),
+            "alpha = ",
+        ),
     ]
     return "; ".join(f"{name}{value}" for value, name in values)
 
@@ -166,7 +169,7 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
     cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
     return {
         "name": tables.mark(results),
-        "note": "" if results.reconciled else tables.NOT_RECONCILED,
+        "note": "; ".join(tables.legend_of_marks([results])),
         "maps": maps,
         "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if maps else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
@@ -195,7 +198,7 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         f"theta {spread}",
     ]
     if results.data_dependent and np.isfinite(line["leakage"]):
-        lines.append(f"leakage {round_up(line['leakage'], 3)}")
+        lines.append(f"leakage {round_up(line['leakage'], 3)}, soft {round_up(line['soft_leakage'], 3)}")
     if line.get("changed") == 1 and results.before is not None:
         was = {name: column[row] for name, column in results.before.items()}
         before = f"proxy radius {round_down(was['radius_proxy'], 3)}"
@@ -222,7 +225,7 @@ def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
     """Settings and versions, a row for each: those that differ between the runs, and the others."""
     columns = []
     for run in runs.values():
-        made = {f"made with {name}": value for name, value in read_made_with(run.path).items()}
+        made = {f"made with {name}": value for name, value in run.made().items()}
         columns.append(dict(flatten(run.settings)) | made)
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = {name: [column.get(name) for column in columns] for name in names}

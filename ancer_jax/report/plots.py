@@ -8,7 +8,8 @@ from etils import epath
 
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import average_certified_radius, certified_accuracy, round_down
-from ancer_jax.report.tables import NOT_RECONCILED, Results, mark
+from ancer_jax.report.tables import Results, legend_of_marks, mark
+from ancer_jax.results import theta_bound
 from ancer_jax.runs import Run
 
 _SIZE = (4.6, 4.1)  # inches: two of them beside each other on a desk, one on a phone
@@ -24,8 +25,8 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
         _draw_accuracy(axis, results, column)
     axes[0, 1].set_ylabel("")
     axes[0, 1].legend(fontsize=8, handlelength=3)
-    if not all(r.reconciled for r in results):
-        figure.supxlabel(f"* {NOT_RECONCILED}", fontsize=8)
+    if marks := legend_of_marks(results):
+        figure.supxlabel("\n".join(marks), fontsize=8)
     _save(figure, path)
 
 
@@ -110,12 +111,12 @@ def _line_styles(results: list[Results]) -> list[dict]:
 
 def _colors(results: list[Results]) -> list[str]:
     """Grey for fixed noise, which the others are compared with, if there are others."""
-    fixed = sum(not r.data_dependent for r in results)
+    fixed = sum(r.data_dependent is False for r in results)
     if fixed in (0, len(results)):
         return [f"C{i % 10}" for i in range(len(results))]
     greys = (str(0.7 - 0.5 * i / fixed) for i in range(fixed))
     colors = (f"C{i % 10}" for i in range(len(results)))
-    return [next(colors) if r.data_dependent else next(greys) for r in results]
+    return [next(greys) if r.data_dependent is False else next(colors) for r in results]
 
 
 def color_scale(thetas: list[np.ndarray]):
@@ -161,7 +162,7 @@ def plot_theta(run: Run, dataset: Dataset, path: epath.PathLike, *, columns: int
         return False
     from matplotlib.cm import ScalarMappable
 
-    bound = np.float32(run.settings["anisotropic"]["theta_max"])
+    bound = theta_bound(run.settings)
     figure, axes = _figure(2, len(found), (1.6 * len(found) + 1, 3.8))
     shown = [theta.mean(axis=-1) for _, theta, *_ in found]
     scale, _ = color_scale(shown)
@@ -223,9 +224,9 @@ def _svg(figure, results: list[Results]) -> str:
     """The figure as SVG with text in it as text, a legend below, and a note where the memory has not been at work."""
     import matplotlib
 
-    if not all(r.reconciled for r in results):
+    if marks := legend_of_marks(results):
         axis = figure.axes[0]
-        axis.set_xlabel(f"{axis.get_xlabel()}\n* {NOT_RECONCILED}", fontsize=8)
+        axis.set_xlabel("\n".join([axis.get_xlabel(), *marks]), fontsize=8)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9, handlelength=3)
     text = io.StringIO()

@@ -17,8 +17,10 @@ from ancer_jax.results import parse_results, read_results
 from ancer_jax.runs import Run, read_run
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
+UNKNOWN = "not known whether theta was chosen for each image: if so, these are " + NOT_RECONCILED
 LEAKAGE_LIMIT = 0.1
-_MARK = "*"
+# What a name is marked with, and why.
+_MARKS = {"*": NOT_RECONCILED, "?": UNKNOWN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +51,30 @@ class Results:
         return self["correct"] == 1
 
     @property
-    def data_dependent(self) -> bool:
-        """Whether theta was chosen per input; in tables without a column `method`, whether it is not one number."""
-        if "method" not in self.columns:
-            sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
-            varies = any((sigma != sigma[0]).any() for sigma in sigmas)
-            return bool((self["radius_proxy"] != self["radius"]).any() or varies)
-        return bool((~np.isin(self["method"], ("fixed", "shared"))).any())
+    def data_dependent(self) -> bool | None:
+        """Whether theta was chosen per input; None where a table does not say.
+
+        It says so by its column `method`, or, in others' tables, by a column of sigma or by regions that are no balls.
+        """
+        if "method" in self.columns:
+            return bool((~np.isin(self["method"], ("fixed", "shared"))).any())
+        sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
+        if (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas):
+            return True
+        return False if sigmas else None
 
     @property
     def reconciled(self) -> bool:
-        """Whether the columns are those of one classifier: theta is fixed, or there was a memory."""
-        return "changed" in self.columns or not self.data_dependent
+        """Whether the columns are known to be those of one classifier: theta is fixed, or there was a memory."""
+        return "changed" in self.columns or self.data_dependent is False
+
+    @property
+    def alpha(self) -> fractions.Fraction | None:
+        """The error probability of each certificate, 0 of exact ones; None where the settings are not known."""
+        if self.run is None:
+            return None
+        exact = self.run.settings.get("exact")
+        return fractions.Fraction(0) if exact else fractions.Fraction(repr(self.run.settings["certify"]["alpha"]))
 
     @property
     def passes(self) -> Passes | None:
@@ -122,6 +136,7 @@ def summary(
             "norm": r.norm or "?",
             "images": str(len(r.correct)),
             **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
+            **({"all lines hold": _joint(r)} if any(r.alpha is not None for r in results) else {}),
             "accuracy": _share(r.correct),
             "abstained": _share(r["predict"] == -1),
             "ACR": round_down(average_certified_radius(r["radius"], r.correct), 3),
@@ -134,7 +149,7 @@ def summary(
         for r in results
     ]
     accuracies = [
-        {"run": mark(r), "by": by} | {f"{at:g}": _share(r.correct & (r[column] >= at)) for at in radii}
+        {"run": mark(r), "by": by} | {_exactly(at): _share(r.correct & (r[column] >= at)) for at in radii}
         for by, column in (("radius", "radius"), ("proxy radius", "radius_proxy"))
         for r in results
         if column == "radius" or (r["radius_proxy"] != r["radius"]).any()
@@ -142,9 +157,11 @@ def summary(
     tables = [("Figures", figures), ("Certified accuracy at", accuracies)]
     if memories := [_memory(r) for r in results if "changed" in r.columns]:
         tables.append(("Memory (before -> after)", memories))
-    measured = [r for r in results if r.data_dependent and np.isfinite(r.columns.get("leakage", np.nan)).any()]
-    if leakages := [_leakage(r, leakage_limit) for r in measured]:
-        title = f"Leakage to the image's class, and figures without the thetas that leak more than {leakage_limit:g}"
+    if leakages := [_leakage(r, leakage_limit) for r in results if r.data_dependent]:
+        limit = _exactly(leakage_limit)
+        title = (
+            f"Leakage to the image's class, and figures of those thetas alone that are known to leak at most {limit}"
+        )
         tables.append((title, leakages))
     return tables
 
@@ -174,34 +191,65 @@ def _memory(results: Results) -> dict[str, str]:
 
 
 def _leakage(results: Results, limit: float) -> dict[str, str]:
-    """Distribution of leakage over the inputs that were answered, and the main figures with every theta above the limit
-    counted as certifying nothing.
+    """Distribution of leakage over the inputs that were answered, and the main figures with every theta that is not
+    known to leak at most the limit counted as certifying nothing.
     """
-    leakage, row = results["leakage"], {"run": mark(results)}
-    # The column's decimals are exact; as binary numbers some would be rounded up once more.
-    known = [fractions.Fraction(str(value)) for value in leakage[~np.isnan(leakage) & (results["predict"] != -1)]]
-    kept = results.correct & (leakage <= limit)
+    row, kept, soft = {"run": mark(results)}, _kept(results, limit), _measured(results, "soft_leakage")
+    known = _measured(results, "leakage")
     for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
-        row[name] = round_up(figure(known), 3) if known else "-"
-    row[f"above {limit:g}"] = f"{int((leakage > limit).sum())} of {len(known)}"
-    row["accuracy without leaky"] = _share(kept)
-    row["ACR without leaky"] = round_down(average_certified_radius(results["radius"], kept), 3)
-    row["ACR-tilde without leaky"] = round_down(average_certified_radius(results["radius_proxy"], kept), 3)
-    return row
+        row[name] = round_up(figure(known), 3) if known else _NOT_MEASURED
+    row["mean soft, held out"] = round_up(statistics.mean(soft), 3) if soft else _NOT_MEASURED
+    above = sum(leakage > limit for leakage in known)
+    row[f"above {_exactly(limit)}"] = f"{above} of {len(known)}" if known else _NOT_MEASURED
+    figures = {
+        "accuracy without leaky": lambda kept: _share(kept),
+        "ACR without leaky": lambda kept: round_down(average_certified_radius(results["radius"], kept), 3),
+        "ACR-tilde without leaky": lambda kept: round_down(average_certified_radius(results["radius_proxy"], kept), 3),
+    }
+    return row | {
+        name: _NOT_MEASURED if kept is None else figure(results.correct & kept) for name, figure in figures.items()
+    }
 
 
-def compare_proxy_radius(results: list[Results]) -> str:
-    """Mean proxy radius, after memory, of the best run with one theta for all and of each other run, as text."""
-    best = max((r for r in results if not r.data_dependent), key=lambda r: r.mean_proxy_radius)
+_NOT_MEASURED = "not measured"
+
+
+def _measured(results: Results, column: str) -> list[fractions.Fraction]:
+    """The known values of a column of leakage, of the inputs that were answered."""
+    values = results.columns.get(column, np.full(len(results.correct), np.nan))
+    # The column's decimals are exact; as binary numbers some would be rounded up once more.
+    return [fractions.Fraction(str(value)) for value in values[~np.isnan(values) & (results["predict"] != -1)]]
+
+
+def _kept(results: Results, limit: float) -> np.ndarray | None:
+    """Whether each input's theta is known to leak at most the limit; None where nothing was measured."""
+    leakage = results.columns.get("leakage", np.full(len(results.correct), np.nan))
+    return None if np.isnan(leakage).all() else leakage <= limit  # NaN is not
+
+
+def compare_proxy_radius(results: list[Results], best: Results) -> str:
+    """Mean proxy radius, after memory, of the best fixed theta's run and of each data-dependent one, as text.
+
+    Args:
+      results: the runs.
+      best: the run of the best fixed theta: chosen by other draws than its own, since what is chosen by the draws that
+        certify it is wrong more often than alpha.
+    """
     lines = []
     for r in (best, *(r for r in results if r.data_dependent)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
-        mean = round_down(r.mean_proxy_radius, 3)
-        leaky = r.columns.get("leakage", np.zeros(len(r.correct))) > LEAKAGE_LIMIT
-        honest = round_down(float((r["radius_proxy"] * ~leaky).mean()), 3)
+        mean, kept = round_down(r.mean_proxy_radius, 3), _kept(r, LEAKAGE_LIMIT)
+        honest = _NOT_MEASURED if kept is None else round_down(float((r["radius_proxy"] * kept).mean()), 3)
         text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {honest}"
         lines.append(f"  {mark(r):13} {mean}   {text}")
     return "\n".join([*lines, *notes(results)])
+
+
+TWO_CLAIMS = (
+    "A fixed theta answers any input, alone. Where each image has a theta of its own, the classifier with memory "
+    "answers: inside a stored region by rule, and its certificates speak of inputs that come later, in the order of "
+    "ids. These are two threat models: that one figure is larger does not make its classifier the more robust one."
+)
 
 
 def notes(results: list[Results]) -> list[str]:
@@ -211,8 +259,20 @@ def notes(results: list[Results]) -> list[str]:
         said.append("These runs are not of the same images: their figures do not compare.")
     if len({r.norm for r in results if r.norm}) > 1:
         said.append("These runs are of different norms: their figures do not compare.")
+    if {True, False} <= {r.data_dependent for r in results}:
+        said.append(TWO_CLAIMS)
+    if any(r.data_dependent and r.reconciled and r.alpha for r in results):
+        said.append(
+            "alpha is of each certificate that is made. After memory, a line is right if its own certificate and those "
+            "of all earlier images are: the i-th line with probability at least 1 - i alpha."
+        )
+    if any(r.data_dependent and r.reconciled and _kept(r, LEAKAGE_LIMIT) is not None for r in results):
+        said.append(
+            "Figures without leaky thetas leave them out of the figures, not out of the memory: their regions were "
+            "there, and changed others."
+        )
     if decided := [r for r in results if _sampling(r).get("radii")]:
-        radii = "; ".join(f"{r.name}: {', '.join(f'{at:g}' for at in _sampling(r)['radii'])}" for r in decided)
+        radii = "; ".join(f"{r.name}: {', '.join(_exactly(at) for at in _sampling(r)['radii'])}" for r in decided)
         said.append(
             f"Draws went on until these radii were decided ({radii}): at other radii, and in means and medians, "
             "regions may be larger than is known."
@@ -221,9 +281,20 @@ def notes(results: list[Results]) -> list[str]:
         said.append(f"Exact, without alpha, for images of 8 bits: {', '.join(exact)}.")
     if splitting := [r.name for r in results if r.run and r.run.settings.get("noise") == "splitting"]:
         said.append(f"Splitting noise: {', '.join(splitting)}.")
-    if not all(r.reconciled for r in results):
-        said.append(f"{_MARK} {NOT_RECONCILED}")
-    return said
+    return said + legend_of_marks(results)
+
+
+def _joint(results: Results) -> str:
+    """The probability, at least, with which all lines of a table are right together, rounded down."""
+    if results.alpha is None:
+        return "-"
+    certain = 1 - len(results.correct) * results.alpha
+    return "always" if certain == 1 else f"p >= {round_down(certain, 4)}" if certain > 0 else "nothing is known"
+
+
+def _exactly(number: float) -> str:
+    """The shortest text of a number that is no other one."""
+    return text if float(text := f"{number:g}") == number else repr(float(number))
 
 
 def _sampling(results: Results) -> Mapping[str, Any]:
@@ -241,8 +312,17 @@ def format_table(rows: list[dict]) -> str:
 
 
 def mark(results: Results) -> str:
-    """The name of a run, marked where its certificates are not those of one classifier."""
-    return results.name + ("" if results.reconciled else _MARK)
+    """The name of a run, marked where its certificates are not, or not known to be, those of one classifier."""
+    return results.name + _mark(results)
+
+
+def _mark(results: Results) -> str:
+    return "" if results.reconciled else "?" if results.data_dependent is None else "*"
+
+
+def legend_of_marks(results: list[Results]) -> list[str]:
+    """What the marks of these runs mean."""
+    return [f"{mark} {why}" for mark, why in _MARKS.items() if mark in map(_mark, results)]
 
 
 def _at_bound(results: Results) -> str:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax import parallel
-from ancer_jax.certificates import CERTIFICATES, NOISES, AdditiveNoise, Certificate, Noise, check_noise
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.certificates import CERTIFICATES, AdditiveNoise, Certificate, Noise, noise_law
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.runs import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_share, write_file
@@ -76,18 +77,17 @@ class TrainConfig:
         for name, choices in (("method", get_args(TrainingMethod)), ("norm", tuple(CERTIFICATES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "copies", "drop_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("epochs", "batch_size", "copies"):
+            check_integer(name, getattr(self, name))
+        if self.drop_every is not None:
+            check_integer("drop_every", self.drop_every)
+        for name in ("attack_steps", "warmup_epochs", "shift"):
+            check_integer(name, getattr(self, name), 0)
+        check_integer("seed", self.seed, 0, 2**31 - 1)
         for name in ("theta", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("momentum", "weight_decay", "weight", "epsilon", "attack_steps", "warmup_epochs", "shift", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed must be below 2^31, got {self.seed}")
+            check_real(name, getattr(self, name), "(0, inf)")
+        for name in ("momentum", "weight_decay", "weight", "epsilon"):
+            check_real(name, getattr(self, name), "[0, inf)")
         used = _USED.get(self.method, ())
         for name in ("weight", "epsilon", "attack_steps", "warmup_epochs"):
             if name in used and getattr(self, name) == 0 and name != "warmup_epochs":
@@ -98,14 +98,13 @@ class TrainConfig:
             raise ValueError(f"{self.method} training compares noisy copies: at least 2, got copies = {self.copies}")
         if self.method == "macer" and self.norm != "l2":
             raise ValueError("macer maximises the l2 radius of Gaussian noise: norm must be l2")
-        check_noise(self.noise, self.norm)
-        if self.method == "smoothadv" and not isinstance(self.certificate, AdditiveNoise):
+        if not isinstance(noise_law(self.norm, self.noise), AdditiveNoise) and self.method == "smoothadv":
             raise ValueError(f"smoothadv attacks through noise that is added, not through {self.noise} noise")
 
     @property
     def certificate(self) -> Certificate:
         """The noise law."""
-        return NOISES[self.noise] if self.noise else CERTIFICATES[self.norm]
+        return noise_law(self.norm, self.noise)
 
 
 _USED: dict[TrainingMethod, tuple[str, ...]] = {
@@ -163,7 +162,8 @@ def train(
     apart) as one that never was, on the same CPU (other devices may choose other algorithms in another process).
 
     The devices share every batch, and batch norm is of the whole of it: another number of devices gives the same up to
-    rounding. Where JAX runs as several processes (`jax.distributed`), all call this with the same arguments and `out`.
+    rounding. Several CPU devices of one process cannot (`parallel.refuse_collectives`). Where JAX runs as several
+    processes (`jax.distributed`), all call this with the same arguments and `out`.
 
     Args:
       network: takes `train=True` and may have batch statistics.
@@ -171,13 +171,13 @@ def train(
       test: images for the loss and accuracy under one draw of the noise each, after every epoch.
       config: how.
       out: folder, new or of an unfinished training with the same settings.
-      devices: how many local devices of each process; None is all of them.
+      devices: how many local devices of each process; None is all of them, but one CPU device.
       progress: called after every step with the number of steps (at first those that are done already) and the newest
         figures of HISTORY.
 
     Raises:
-      ValueError: if the data do not fit the network or the batch, the loss is not finite any more, `out` is of another
-        training or damaged, or another process trains there.
+      ValueError: if the data do not fit the network or the batch, several CPU devices are asked for, the loss is not
+        finite any more, `out` is of another training or damaged, or another process trains there.
       OSError: if `out` cannot be written.
     """
     import orbax.checkpoint as ocp
@@ -185,8 +185,11 @@ def train(
     steps = len(data) // config.batch_size
     if steps == 0:
         raise ValueError(f"batch_size is {config.batch_size}, but {data.name} has only {len(data)} images")
-    _check_data(network, data, test)
+    if devices is None and jax.default_backend() == "cpu":
+        devices = 1
     mesh = parallel.device_mesh(devices, all_processes=True)
+    parallel.refuse_collectives(mesh, "share the batches of a training")
+    _check_data(network, data, test)
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
     out = absolute(out)
