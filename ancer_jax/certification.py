@@ -28,7 +28,7 @@ class CertifyConfig:
     Attributes:
       n0: draws that select the class.
       n: fresh draws that estimate its probability; at most 2^31 - 1.
-      alpha: probability that a certificate is wrong, for each certificate that is made; in [1e-200, 1).
+      alpha: probability that a certificate fails, for each input; in [1e-200, 1).
 
     Raises:
       ValueError: if a setting is out of range.

@@ -11,10 +11,10 @@ Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pa
 centre; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
 decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
 
-Inside a stored region the answer is that class because the memory says so. A certificate of the classifier with memory
-therefore speaks of inputs that come later; that of one fixed theta speaks of any input, alone. And a certificate that
-was wrong, with probability alpha, answers wrongly for all that come into its region: an answer is right if its own
-certificate and those of all earlier inputs are, so that of the i-th input with probability at least 1 - i alpha.
+Later inputs in a stored region get its class by rule, whether its certificate holds or not. That a smoothed classifier
+answers with this class everywhere in the region is as probable as that its own certificate and those of all earlier
+inputs hold: at least 1 - i alpha for the i-th input. And it speaks of later inputs only, where a certificate of one
+theta for all inputs speaks of any.
 
 References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
 """

@@ -61,18 +61,21 @@ def certify_dataset(
       Path of the table that is written when all processes have finished: `results.tsv`, whose lines are of one
       classifier; or, for data-dependent noise without memory, `results_before_memory.tsv`.
 
-    Guarantee: each certificate that is made holds as one of `certification.certify`, with error probability `alpha`.
-    With method "fixed" or "shared" all lines speak of one smoothed classifier, and each line holds with probability at
-    least 1 - alpha: for whatever input, alone. With "isotropic" or "ancer" each certificate speaks of the smoothed
-    classifier of the theta found for this image, and the lines of `results.tsv` speak of the classifier with memory:
-    of inputs that come later, in the order of ids. There alpha is no longer of each line. Regions that are wrong are
-    too large, and may hold later inputs: a line is right if its own certificate and those of all earlier inputs are,
-    so the i-th line with probability at least 1 - i alpha. All of the first m lines together hold with probability at
-    least 1 - m alpha, with every method. (Fewer terms count only where which regions can reach an input does not
-    depend on draws.) So `alpha = A / number of images` gives a table that is right as a whole with probability 1 - A.
+    Guarantee: each certificate holds with probability at least 1 - alpha, as one of `certification.certify`. With
+    method "fixed" or "shared" all lines speak of one smoothed classifier, for any y in the region.
 
-    What is chosen must not depend on the draws that certify: a `theta_map`, or the best of several thetas, that was
-    chosen by a finished run is certified by a run with another seed.
+    With "isotropic" or "ancer" each certificate speaks of the smoothed classifier of the theta found for its image, and
+    the lines of `results.tsv` speak of the classifier with memory, for inputs that come later in the order of ids. Such
+    a line holds if one smoothed classifier answers with the line's class everywhere in the line's region: that of this
+    image's theta, or of an earlier image's whose class it was given. It does if its own certificate and those of all
+    earlier images hold: for the i-th line with probability at least 1 - i alpha. (Terms can be left out only for images
+    that cannot reach this one whatever the draws.)
+
+    With every method the first m lines hold together with probability at least 1 - m alpha. So `alpha = A / number of
+    images` gives a table that holds as a whole with probability at least 1 - A.
+
+    Whatever is chosen by looking at certified figures, a `theta_map` or the best of several thetas by a finished run,
+    is to be certified with another seed.
 
     Raises:
       ValueError: if the classifier or the data cannot be certified, `theta_map` is missing, not wanted or no theta of

@@ -21,16 +21,24 @@ settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("ours")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests of the plumbing: programs are compiled in half the time, and run slower. Nothing that was compiled one
-    way is used with what is compiled the other way: last bits may differ.
-    """
-    for quick in (True, False):
+def compile_quickly(quick: bool) -> None:
+    """Nothing that was compiled one way is used with what is compiled the other way: last bits may differ."""
+    if getattr(jax.config, "jax_disable_most_optimizations") != quick:  # noqa: B009
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
-        if quick:
-            yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request):
+    """Programs are kept from module to module, as long as these want them compiled in the same way."""
+    wanted = {name for mark in request.node.iter_markers("usefixtures") for name in mark.args}
+    compile_quickly("quick_compilation" in wanted)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(compilation):
+    """For tests of the plumbing: programs are compiled in half the time, and run slower."""
+    compile_quickly(True)
 
 
 @pytest.fixture

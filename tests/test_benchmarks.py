@@ -21,6 +21,8 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
         "invariance.py --n 100",
         "memory.py --small 100 --large 200",
         "reconcile.py --count 200",
+        "selection.py --trials 300",
+        "best_fixed.py --images 2 --n 200",
         "splitting.py --work work --epochs 1 --images 2 --theta 0.5",
         "faults.py --faults 1 --no-record",
         "convolution.py --networks SmallCNN",

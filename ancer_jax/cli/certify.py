@@ -80,10 +80,10 @@ class Certify:
     n: int = CertifyConfig.n
     """Draws that estimate its probability (Cohen et al. 2019: 100,000)."""
     alpha: float = CertifyConfig.alpha
-    """Probability that a certificate is wrong, for each that is made (Cohen et al. 2019: 0.001)."""
+    """Probability that a certificate fails, for each image (Cohen et al. 2019: 0.001)."""
     alpha_run: float | None = None
-    """Instead of --alpha: probability that any line of the table is wrong; each image gets its share. No images can be
-    added to such a run."""
+    """Instead of --alpha: probability that any certificate of the table fails; each image gets its share. No images can
+    be added to such a run."""
     sampling: Literal["fixed", "sequential"] = "fixed"
     """fixed: n draws for every image; sequential: at most n, as many as --radii or --tolerance need; alpha holds."""
     radii: tuple[str, ...] | None = None

@@ -246,9 +246,9 @@ def compare_proxy_radius(results: list[Results], best: Results) -> str:
 
 
 TWO_CLAIMS = (
-    "A fixed theta answers any input, alone. Where each image has a theta of its own, the classifier with memory "
-    "answers: inside a stored region by rule, and its certificates speak of inputs that come later, in the order of "
-    "ids. These are two threat models: that one figure is larger does not make its classifier the more robust one."
+    "A certificate of one theta for all images holds for any input in its region. After memory, a certificate speaks "
+    "of inputs that are served after its image (in the order of ids), and inside a stored region the memory answers by "
+    "rule. These are two threat models: a larger figure does not make its classifier the more robust one."
 )
 
 
@@ -263,8 +263,8 @@ def notes(results: list[Results]) -> list[str]:
         said.append(TWO_CLAIMS)
     if any(r.data_dependent and r.reconciled and r.alpha for r in results):
         said.append(
-            "alpha is of each certificate that is made. After memory, a line is right if its own certificate and those "
-            "of all earlier images are: the i-th line with probability at least 1 - i alpha."
+            "alpha applies to each certificate. After memory, a line holds if its own certificate and those of all "
+            "earlier images do: the i-th line with probability at least 1 - i alpha."
         )
     if any(r.data_dependent and r.reconciled and _kept(r, LEAKAGE_LIMIT) is not None for r in results):
         said.append(
@@ -285,7 +285,7 @@ def notes(results: list[Results]) -> list[str]:
 
 
 def _joint(results: Results) -> str:
-    """The probability, at least, with which all lines of a table are right together, rounded down."""
+    """The probability, at least, with which all certificates of a table hold together, rounded down."""
     if results.alpha is None:
         return "-"
     certain = 1 - len(results.correct) * results.alpha
