@@ -105,17 +105,18 @@ def confidence_sequence_lower(successes, trials, alpha):
 
 
 def _proven(tail, guess, safe, alpha):
-    """`guess`, or, where its tail is not clearly at most alpha, the result of a bisection between it and `safe`."""
-    alpha = alpha / (1 + _SLACK)
-    holds = tail(guess) <= alpha
-    if holds.all():
+    """`guess`, or, where its tail is above alpha, or far below it, the result of a bisection."""
+    at_guess, limit = tail(guess), alpha / (1 + _SLACK)
+    holds = at_guess <= limit
+    right = holds & (at_guess >= alpha / (1 + 4 * _SLACK))
+    if right.all():
         return guess
-    good, bad = np.full_like(guess, safe), np.where(np.isnan(guess), 1 - safe, guess)
+    good, bad = np.where(holds, guess, safe), np.where(holds | np.isnan(guess), 1 - safe, guess)
     for _ in range(60):
         middle = (good + bad) / 2
-        right = tail(middle) <= alpha
-        good, bad = np.where(right, middle, good), np.where(right, bad, middle)
-    return np.where(holds, guess, good + (safe - good) * _MARGIN)
+        below = tail(middle) <= limit
+        good, bad = np.where(below, middle, good), np.where(below, bad, middle)
+    return np.where(right, guess, good + (safe - good) * _MARGIN)
 
 
 def separate_bounds(counts, top: int, alpha: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from ancer_jax import bounds
 from ancer_jax._checks import check_integer, check_real
 from ancer_jax.certificates import Certificate, SplittingL1
 from ancer_jax.classifiers import Classifier
-from ancer_jax.smoothing import Stage, class_counts, stage_key
+from ancer_jax.smoothing import Stage, check_random, class_counts, stage_key
 
 ABSTAIN = -1
 _FLOAT32 = np.finfo(np.float32)
@@ -41,7 +41,9 @@ class CertifyConfig:
     def __post_init__(self):
         for name in ("n0", "n"):
             check_integer(name, getattr(self, name), 1, 2**31 - 1)
+            object.__setattr__(self, name, int(getattr(self, name)))
         check_real("alpha", self.alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+        object.__setattr__(self, "alpha", float(self.alpha))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Evidence(NamedTuple):
       votes, n: votes for the class, and draws, of the bound that counts: all n draws, or those of the best look of
         sequential sampling.
       alpha: error probability of that bound; 0 for exact certificates.
-      runner_up: votes for the second class; needed for exact certificates alone, else 0.
+      runner_up: votes for the second class, of exact certificates; else the most that it can have.
     """
 
     votes: np.ndarray
@@ -130,15 +132,18 @@ def certification(selected, count, *, certificate: Certificate, config: CertifyC
     """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
+
+    Raises:
+      ValueError: if the noise is the exact form of splitting noise, or a count is out of range.
     """
+    check_random(certificate)
     return certification_from(selected, all_draws(count, config), certificate)
 
 
 def all_draws(count, config: CertifyConfig) -> Evidence:
     """The evidence where all `config.n` draws are counted."""
     count = np.asarray(count)
-    full = lambda value: np.full(count.shape, value)
-    return Evidence(count, full(config.n), full(config.alpha), full(0))
+    return Evidence(count, np.full(count.shape, config.n), np.full(count.shape, config.alpha), config.n - count)
 
 
 def exact_evidence(counts, num_draws) -> tuple[np.ndarray, Evidence]:

@@ -172,12 +172,13 @@ def check_classifier(classifier: Classifier, x) -> None:
 
 
 def calls_the_host(classifier: Classifier, x) -> bool:
-    """Whether the program that classifies inputs like `x` [*d] calls back to Python (`pure_callback`, `io_callback`).
+    """Whether the program that classifies inputs like `x` [*d] calls code outside of it: by `jax.pure_callback`,
+    `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`.
 
     What such a function computes is not in the program, and so not in its `fingerprint`.
     """
     program = str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
-    return re.search(r"\b(pure_callback|io_callback)\b", program) is not None
+    return bool({*re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", program)} - {"debug_callback"})
 
 
 def fingerprint(classifier: Classifier, x) -> str:

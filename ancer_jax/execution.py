@@ -33,7 +33,7 @@ class Computed(NamedTuple):
       theta: [batch] for fixed and isotropic, [batch, *d] for shared and ancer.
       leaked: what was counted for its leakage; zeros where it is not measured.
       votes: what counts the votes.
-      selection: the draws that select the class, being counted; empty for exact certificates.
+      selection: the draws that select the class, being counted; for exact certificates those of the certificate.
       estimation: the draws of the certificate, being counted; None where sampling is sequential.
     """
 
@@ -46,7 +46,7 @@ class Computed(NamedTuple):
     @property
     def selected(self) -> np.ndarray:
         """The selected class of each image, of exact certificates the top one; waits for its votes."""
-        return self.votes.end(self.selection or self.estimation or []).argmax(axis=1).astype(np.int32)
+        return self.votes.end(self.selection).argmax(axis=1).astype(np.int32)
 
 
 def compute(
@@ -80,7 +80,7 @@ def compute(
     votes = counting.Votes(keys, classifier, on_all[1], parallel.replicate(theta, mesh), config, chunk=chunk, mesh=mesh)
     begin = lambda stage, n: votes.begin(stage, rows, np.zeros_like(rows), np.broadcast_to(n, rows.shape))
     if config.exact:
-        selection, estimation = [], begin(Stage.ESTIMATE, _num_draws(theta)[rows])
+        selection = estimation = begin(Stage.ESTIMATE, _num_draws(theta)[rows])
     else:
         selection = begin(Stage.SELECT, config.certify.n0)
         estimation = None if config.sampling else begin(Stage.ESTIMATE, config.certify.n)

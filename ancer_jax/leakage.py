@@ -128,15 +128,16 @@ def reference_classes(
       ValueError: at trace time, as in `smoothing.class_counts`.
     """
 
-    counts = _counts(keys, classifier, certificate, images, theta, num_samples=num_samples, chunk=chunk)
+    of = Stage.LEAKAGE, keys, classifier, certificate, images, theta
+    counts = _counts(*of, num_samples=num_samples, chunk=chunk)
     return jnp.where(counts.any(axis=1), counts.argmax(axis=1), -1).astype(jnp.int32)
 
 
-def _counts(keys, classifier, certificate, images, theta, *, num_samples, chunk) -> Int[Array, "m K"]:
-    """Votes for each class of the draws of every image."""
+def _counts(stage, keys, classifier, certificate, images, theta, *, num_samples, chunk) -> Int[Array, "m K"]:
+    """Votes for each class of the draws of every image, of that stage."""
 
     def count(reference):
-        key, image = stage_key(reference[0], Stage.LEAKAGE), reference[1]
+        key, image = stage_key(reference[0], stage), reference[1]
         return class_counts(key, classifier, certificate, image, theta, num_samples=num_samples, chunk=chunk)
 
     return jax.lax.map(count, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
@@ -203,9 +204,8 @@ def vote_leakage(
       int32 [] votes, int32 [] draws; both 0 for an abstention.
     """
     eligible = _eligible(references, x, prediction)
-    counts = _counts(
-        references.keys, classifier, certificate, references.images, theta, num_samples=num_samples, chunk=chunk
-    )
+    of = Stage.SOFT_LEAKAGE, references.keys, classifier, certificate, references.images, theta
+    counts = _counts(*of, num_samples=num_samples, chunk=chunk)
     votes = jnp.where(eligible, counts[:, prediction], 0).sum(dtype=jnp.int32)
     return votes, eligible.sum(dtype=jnp.int32) * num_samples
 

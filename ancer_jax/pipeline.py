@@ -112,7 +112,7 @@ def certify_dataset(
             progress(0 if mine is None else len(mine) - len(todo))
             if mine is not None and todo:
                 if settings["calls_the_host"]:
-                    _warn_or_refuse(out, begun=len(todo) < len(mine))
+                    _warn_or_refuse(out, begun=bool(done))
                 _certify_images(run, classifier, mine, todo, theta, config, execution, mesh, progress)
             if {*dataset.ids.tolist()} <= run.done():
                 with run.exporting() as ours:  # not if another process has finished, too, and was first
@@ -125,7 +125,9 @@ def certify_dataset(
 
 def _warn_or_refuse(out, *, begun: bool) -> None:
     """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
-    what = "the classifier calls back to the host (pure_callback or io_callback): what it computes there has no hash"
+    what = "the classifier calls code on the host (by pure_callback or the like): what it computes there has no hash"
+    if jax.process_count() > 1:
+        raise ValueError(f"{what}, so several processes cannot know that theirs is the same")
     if begun:
         raise ValueError(f"{what}, so {out} cannot be continued: it may have been another classifier")
     warnings.warn(f"{what}, so this run cannot be continued once it is stopped", stacklevel=3)
@@ -230,6 +232,7 @@ def _store(run: Run, batch, computed: Computed, config: RunConfig, began: float)
 
 def _settings(classifier, dataset, config, theta, mesh) -> dict[str, Any]:
     """What is hashed into the run: all that makes another base classifier, other data, or other results."""
+    device = mesh.devices.flat[0]
     shared = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "shared" else {}
     return (
         config.settings()
@@ -237,7 +240,8 @@ def _settings(classifier, dataset, config, theta, mesh) -> dict[str, Any]:
         | {
             "classifier": fingerprint(classifier, dataset.images[0]),
             "calls_the_host": calls_the_host(classifier, dataset.images[0]),
-            "platform": mesh.devices.flat[0].platform,
+            # Accelerators of one platform differ: float32 products are TF32 on some GPUs only.
+            "platform": "cpu" if device.platform == "cpu" else f"{device.platform}, {device.device_kind}",
             "precision": getattr(jax.config, "jax_default_matmul_precision") or "default",  # noqa: B009
             "data": {
                 "name": dataset.name,

@@ -110,7 +110,7 @@ def _rows(shard, settings, answers):
             int(one["n"]),
             round_down(log_volume(region), 3),
             settings["method"],
-            round_down(at_bound, 4),
+            round_up(at_bound, 4),
             *(round_up(share, 4) for share in leakage),
             *extra,
         )

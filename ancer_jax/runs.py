@@ -97,7 +97,7 @@ class Run:
         Raises:
           ValueError: if a shard is truncated, renamed, doubled, changed, or belongs to another run.
         """
-        checked = ("gap", "p_lower", "predictions", "n", *(f"bound_{name}" for name in Evidence._fields))
+        checked = ("gap", "p_lower", "predictions", "counts", "n", *(f"bound_{name}" for name in Evidence._fields))
         names = tuple(dict.fromkeys(("ids", *names)))
         seen, read = set(), tuple(dict.fromkeys((*names, *(checked if "gap" in names else ()))))
         for file in self.files() if files is None else files:
@@ -246,6 +246,10 @@ class Run:
         before = self.columns("predictions", "gap", *leaked, files=files)
         if after is None or len(after["ids"]) != len(before["ids"]):
             return None
+        sound = (after["gap"] >= 0) & (after["gap"] <= before["gap"]) & (after["inside"] < before["ids"])
+        sound &= (after["prediction"] == before["predictions"]) | np.isin(after["inside"], before["ids"])
+        if not (sound & ((after["prediction"] != ABSTAIN) | (after["gap"] == 0))).all():
+            raise ValueError(f"{self.path / MEMORY}: no memory of this run's certificates; delete it to make it again")
         answers: dict[int, Answer] = {}
         for row, id_ in enumerate(before["ids"]):
             was, prediction, inside = before["predictions"][row], after["prediction"][row], int(after["inside"][row])
@@ -289,7 +293,8 @@ def open_run(
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
     with locked_share(path, process, processes) as still_held:
-        settings = {"results_version": RESULTS_VERSION, **json.loads(json.dumps(settings))}
+        plain = json.dumps(settings, default=lambda number: number.item())  # numbers of numpy
+        settings = {"results_version": RESULTS_VERSION, **json.loads(plain)}
         run = _run(path, settings, made_with=made_with, process=process, still_held=still_held)
         config = path / "config.json"
         if config not in list_folder(path):
@@ -390,14 +395,20 @@ def _run(path, settings, **options) -> Run:
 def _follows_from_counts(shard: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> bool:
     """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
     law = noise_law(settings["norm"], settings.get("noise"), exact=bool(settings.get("exact")))
-    evidence = Evidence(*(shard[f"bound_{name}"] for name in Evidence._fields))
-    if (evidence.alpha > (0 if settings.get("exact") else settings["certify"]["alpha"])).any():
+    evidence, config = Evidence(*(shard[f"bound_{name}"] for name in Evidence._fields)), settings["certify"]
+    if settings.get("sampling"):
+        sound = (evidence.n <= config["n"]) & (shard["n"] <= config["n"]) & (evidence.alpha <= config["alpha"])
+    else:
+        sound = (evidence.votes == shard["counts"]) & (evidence.n == shard["n"])
+        exact = bool(settings.get("exact"))
+        sound &= (evidence.alpha == 0) if exact else (evidence.n == config["n"]) & (evidence.alpha == config["alpha"])
+    if not sound.all():
         return False
     try:
         p_lower, gap = evidence.bound_and_gap(law)
     except ValueError:
         return False
-    same = np.isclose(gap, shard["gap"], rtol=1e-9, atol=0) & np.isclose(p_lower, shard["p_lower"], rtol=1e-9, atol=0)
+    same = np.isclose(gap, shard["gap"], rtol=1e-8, atol=0) & np.isclose(p_lower, shard["p_lower"], rtol=1e-8, atol=0)
     return bool((same & ((shard["predictions"] == ABSTAIN) == (gap == 0))).all())
 
 

@@ -32,7 +32,7 @@ from ancer_jax.certification import (
 )
 from ancer_jax.classifiers import Classifier
 from ancer_jax.regions import geometric_mean
-from ancer_jax.smoothing import Stage, class_counts_between, stage_key
+from ancer_jax.smoothing import Stage, check_random, class_counts_between, stage_key
 
 # Sizes of looks are multiples of UNIT, each half as large again as the last one.
 UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
@@ -163,6 +163,7 @@ def estimate(
       count (for a tolerance by a pilot of other draws); the bound of a look fails with probability at most its part;
       the parts add up to alpha. The result is the largest of the bounds.
     """
+    check_random(certificate)
     batch, n, tolerance = len(selected), config.n, sequential.tolerance
     rows, pilot = np.arange(batch), np.zeros(batch, np.int64)
     if tolerance is None:
@@ -175,7 +176,7 @@ def estimate(
     goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(batch, -1)
     goals = np.maximum(goals * (1 + 1e-9), 1e-12)  # reached in the table, too, and 0 only by a region
     count, drawn, p_lower = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
-    best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), np.zeros(batch, np.int64))
+    best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), sizes[:, 0].copy())
     for look in itertools.count():
         if not rows.size:
             break
@@ -184,7 +185,7 @@ def estimate(
         drawn[rows], votes = size, count[rows]
         bound = bounds.clopper_pearson_lower(votes, size, alphas[rows, look])
         better = bound > p_lower[rows]
-        for column, value in zip(best, (votes, size, alphas[rows, look]), strict=False):
+        for column, value in zip(best, (votes, size, alphas[rows, look], size - votes), strict=True):
             column[rows[better]] = value[better]
         p_lower[rows] = np.maximum(p_lower[rows], bound)
         gap = certificate.gap(p_lower[rows])

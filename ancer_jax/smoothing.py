@@ -28,6 +28,7 @@ class Stage(enum.IntEnum):
     LEAKAGE = 6
     DIFFERENTIABLE = 7
     PILOT = 8
+    SOFT_LEAKAGE = 9
 
 
 def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:
@@ -88,15 +89,20 @@ def class_counts(
     """
     check_integer("num_samples", num_samples)
     check_integer("chunk", chunk)
-    _check_random(certificate)
-    chunk = min(chunk, num_samples)
+    check_random(certificate)
+    chunk = min(int(chunk), int(num_samples))
     steps = math.ceil(num_samples / chunk)
     return class_counts_between(
         key, classifier, certificate, x, theta, first=0, stop=num_samples, steps=steps, chunk=chunk
     )
 
 
-def _check_random(certificate) -> None:
+def check_random(certificate: Certificate) -> None:
+    """Refuse the exact form of splitting noise, whose draws are not random.
+
+    Raises:
+      ValueError: if it is that.
+    """
     if isinstance(certificate, SplittingL1) and certificate.exact:
         raise ValueError("exact certificates are of all draws there are, not of some: certify_dataset with exact=True")
 
@@ -132,7 +138,7 @@ def class_counts_between(
         left = jnp.asarray(stop) - first - step * chunk
         counted = (jnp.arange(chunk) < left) & ~jnp.isnan(logits).any(axis=-1)
         votes = jax.nn.one_hot(logits.argmax(axis=-1), classifier.num_classes, dtype=jnp.int32)
-        return counts + (votes * counted[:, None]).sum(axis=0)
+        return counts + (votes * counted[:, None]).sum(axis=0, dtype=jnp.int32)
 
     return jax.lax.fori_loop(0, steps, add, jnp.zeros(classifier.num_classes, jnp.int32))
 
@@ -155,7 +161,7 @@ def smoothed_probs(
       float [K], sums to 1.
     """
     check_integer("num_samples", num_samples)
-    _check_random(certificate)
+    check_random(certificate)
     logits = _noisy_logits(key, classifier, certificate, jnp.asarray(x)[None], theta, jnp.arange(num_samples))
     return jax.nn.softmax(logits, axis=-1).mean(axis=0)
 
@@ -183,6 +189,6 @@ def probs_of_each(
     Raises:
       ValueError: at trace time, if the images are not floating point.
     """
-    _check_random(certificate)
+    check_random(certificate)
     logits = _noisy_logits(key, classifier, certificate, images, theta, jnp.arange(jnp.shape(images)[0]))
     return jax.nn.softmax(logits, axis=-1)

@@ -68,7 +68,7 @@ def start(folder, out, *flags, failures=0.0):
 def contents(out):
     """Everything that a finished run says, the seconds apart: its lines, its memory, its shards by id."""
     tables = []
-    for name in ("results.tsv", "results_memory.tsv"):
+    for name in ("results.tsv", "results_before_memory.tsv"):
         if (out / name).exists():
             cells = [line.split("\t") for line in (out / name).read_text().splitlines()]
             tables.append([row[:5] + row[6:] for row in cells])

@@ -39,8 +39,11 @@ class Worker:
             norm=self.norm, method="ancer", theta=theta, certify=aj.CertifyConfig(n0, n, alpha), seed=seed,
             leakage=None, sampling=aj.SequentialConfig(radii=record.RADII[self.norm]),
         )  # fmt: skip
-        split = "draws" if len(rows) < self.mesh.size else "images"  # as the guide says for few images
-        found, stored = self._run(rows, config, aj.Execution(split=split))
+        execution = aj.Execution()
+        if len(rows) < self.mesh.size:  # as the guide says for few images; CPU devices cannot share draws
+            on_cpu = jax.default_backend() == "cpu"
+            execution = aj.Execution(devices=1) if on_cpu else aj.Execution(split="draws")
+        found, stored = self._run(rows, config, execution)
         np.save(out, stored["theta"].transpose(0, 3, 1, 2))
         return {"radius_proxy": found["radius_proxy"].tolist(), "draws": float(stored["draws"].mean())}
 
@@ -117,7 +120,8 @@ class Worker:
         key = jax.random.key(seed, impl="threefry2x32")
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(shared_out)
         arrays = aj.parallel.split_rows((keys, *(array[shared_out] for array in arrays)), self.mesh)
-        program = jax.jit(jax.vmap(function, (None, *[0] * len(arrays))))
+        of_rows = jax.vmap(function, (None, *[0] * len(arrays)))
+        program = jax.jit(aj.parallel.each_with_its_rows(of_rows, self.mesh, [False, *[True] * len(arrays)]))
         if keep is not None:
             program = self.programs.setdefault(keep, program)
         found = program(aj.parallel.replicate(shared or self.classifier, self.mesh), *arrays)

@@ -26,12 +26,14 @@ from overhead import NETWORKS, seconds
 
 import ancer_jax as aj
 from ancer_jax import execution, parallel, pipeline
+from ancer_jax.certification import all_draws, certification_from
 from ancer_jax.data import Dataset, batches
+from ancer_jax.leakage import Leaked
 from ancer_jax.models import make_network
 from ancer_jax.runs import open_run
 
 IMAGES, N, PER_PROCESS = 50_000, 100_100, 4
-SEARCH = 3 * (900 + 100) * 100 + 2 * 1000 + 64 * 200  # gradients cost three passes; guard; leakage
+SEARCH = 3 * (900 + 100) * 100 + 2 * 1000 + (64 + 8) * 200  # gradients cost three passes; guard; leakage
 DEVICES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 PUBLISHED = 909.0
 LAW = aj.GaussianL2()
@@ -58,9 +60,9 @@ def sharded_path(name, n, chunk, seed, repeats):
     with tempfile.TemporaryDirectory() as folder, open_run(f"{folder}/run", config.settings(), {}) as run:
 
         def sharded():
-            ids, placed = execution.place((batch["id"].astype(np.uint32), batch["image"]), "images", mesh)
+            ids, start = batch["id"].astype(np.uint32), np.asarray(config.theta, np.float32)
             how = {"rows": np.arange(10), "split": "images", "chunk": chunk, "mesh": mesh}
-            computed = execution.compute(ids, replicated, placed, np.float32(config.theta), None, config, **how)
+            computed = execution.compute(ids, replicated, batch["image"], start, None, config, **how)
             pipeline._store(run, batch, computed, config, 0.0)
 
         times = seconds({"plain": lambda: plain(classifier, images), "sharded": sharded}, repeats)
@@ -73,11 +75,13 @@ def host(images, shape, per_coordinate):
     config = aj.RunConfig(theta=0.25)
     theta = np.full((10, *shape) if per_coordinate else 10, 0.25, np.float32)
     settings = config.settings() | {"data": {"image_shape": list(shape)}}
-    column = lambda value, dtype: np.full(10, value, dtype)
-    arrays = {"labels": column(0, int), "predictions": column(0, int), "counts": column(99_000, int), "theta": theta}
-    arrays |= {"p_lower": column(0.98, float), "gap": column(2.0, float), "seconds": column(1.0, float)}
-    arrays |= {"pixels": column(0, np.uint64), "leaked": column(0, np.int32), "references": column(0, np.int32)}
-    arrays |= {"n": column(N, int), "draws": column(N, int)}
+    evidence = all_draws(np.full(10, 99_000), config.certify)
+    found = certification_from(np.zeros(10, int), evidence, LAW)
+    arrays = {"predictions": found.prediction, "counts": found.count, "n": found.n, "p_lower": found.p_lower}
+    arrays |= {"gap": found.gap, "theta": theta, "seconds": np.ones(10), "pixels": np.zeros(10, np.uint64)}
+    arrays |= {"labels": np.zeros(10, int), "draws": np.full(10, N)}
+    arrays |= {f"bound_{name}": column for name, column in evidence._asdict().items()}
+    arrays |= {f"leaked_{name}": np.zeros(10, np.int32) for name in Leaked._fields}
     result = {"coordinates of theta": theta[0].size}
     with tempfile.TemporaryDirectory() as folder, open_run(f"{folder}/run", settings, {}) as run:
         for what, work in (

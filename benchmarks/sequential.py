@@ -79,13 +79,14 @@ def draws_of_the_sequence(p, at, most=131_100) -> float:
 def simulations():
     p, rows, failures = public_p(2_000), [], []
     for at, published in PUBLISHED.items():
-        ours, _ = simulate(p, aj.SequentialConfig(radii=(at,)))
+        ours = simulate(p, aj.SequentialConfig(radii=(at,))).certification
         sequence = draws_of_the_sequence(p[::4], scipy.stats.norm.cdf(at))
         rows.append({"radius": at, "ours": ours.n.mean(), "confidence sequence": sequence, "published": published})
     for norm in ("l2", "l1"):
         for rule in (aj.SequentialConfig(radii=(0.25, 0.5, 1.0)), aj.SequentialConfig(tolerance=TOLERANCE)):
             for one in (0.5, 0.6, 0.75, 0.9, 0.99, 0.999):
-                failed = int((simulate(np.full(20_000, one), rule, norm)[0].p_lower > one).sum())
+                found = simulate(np.full(20_000, one), rule, norm).certification
+                failed = int((found.p_lower > one).sum())
                 p_value = scipy.stats.binomtest(failed, 20_000, CONFIG.alpha, alternative="greater").pvalue
                 failures.append({"norm": norm, "rule": str(rule), "p": one, "failures": failed, "p_value": p_value})
     record.show(rows)

@@ -3,8 +3,9 @@
     python benchmarks/shared_theta.py    # half an hour on two CPU cores
 
 Learns theta on the 2,000 bundled Fashion-MNIST training images (`differentiable.learn_theta`), then certifies 50 test
-images with it, with fixed thetas, and with isotropic and anisotropic theta for each image (after memory); bundled
-classifiers, n = 10,000, alpha = 0.001, l2 and l1. The best fixed theta is chosen on the test images, which favours it.
+images with it, with the best fixed theta, and with isotropic and anisotropic theta for each image (after memory);
+bundled classifiers, n = 10,000, alpha = 0.001, l2 and l1. The best fixed theta is chosen on the test images, which
+favours it, but by other draws than those that certify it (benchmarks/best_fixed.py).
 Draws the learned thetas. Exit status 1 if the shared theta does not beat the best fixed one in ACR-tilde.
 """
 
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 
+import best_fixed
 import jax
 import numpy as np
 import record
@@ -25,7 +27,6 @@ from ancer_jax.data import select
 from ancer_jax.differentiable import learn_theta
 from ancer_jax.metrics import average_certified_radius
 
-FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0)
 SEED, IMAGES, STEPS, N = 0, 50, 300, 10_000
 
 
@@ -61,8 +62,8 @@ def compare(norm, folder):
         "anisotropic": aj.AnisotropicConfig.reference(),
         "seed": SEED,
     }
-    runs = [(f"fixed {f * bundled.theta:g}", {"theta": f * bundled.theta}, None) for f in FACTORS]
-    runs.append(("shared", {"method": "shared"}, theta))
+    best, tried = best_fixed.choose(norm, test, folder, n=N)
+    runs = [(f"fixed {best:g}", {"theta": best}, None), ("shared", {"method": "shared"}, theta)]
     runs += [(method, {"method": method, "theta": bundled.theta}, None) for method in ("isotropic", "ancer")]
     rows = []
     for name, settings, theta_map in runs:
@@ -80,7 +81,7 @@ def compare(norm, folder):
         "theta_geometric_mean": float(np.exp(np.log(theta).mean())),
         "theta_max": float(theta.max()),
     }
-    return rows, learned, theta
+    return rows, tried, learned, theta
 
 
 def draw(thetas):
@@ -94,18 +95,17 @@ def draw(thetas):
 
 
 def main() -> int:
-    rows, learned, thetas = [], [], {}
+    rows, tried, learned, thetas = [], [], [], {}
     with tempfile.TemporaryDirectory() as folder:
         for norm in ("l2", "l1"):
-            more, how, thetas[norm] = compare(norm, folder)
-            rows, learned = rows + more, [*learned, how]
+            more, of_fixed, how, thetas[norm] = compare(norm, folder)
+            rows, tried, learned = rows + more, tried + of_fixed, [*learned, how]
     record.show(rows)
     draw(thetas)
-    record.save("shared_theta", {"images": IMAGES, "n": N, "learned": learned, "rows": rows}, seed=SEED)
-    size = lambda norm, start: max(
-        row["ACR-tilde"] for row in rows if row["norm"] == norm and row["method"].startswith(start)
-    )
-    passed = all(size(norm, "shared") > size(norm, "fixed") for norm in thetas)
+    stored = {"images": IMAGES, "n": N, "learned": learned, "tried": tried, "rows": rows}
+    record.save("shared_theta", stored, seed=SEED)
+    size = {(row["norm"], row["method"].split()[0]): row["ACR-tilde"] for row in rows}
+    passed = all(size[norm, "shared"] > size[norm, "fixed"] for norm in thetas)
     print("passed" if passed else "MISSED A BAR")
     return 0 if passed else 1
 

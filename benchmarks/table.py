@@ -74,6 +74,11 @@ def lines():
                 yield what, figure, "", "leakage", found
         if cost := found["results"].get("cost"):
             yield f"leakage / certification, n = {cost['n']:,}", f"{cost['ratio']:.3f}", "<= 0.15", "leakage", found
+    if found := load("best_fixed"):
+        for r in found["results"]["rows"]:
+            images = found["results"]["images"]
+            what = f"{r['norm']}, fixed {r['theta']:g}, seed {r['seed']}, {images} images: accuracy; ACR"
+            yield what, f"{round_down(r['accuracy'], 3)}; {round_down(r['ACR'], 3)}", "", "best_fixed", found
     if found := load("training"):
         for name, acr in found["results"]["acr"].items():
             bar = "> augmentation" if name in ("smoothadv", "macer") else ""

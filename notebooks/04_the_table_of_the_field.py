@@ -54,8 +54,9 @@ print(f"trained with theta = {bundled.theta}; images {images.ids.tolist()}")
 #
 # A `RunConfig` holds all that changes results, and `certify_dataset` certifies every image into a run directory. A run
 # that was stopped continues where it was. With `isotropic` and `ancer` all images then go through the memory, in order
-# of their ids. The searches are bounded by four times the theta that they start from; leakage asks
-# how many of 50 other images the noise that was found sends to the image's class.
+# of their ids. The searches are bounded by four times the theta that they start from; leakage asks how many of 50 other
+# images the noise that was found sends to the image's class, and which share of single draws it sends there, over 50
+# more that no search has seen.
 
 # %%
 few = aj.CertifyConfig(n=1_000, alpha=0.001)
@@ -104,12 +105,14 @@ Markdown(orders)
 # %% [markdown]
 # - **Leakage**: the share of other images that get this image's class under the noise found for it. Where it is large,
 #   the noise itself looks like the class, and the certificate, though true, says little about the image. The columns
-#   "without leaky" count every theta above the limit as certifying nothing.
+#   "without leaky" count every theta that is not known to leak at most 0.1 as certifying nothing. Soft leakage is the
+#   share of single votes, over images that no search has seen; it has no threshold, and is not 0 under usual noise.
 # - **Theta at its bound**: how many images have coordinates of theta at `theta_max`. Their regions are as large as
 #   the bound lets them be.
 #
 # Before memory, `isotropic` and `ancer` have a classifier for each image. Such figures are labelled
-# "per-input classifiers, not reconciled by memory". A run with `reconcile=False` has only those:
+# "per-input classifiers, not reconciled by memory". A run with `reconcile=False` has only those, in
+# `results_before_memory.tsv`; `results.tsv` is always of one classifier.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +153,10 @@ for n in (few.n, 100_000):
     print(f"n = {n:,}: probability at most {p_lower:.5f}, gap at most {aj.GaussianL2().gap(p_lower):.3f}")
 
 # %% [markdown]
-# - Certificates hold with probability 1 - alpha for each image, not for all of them together.
+# - Each certificate that is made holds with probability 1 - alpha; all of them together with 1 - 10 alpha. After memory
+#   a line is right if its own certificate and those of all earlier images are: the i-th with probability 1 - i alpha.
+# - Do not pick the best fixed theta by these runs: of several certificates the best is often the one that was lucky.
+#   Choose with one seed, and certify with another.
 # - A larger region need not be about the image: look at the columns without leaky thetas before comparing.
 #
 # ## Curves

@@ -23,9 +23,13 @@ settings.load_profile("ours")
 
 def compile_quickly(quick: bool) -> None:
     """Nothing that was compiled one way is used with what is compiled the other way: last bits may differ."""
-    if getattr(jax.config, "jax_disable_most_optimizations") != quick:  # noqa: B009
+    if compiled_quickly[-1] != quick:
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quick)
+        compiled_quickly.append(quick)
+
+
+compiled_quickly = [False]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,7 @@
 import concurrent.futures
 import copy
 import math
+import sys
 import threading
 
 import jax
@@ -639,12 +640,12 @@ def test_attacks_find_no_contradiction_among_ten_thousand(norm):
     attack(norm, clusters=200, members=50, pairs=1000, swallowed=500)
 
 
-def test_threads_that_insert_into_one_memory_get_their_own_rows():
+def test_threads_that_insert_into_one_memory_get_their_own_rows(request):
     """A Memory is a value, for threads, too: what each adds to it is what it would be alone."""
     rng = np.random.default_rng(0)
     start, _ = fill(2, *((rng.normal(size=3), 1.0, 0.1, i % 2) for i in range(4)))
     inputs = [(rng.normal(size=3), 1.0, 0.2, i % 2) for i in range(8)]
-    barrier = threading.Barrier(len(inputs))
+    barrier, interval = threading.Barrier(len(inputs)), sys.getswitchinterval()
 
     def work(one):
         center, theta, gap, prediction = one
@@ -652,6 +653,8 @@ def test_threads_that_insert_into_one_memory_get_their_own_rows():
         return insert(start, Region(center, theta, gap, 2), prediction)
 
     with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        request.addfinalizer(lambda: sys.setswitchinterval(interval))
+        sys.setswitchinterval(1e-6)
         for _ in range(30):
             start = restore(start.regions, start.predictions)  # with spare rows again, which all of them want
             start = insert(start, Region(rng.normal(size=3), 1.0, 0.0, 2), 1)[0]

@@ -16,10 +16,12 @@ from ancer_jax import (
     UniformL1,
     from_function,
     guarded_choice,
+    optimize,
     optimize_anisotropic,
     optimize_isotropic,
 )
 from ancer_jax.leakage import leakage, make_references
+from ancer_jax.smoothing import Stage, stage_key
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -314,3 +316,14 @@ def test_settings_out_of_range_are_refused(change):
     object.__setattr__(config, "objective", "radius")
     with pytest.raises(ValueError, match="objective must be one of ancer, log_volume, got 'radius'"):
         config.__post_init__()
+
+
+def test_searches_and_guard_draw_by_keys_of_their_own(monkeypatch):
+    """Not by those of the draws that certify."""
+    stages = []
+    monkeypatch.setattr(optimize, "stage_key", lambda key, stage: stages.append(stage) or stage_key(key, stage))
+    of = jax.random.key(0), reference.linear([1.0, -1.0]), GaussianL2(), np.float32([0.5, 0.1])
+    optimize_isotropic(*of, np.float32(0.5), config=IsotropicConfig(steps=1, num_samples=2))
+    optimize_anisotropic(*of, np.float32(0.5), config=AnisotropicConfig(steps=1, num_samples=2))
+    guarded_choice(*of, np.float32(0.5), np.float32(0.6), guard="volume", num_samples=5, chunk=5)
+    assert set(stages) == {Stage.ISOTROPIC, Stage.ANISOTROPIC, Stage.GUARD}

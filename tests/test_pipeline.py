@@ -18,6 +18,8 @@ from ancer_jax import (
     RunConfig,
     certify,
     certify_dataset,
+    count_votes,
+    counting,
     from_function,
     load_memory,
     memory,
@@ -408,17 +410,19 @@ def test_a_classifier_that_calls_back_to_the_host_is_not_resumed(tmp_path):
     """Its program is the same whatever the function computes."""
     called = from_function(asks_the_host, CLASSIFIER.variables, num_classes=2)
     two = take(DATASET, [0, 1])
-    with pytest.warns(match=r"calls back to the host .* so this run cannot be continued once it is stopped"):
+    with pytest.warns(match=r"calls code on the host .* so this run cannot be continued once it is stopped"):
         certify_dataset(called, two, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))
-    with pytest.raises(ValueError, match=r"calls back to the host .*run cannot be continued"):
-        certify_dataset(called, DATASET, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))
+    for more in (DATASET, take(DATASET, [2, 3])):  # the rest, or others alone
+        with pytest.raises(ValueError, match=r"calls code on the host .*run cannot be continued"):
+            certify_dataset(called, more, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))
     certify_dataset(called, two, CONFIG, out=tmp_path / "run", execution=Execution(devices=1))  # nothing is left to do
     assert read_run(tmp_path / "run").done() == {3, 5}
     assert read_run(tmp_path / "run").settings["calls_the_host"] is True
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("platform", "gpu"), ("precision", "highest"), ("results_version", 1), ("platform", None)]
+    ("setting", "value"),
+    [("platform", "gpu, NVIDIA H100"), ("precision", "highest"), ("results_version", 1), ("platform", None)],
 )
 def test_another_arithmetic_is_another_base_classifier(tmp_path, setting, value):
     """A run begun on a CPU is not finished on a GPU, nor in another precision: the program's text is the same."""
@@ -435,16 +439,44 @@ def test_another_arithmetic_is_another_base_classifier(tmp_path, setting, value)
         certify_dataset(CLASSIFIER, DATASET, CONFIG, out=tmp_path / "run")
 
 
+def coin(variables, x):
+    """Class 1 or 0 with probability 1/2, whatever x is."""
+    side = jnp.floor(50 * x.reshape(len(x), -1)[:, 0]) % 2
+    return jnp.stack([variables - side, side - variables], axis=1)
+
+
+def test_the_class_is_selected_by_draws_that_do_not_estimate_it(tmp_path):
+    """Where votes are even, the class that most of the estimating draws vote for is often another one."""
+    classifier = from_function(coin, np.float32(0.5), num_classes=2)
+    certify_dataset(classifier, CROWD, CONFIG, out=tmp_path / "run", execution=Execution(batch_size=5, devices=2))
+    counts = read_run(tmp_path / "run").columns("counts")["counts"]
+    for i, x, count in zip(CROWD.ids, CROWD.images, counts, strict=True):
+        key = jax.random.fold_in(jax.random.key(0), int(i))
+        arguments = key, classifier, GaussianL2(), x, np.float32(0.3)
+        assert count_votes(*arguments, config=CONFIG.certify, chunk=100)[1] == count
+    assert 2 <= (counts < CONFIG.certify.n / 2).sum() <= 10
+
+
 def product(variables, x):
     return x.reshape(len(x), -1) @ variables
 
 
-def test_precision_is_that_of_the_programs_and_of_the_run(tmp_path):
+def test_precision_is_that_of_the_programs_and_of_the_run(tmp_path, monkeypatch):
     classifier = from_function(product, np.ones((D, 2), np.float32), num_classes=2)
-    hashes = set()
+    hashes, seen = set(), []
+    count = counting.count_pieces
+
+    def recording(*arguments, **options):
+        seen.append(getattr(jax.config, "jax_default_matmul_precision"))  # noqa: B009
+        return count(*arguments, **options)
+
+    monkeypatch.setattr(counting, "count_pieces", recording)
     for precision in ("default", "high", "highest"):
         config = dataclasses.replace(CONFIG, precision=precision)
-        certify_dataset(classifier, DATASET, config, out=tmp_path / precision)
+        seen.clear()
+        how = Execution(batch_size=8, chunk=100)  # asked for: programs are compiled as they run, not when planned
+        certify_dataset(classifier, DATASET, config, out=tmp_path / precision, execution=how)
+        assert set(seen) == {None if precision == "default" else precision}
         settings = read_run(tmp_path / precision).settings
         assert settings["precision"] == precision
         hashes.add(settings["classifier"])

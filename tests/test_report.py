@@ -151,10 +151,11 @@ def test_tables_of_others_without_a_method_are_labelled_by_what_they_hold(tmp_pa
         "idx\tlabel\tpredict\tradius\tradius_proxy\tcorrect\tmin_sigma\ttime\n0\t3\t3\t0.5\t{}\t1\t{}\t0:00:01\n"
     )
     two = anisotropic + "1\t3\t3\t0.5\t0.5\t1\t0.25\t0:00:01\n"
-    for proxy, sigma, dependent in ((0.5, 0.25, False), (0.9, 0.25, True), (0.5, 0.3, True)):
+    for proxy, sigma, dependent in ((0.5, 0.25, None), (0.9, 0.25, True), (0.5, 0.3, True)):
         results = _results(tmp_path, "a.tsv", two.format(proxy, sigma))
         assert results.data_dependent is dependent
-        assert (report.NOT_RECONCILED in report.summary_table([results], [0.0])) is dependent
+        mark = "* " + report.NOT_RECONCILED if dependent else "? " + report.UNKNOWN
+        assert report.summary_table([results], [0.0]).splitlines()[-1] == mark
 
 
 def test_what_a_table_does_not_say_is_unknown(tmp_path):
@@ -168,15 +169,20 @@ def test_what_a_table_does_not_say_is_unknown(tmp_path):
 
 def test_fixed_noise_beside_a_memory_is_another_threat_model(tmp_path):
     fixed = _results(tmp_path, "fixed.tsv", _ANCER.replace("\tancer", "\tfixed"))
-    ancer = _results(tmp_path, "ancer.tsv", _ANCER)
-    assert report.TWO_CLAIMS in report.summary_table([fixed, ancer], [0.0])
-    assert report.TWO_CLAIMS in report.compare_proxy_radius([fixed, ancer], fixed)
+    ancer, cohen = _results(tmp_path, "ancer.tsv", _ANCER), _results(tmp_path, "cohen.tsv", _FIXED)
+    for other in (fixed, cohen):
+        assert report.TWO_CLAIMS in report.summary_table([other, ancer], [0.0])
+        assert report.TWO_CLAIMS in report.compare_proxy_radius([other, ancer], other)
     for alone in (fixed, ancer):
         assert report.TWO_CLAIMS not in report.summary_table([alone], [0.0])
 
 
 @pytest.mark.parametrize(
-    ("alpha", "text"), [(0.001, "p >= 0.9970"), (0.0166666, "p >= 0.9500"), (1 / 3 + 1e-9, "nothing is known")]
+    ("alpha", "text"),
+    [
+        *((0.001, "p >= 0.9970"), (0.0166666, "p >= 0.9500"), (1 / 3 + 1e-9, "nothing is known")),
+        (1e-5, "p >= 0.9999"),  # rounded down, not to the nearest
+    ],
 )
 def test_the_table_says_how_surely_all_its_lines_hold(tmp_path, alpha, text):
     run = _run(tmp_path / "run", "isotropic", np.ones(3, np.float32))

@@ -303,7 +303,7 @@ class Demo:
 def _tried(sigmas: list[float], results: list[report.Results]) -> list[str]:
     """A line for each fixed theta that was tried."""
     return [
-        f"  {sigma:<7g} accuracy {r.correct.mean():.3f}, mean proxy radius {round_down(r.mean_proxy_radius, 3)}"
+        f"  {sigma:<7g} accuracy {round_down(r.correct.mean(), 3)}, proxy radius {round_down(r.mean_proxy_radius, 3)}"
         for sigma, r in zip(sigmas, results, strict=True)
     ]
 

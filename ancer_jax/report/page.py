@@ -95,7 +95,7 @@ def _facts(settings: Sequence[Mapping[str, Any]]) -> str:
         (", ".join(dict.fromkeys(s["norm"] for s in settings)), ""),
         (", ".join(dict.fromkeys(f"{s['certify']['n']:,}" for s in settings)), "n = "),
         (
-            ", ".join(dict.fromkeys("0" if s.get("exact") else f"{s['certify']['alpha']:g}" for s in settings)),
+            ", ".join(dict.fromkeys("0" if s.get("exact") else repr(s["certify"]["alpha"]) for s in settings)),
             "alpha = ",
         ),
     ]

@@ -8,7 +8,7 @@ from etils import epath
 
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import average_certified_radius, certified_accuracy, round_down
-from ancer_jax.report.tables import Results, legend_of_marks, mark
+from ancer_jax.report.tables import Results, footnotes, legend_of_marks, mark
 from ancer_jax.results import theta_bound
 from ancer_jax.runs import Run
 
@@ -25,8 +25,8 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
         _draw_accuracy(axis, results, column)
     axes[0, 1].set_ylabel("")
     axes[0, 1].legend(fontsize=8, handlelength=3)
-    if marks := legend_of_marks(results):
-        figure.supxlabel("\n".join(marks), fontsize=8)
+    if notes := footnotes(results):
+        figure.supxlabel("\n".join(notes), fontsize=8)
     _save(figure, path)
 
 

@@ -54,14 +54,15 @@ class Results:
     def data_dependent(self) -> bool | None:
         """Whether theta was chosen per input; None where a table does not say.
 
-        It says so by its column `method`, or, in others' tables, by a column of sigma or by regions that are no balls.
+        It says so by its column `method`. In others' tables a sigma that varies, or regions that are no balls, show
+        that it was; nothing shows that it was not.
         """
         if "method" in self.columns:
             return bool((~np.isin(self["method"], ("fixed", "shared"))).any())
         sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
         if (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas):
             return True
-        return False if sigmas else None
+        return None
 
     @property
     def reconciled(self) -> bool:
@@ -199,7 +200,7 @@ def _leakage(results: Results, limit: float) -> dict[str, str]:
     for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
         row[name] = round_up(figure(known), 3) if known else _NOT_MEASURED
     row["mean soft, held out"] = round_up(statistics.mean(soft), 3) if soft else _NOT_MEASURED
-    above = sum(leakage > limit for leakage in known)
+    above = sum(leakage > fractions.Fraction(repr(limit)) for leakage in known)
     row[f"above {_exactly(limit)}"] = f"{above} of {len(known)}" if known else _NOT_MEASURED
     figures = {
         "accuracy without leaky": lambda kept: _share(kept),
@@ -242,7 +243,7 @@ def compare_proxy_radius(results: list[Results], best: Results) -> str:
         honest = _NOT_MEASURED if kept is None else round_down(float((r["radius_proxy"] * kept).mean()), 3)
         text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {honest}"
         lines.append(f"  {mark(r):13} {mean}   {text}")
-    return "\n".join([*lines, *notes(results)])
+    return "\n".join([*lines, *_two_claims(results), *legend_of_marks(results)])
 
 
 TWO_CLAIMS = (
@@ -252,6 +253,11 @@ TWO_CLAIMS = (
 )
 
 
+def _two_claims(results: list[Results]) -> list[str]:
+    kinds = {r.data_dependent for r in results}
+    return [TWO_CLAIMS] if True in kinds and len(kinds) > 1 else []
+
+
 def notes(results: list[Results]) -> list[str]:
     """What has to be said of these runs beside each other."""
     said = []
@@ -259,9 +265,8 @@ def notes(results: list[Results]) -> list[str]:
         said.append("These runs are not of the same images: their figures do not compare.")
     if len({r.norm for r in results if r.norm}) > 1:
         said.append("These runs are of different norms: their figures do not compare.")
-    if {True, False} <= {r.data_dependent for r in results}:
-        said.append(TWO_CLAIMS)
-    if any(r.data_dependent and r.reconciled and r.alpha for r in results):
+    said += _two_claims(results)
+    if any(r.data_dependent and r.reconciled and r.alpha != 0 for r in results):
         said.append(
             "alpha applies to each certificate. After memory, a line holds if its own certificate and those of all "
             "earlier images do: the i-th line with probability at least 1 - i alpha."
@@ -323,6 +328,12 @@ def _mark(results: Results) -> str:
 def legend_of_marks(results: list[Results]) -> list[str]:
     """What the marks of these runs mean."""
     return [f"{mark} {why}" for mark, why in _MARKS.items() if mark in map(_mark, results)]
+
+
+def footnotes(results: list[Results]) -> list[str]:
+    """What a picture of these runs has to say: the marks, and in short that there are two threat models."""
+    short = "Two threat models: one theta for all, any input in a region; with memory, inputs that are served later."
+    return ([short] if _two_claims(results) else []) + legend_of_marks(results)
 
 
 def _at_bound(results: Results) -> str:

@@ -234,9 +234,14 @@ def train(
     return state
 
 
+def _key(config: TrainConfig):
+    """The key of a training: of no image, so that a network shares no draw with the certificates of the same seed."""
+    return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), np.uint32(2**32 - 2))
+
+
 def _start(network, data: Dataset, config: TrainConfig, steps: int):
     """The network's variables and the optimizer's state before the first step."""
-    key, _ = jax.random.split(jax.random.key(config.seed))
+    key, _ = jax.random.split(_key(config))
     variables = jax.jit(network.init)(key, data.images[:1])
     return variables, _optimizer(config, steps).init(variables["params"])
 
@@ -246,7 +251,7 @@ def _step(variables, moments, number, images, labels, epsilon, *, network, confi
     """A step of the optimizer: new variables, its new state, and (loss, accuracy) of the noisy copies; on all devices
     alike, from a batch that they share.
     """
-    _, noise_key = jax.random.split(jax.random.key(config.seed))
+    _, noise_key = jax.random.split(_key(config))
     key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
     images = _augment(key_augment, images, config)
     theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.theta)
@@ -324,7 +329,7 @@ def _measure(network, variables, test: Dataset, config: TrainConfig, mesh: Mesh)
 
 @functools.partial(jax.jit, static_argnames=("network", "config", "batch_size"))
 def _measure_batch(variables, start, images, labels, inside, *, network, config: TrainConfig, batch_size: int):
-    key = jax.random.fold_in(jax.random.key(config.seed), 2 + start)  # 0 and 1 are the keys of `split`
+    key = jax.random.fold_in(_key(config), 2 + start)  # 0 and 1 are the keys of `split`
     # Of the images without the padding, which depends on the number of devices.
     noisy = _noisy(
         config.certificate, key, images[:batch_size], jnp.full((batch_size, *images.shape[1:]), config.theta)
