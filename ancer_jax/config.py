@@ -139,7 +139,7 @@ class Execution:
       devices: how many local devices; None is all of them.
       split: what the devices share: "images", for throughput, or the "draws" of one image after another, where images
         are fewer than devices. Votes are shared out evenly in any case; this is for searches and leakage. Several CPU
-        devices cannot share draws: they would have to wait for each other (`parallel.refuse_to_wait`).
+        devices cannot share draws: they would have to wait for each other (`parallel.refuse_collectives`).
     """
 
     batch_size: int | None = None

@@ -183,10 +183,11 @@ class Run:
         """
         self.still_held()
         files, path = self.files(), self.path / RESULTS
-        before, after = self.table(files), self.memory_table(files)
+        before = self.table(files)
         if not self.data_dependent:
             write_file(path, before.encode(), self.process)
             return path
+        after = self.memory_table(files)
         remove(path)  # first: the two tables are never of different inputs
         write_file(self.path / BEFORE_MEMORY, before.encode(), self.process)
         if after is None:
@@ -242,9 +243,11 @@ class Run:
 
     def _answers(self, files) -> dict[int, Answer] | None:
         after = self._stored(files, "inside", "gap", "prediction")
+        if after is None:
+            return None
         leaked = [f"leaked_{name}" for name in Leaked._fields]
         before = self.columns("predictions", "gap", *leaked, files=files)
-        if after is None or len(after["ids"]) != len(before["ids"]):
+        if len(after["ids"]) != len(before["ids"]):
             return None
         sound = (after["gap"] >= 0) & (after["gap"] <= before["gap"]) & (after["inside"] < before["ids"])
         sound &= (after["prediction"] == before["predictions"]) | np.isin(after["inside"], before["ids"])

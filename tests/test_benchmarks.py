@@ -24,7 +24,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
         "selection.py --trials 300",
         "best_fixed.py --images 2 --n 200",
         "splitting.py --work work --epochs 1 --images 2 --theta 0.5",
-        "faults.py --faults 1 --no-record",
+        "faults.py --faults 4 --no-record",
         "convolution.py --networks SmallCNN",
         "gpu.py --small",
     ],

@@ -326,6 +326,18 @@ def test_a_memory_of_certificates_that_were_made_again_is_not_used(crowd, tmp_pa
     assert read_run(run).memory_table() is None and read_run(run).read_memory() is None
 
 
+@pytest.mark.parametrize("change", [{"gap": 10.0}, {"gap": -1.0}, {"prediction": 5}])
+def test_a_memory_that_says_more_than_the_certificates_is_not_believed(crowd, tmp_path, change):
+    run = shutil.copytree(crowd, tmp_path / "run")
+    with np.load(run / "memory.npz") as arrays:
+        stored = dict(arrays)
+    ((name, factor),) = change.items()
+    stored[name] = stored[name] + factor if name == "prediction" else stored[name] * factor
+    np.savez(run / "memory.npz", **stored)
+    with pytest.raises(ValueError, match=r"memory\.npz: no memory of this run's certificates; delete it"):
+        read_run(run).memory_table()
+
+
 def test_a_memory_with_a_flipped_bit_is_made_again(crowd, tmp_path):
     run = shutil.copytree(crowd, tmp_path / "run")
     content = bytearray((run / "memory.npz").read_bytes())

@@ -4,7 +4,7 @@ import zlib
 import numpy as np
 import pytest
 
-from ancer_jax import CertifyConfig, report
+from ancer_jax import CertifyConfig, report, results
 from ancer_jax.certificates import noise_law
 from ancer_jax.certification import all_draws, certification_from
 from ancer_jax.data import Dataset
@@ -319,3 +319,19 @@ def test_plot_theta_draws_nothing_without_maps_or_images(tmp_path):
     _dataset(ancer, [0, 20])
     assert report.plot_theta(ancer, first, tmp_path / "a.png") is False
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({}, np.inf),
+        ({"isotropic": {"theta_max": 1.2}}, np.float32(1.2)),
+        ({"isotropic": {"theta_max": 9.0}, "anisotropic": {"theta_max": 1.5}}, 1.5),
+        ({"isotropic": {"theta_max": 1.2001}, "exact": True}, np.float32(612 / 510)),
+        ({"anisotropic": {"theta_max": 1.2}, "exact": True, "period": 5040}, np.float32(560 / 510)),
+    ],
+)
+def test_the_bound_of_theta_is_one_in_table_and_picture(settings, bound):
+    """Exact runs round it down, as they do their thetas."""
+    assert results.theta_bound(settings) == bound
+    assert plots.theta_bound is results.theta_bound
