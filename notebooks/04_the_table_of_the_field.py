@@ -153,8 +153,8 @@ for n in (few.n, 100_000):
     print(f"n = {n:,}: probability at most {p_lower:.5f}, gap at most {aj.GaussianL2().gap(p_lower):.3f}")
 
 # %% [markdown]
-# - Each certificate that is made holds with probability 1 - alpha; all of them together with 1 - 10 alpha. After memory
-#   a line is right if its own certificate and those of all earlier images are: the i-th with probability 1 - i alpha.
+# - Each certificate holds with probability at least 1 - alpha; all of them together with at least 1 - 10 alpha. After
+#   memory a line holds if its own certificate and those of all earlier images do: the i-th with at least 1 - i alpha.
 # - Do not pick the best fixed theta by these runs: of several certificates the best is often the one that was lucky.
 #   Choose with one seed, and certify with another.
 # - A larger region need not be about the image: look at the columns without leaky thetas before comparing.

@@ -200,7 +200,7 @@ def _leakage(results: Results, limit: float) -> dict[str, str]:
     for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
         row[name] = round_up(figure(known), 3) if known else _NOT_MEASURED
     row["mean soft, held out"] = round_up(statistics.mean(soft), 3) if soft else _NOT_MEASURED
-    above = sum(leakage > fractions.Fraction(repr(limit)) for leakage in known)
+    above = sum(leakage > fractions.Fraction(repr(float(limit))) for leakage in known)
     row[f"above {_exactly(limit)}"] = f"{above} of {len(known)}" if known else _NOT_MEASURED
     figures = {
         "accuracy without leaky": lambda kept: _share(kept),
@@ -273,8 +273,8 @@ def notes(results: list[Results]) -> list[str]:
         )
     if any(r.data_dependent and r.reconciled and _kept(r, LEAKAGE_LIMIT) is not None for r in results):
         said.append(
-            "Figures without leaky thetas leave them out of the figures, not out of the memory: their regions were "
-            "there, and changed others."
+            "Figures without leaky thetas count such images as 0; their regions stay in the memory, and may have "
+            "changed others."
         )
     if decided := [r for r in results if _sampling(r).get("radii")]:
         radii = "; ".join(f"{r.name}: {', '.join(_exactly(at) for at in _sampling(r)['radii'])}" for r in decided)
