@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-extras slow lint format docs notebooks notebooks-check bench clean
+.PHONY: demo test test-extras test-long slow lint format docs notebooks notebooks-check bench clean
 
 demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
@@ -13,7 +13,11 @@ test: $(VENV)/installed
 
 # The tests that `make test` skips, because they need more than it installs: PyTorch, pictures, what reads notebooks.
 test-extras: $(VENV)/extras
-	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/test_models.py tests/test_notebooks.py
+	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models tests/cli/test_networks.py tests/test_notebooks.py
+
+# Of the slow tests, those that nothing else covers: several processes, stopped and damaged runs, benchmarks in small.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow tests/test_multihost.py tests/runs/test_directory.py tests/test_benchmarks.py
 
 # Some minutes; into bench/.
 bench: $(VENV)/package
@@ -68,4 +72,4 @@ $(VENV)/docs: $(VENV)/package
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-l1 demo-l2 site bench
+	rm -rf $(VENV) .venv-test demo-l1 demo-l2 site bench

@@ -1,44 +1,76 @@
-"""Certify image classifiers by randomized smoothing with sample-wise, anisotropic noise (ANCER), in JAX."""
+"""Certify image classifiers by randomized smoothing with anisotropic noise (ANCER), in JAX."""
 
+from ancer_jax import devices as devices
 from ancer_jax import differentiable as differentiable
-from ancer_jax import memory as memory
-from ancer_jax import parallel as parallel
+from ancer_jax import metrics as metrics
 from ancer_jax import report as report
-from ancer_jax.certificates import GaussianL2, SplittingL1, UniformL1
-from ancer_jax.certification import ABSTAIN, Certification, CertifyConfig, certify, count_votes, predict
-from ancer_jax.classifiers import Classifier, check_classifier, from_function, from_linen, from_nnx
-from ancer_jax.config import Execution, RunConfig
 from ancer_jax.data import load_dataset
-from ancer_jax.leakage import LeakageConfig
+from ancer_jax.memory import Answer, Memory
 from ancer_jax.models import load_bundled
-from ancer_jax.optimize import (
+from ancer_jax.regions import Region, disjoint, is_superset
+from ancer_jax.runs import Execution, RunConfig, certify_dataset, load_memory, save_memory
+from ancer_jax.search import (
     AnisotropicConfig,
+    GuardConfig,
     IsotropicConfig,
+    LeakageConfig,
+    UniversalConfig,
     guarded_choice,
     optimize_anisotropic,
     optimize_isotropic,
+    optimize_universal,
 )
-from ancer_jax.pipeline import certify_dataset
-from ancer_jax.regions import Region, disjoint, is_superset, log_volume, proxy_radius, radius
-from ancer_jax.runs import load_memory, save_memory
-from ancer_jax.sequential import SequentialConfig, certify_sequentially
+from ancer_jax.smoothing import (
+    ABSTAIN,
+    Certificate,
+    CertifyConfig,
+    Classifier,
+    Gaussian,
+    Noise,
+    SequentialConfig,
+    Smoothed,
+    Splitting,
+    Uniform,
+    certificate_from_votes,
+    certify,
+    certify_batch,
+    certify_sequentially,
+    check_classifier,
+    count_votes,
+    from_function,
+    from_linen,
+    from_nnx,
+    predict,
+    predict_batch,
+)
+from ancer_jax.smoothing import bounds as bounds
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ABSTAIN",
     "AnisotropicConfig",
-    "Certification",
+    "Answer",
+    "Certificate",
     "CertifyConfig",
     "Classifier",
     "Execution",
-    "GaussianL2",
+    "Gaussian",
+    "GuardConfig",
     "IsotropicConfig",
     "LeakageConfig",
+    "Memory",
+    "Noise",
     "Region",
     "RunConfig",
     "SequentialConfig",
-    "SplittingL1",
-    "UniformL1",
+    "Smoothed",
+    "Splitting",
+    "Uniform",
+    "UniversalConfig",
+    "certificate_from_votes",
     "certify",
+    "certify_batch",
     "certify_dataset",
     "certify_sequentially",
     "check_classifier",
@@ -52,11 +84,10 @@ __all__ = [
     "load_bundled",
     "load_dataset",
     "load_memory",
-    "log_volume",
     "optimize_anisotropic",
     "optimize_isotropic",
+    "optimize_universal",
     "predict",
-    "proxy_radius",
-    "radius",
+    "predict_batch",
     "save_memory",
 ]

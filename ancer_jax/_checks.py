@@ -5,7 +5,7 @@ are counted twice.
 """
 
 import numbers
-from typing import Any
+from typing import Any, get_args
 
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
@@ -45,3 +45,13 @@ def check_real(name: str, value: Any, interval: str) -> None:
     inside = low <= number <= high
     if not inside or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
         raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse what is not one of the values of a `typing.Literal`.
+
+    Raises:
+      ValueError: naming the argument, the choices and the value.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

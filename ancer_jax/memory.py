@@ -1,20 +1,20 @@
 """Memory: what turns certificates of per-input smoothed classifiers into those of one classifier.
 
-Noise that depends on the input gives every input its own smoothed classifier. The classifier with memory answers inputs
-one after another and stores (input, class, region); a new answer never contradicts a stored one:
+Noise that depends on the input gives every input a smoothed classifier of its own. The classifier with memory answers
+inputs one after another and stores (input, class, region); a new answer never contradicts a stored one:
 
 1. An input inside a stored region of another class gets that class, and the part of its region inside that region.
-2. Otherwise its region shrinks (same centre and shape) until it is disjoint from every stored region of another class.
-3. What was answered is stored. A gap of 0 is the single point x, and an abstention is x with class `ABSTAIN`.
+2. Otherwise its region shrinks (same center and shape) until it is disjoint from every stored region of another class.
+3. The answer is stored. A gap of 0 is the single point x, and an abstention is x with class `ABSTAIN`.
 
 Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pairwise disjoint; each contains its
-centre; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
+center; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
 decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
 
-Later inputs in a stored region get its class by rule, whether its certificate holds or not. That a smoothed classifier
-answers with this class everywhere in the region is as probable as that its own certificate and those of all earlier
-inputs hold: at least 1 - i alpha for the i-th input. And it speaks of later inputs only, where a certificate of one
-theta for all inputs speaks of any.
+Later inputs in a stored region get its class by rule, whether its certificate holds or not. For the i-th stored region
+the class is that of some smoothed classifier everywhere in the region, if its own certificate and the i - 1 before it
+hold: with probability at least 1 - i alpha. This speaks of later inputs only, whereas a certificate of one theta for
+all inputs speaks of any input.
 
 References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
 """
@@ -23,14 +23,16 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, Int
+from jax.typing import ArrayLike
 
-from ancer_jax.certification import ABSTAIN
-from ancer_jax.regions import Region, contains, float64_on_the_host, largest_inside, largest_outside, rounding
+from ancer_jax._numerics import Leaf, Values, float64_on_the_host, rounding
+from ancer_jax.regions.pairs import largest_inside, largest_outside
+from ancer_jax.regions.region import Region
+from ancer_jax.smoothing.certificate import ABSTAIN, Certificate, WithRegion
 
 # Inputs whose distances to all stored ones are computed by one matrix product.
 _BATCH = 256
@@ -54,6 +56,31 @@ class Memory:
     size: int
     _columns: "_Columns" = dataclasses.field(repr=False)
 
+    @classmethod
+    def empty(cls, norm: int) -> "Memory":
+        """A memory of regions of the l_norm, with nothing in it.
+
+        Raises:
+          ValueError: if `norm` is not 2 or 1.
+        """
+        if norm not in (2, 1):
+            raise ValueError(f"norm must be 2 or 1, got {norm!r}")
+        return cls(norm, None, 0, _Columns({}))
+
+    @classmethod
+    def restore(cls, regions: Region, predictions: ArrayLike) -> "Memory":
+        """The memory that holds these answers (`regions`, `predictions` of another), which are not compared again.
+
+        Raises:
+          ValueError: if a value makes no sense.
+        """
+        memory = cls.empty(regions.norm)
+        new = _checked(memory, regions, predictions)
+        count = len(new["gap"])
+        if not count:
+            return memory
+        return cls(memory.norm, np.shape(regions.center)[1:], count, memory._columns.append(0, new))
+
     def __len__(self) -> int:
         return self.size
 
@@ -76,139 +103,111 @@ class Memory:
         column.flags.writeable = False
         return column
 
+    def insert(self, certificate: Certificate) -> tuple["Memory", "Answer"]:
+        """Answer one input and store the answer.
 
-class MemoryInfo(NamedTuple):
-    """What the classifier with memory answers; float64 and integers on the host. Fields may be batched.
+        Args:
+          certificate: of the input; its prediction and its region are used.
+
+        Returns:
+          The memory with one more answer, and the answer.
+
+        Guarantee: the invariants at the head of this module. A region that must shrink is smaller than the largest that
+        is allowed by less than 1e-6 of itself and rounding (1e-13 of the other region, for each thousand coordinates).
+
+        Raises:
+          ValueError: if norm or shape differ from what is stored, or a value makes no sense.
+        """
+        region = certificate.region
+        center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
+        batch = dataclasses.replace(certificate, region=Region(center, theta, gap, region.norm))
+        batch = dataclasses.replace(batch, prediction=np.asarray(certificate.prediction)[None])
+        memory, answers = self.insert_batch(batch)
+        return memory, answers[0]
+
+    def insert_batch(
+        self, certificates: Certificate, *, progress: Callable[[int], object] = lambda inputs: None
+    ) -> tuple["Memory", "Answer"]:
+        """`insert` one after another, in the order given, at less cost: the same answers, up to the last bits of gaps.
+
+        Args:
+          certificates: of the inputs, with one leading axis.
+          progress: called with the number of inputs that were answered since the last call.
+
+        Returns:
+          The memory with m more answers, and the answers, batched.
+
+        Raises:
+          ValueError: as in `insert`.
+        """
+        new = _checked(self, certificates.region, certificates.prediction)
+        count = len(new["gap"])
+        inside = np.full(count, -1)
+        columns, given = self._columns, (new["gap"].copy(), new["prediction"].copy())
+        with float64_on_the_host():
+            for start in range(0, count, _BATCH):
+                block = {name: column[start : start + _BATCH] for name, column in new.items()}
+                size = self.size + start
+                columns = columns.append(size, block)
+                may_meet, may_lie_in = _near(block, columns, size + len(block["gap"]))
+                for j in range(len(block["gap"])):
+                    row = size + j
+                    near = may_meet[j, :row].nonzero()[0], may_lie_in[j, :row].nonzero()[0]
+                    prediction, gap, inside[start + j] = _answer(self.norm, columns, row, *near)
+                    columns["prediction"][row], columns["gap"][row] = prediction, gap
+                    columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
+                progress(len(block["gap"]))
+        region = certificates.region
+        if not count:
+            return self, Answer(given[1], region, np.zeros(0, bool), inside)
+        memory = Memory(self.norm, np.shape(region.center)[1:], self.size + count, columns)
+        gap, prediction = (memory._column(name)[self.size :].copy() for name in ("gap", "prediction"))
+        changed = (gap != given[0]) | (prediction != given[1])
+        return memory, Answer(prediction, dataclasses.replace(region, gap=gap), changed, inside)
+
+    def classify(self, x: ArrayLike, fallback: Callable[[Any], int]) -> int:
+        """The answer of the classifier with memory at `x` [*d]: the class of the stored region that contains it.
+
+        Where none does, `fallback(x)` answers: the smoothed classifier of a theta found for x, say. Nothing is stored,
+        so that a fallback's answer promises nothing: beside x, and even at x itself, a later answer may be another one.
+        To serve answers that are kept, certify x and `insert` the certificate.
+
+        Raises:
+          ValueError: if the shape of x differs from what is stored, or x is not finite.
+        """
+        x = np.asarray(x)
+        point = _checked(self, Region(x[None], np.ones(1), np.zeros(1), self.norm), np.array([ABSTAIN]))
+        if not self.size:
+            return int(fallback(x))
+        near = _near(point, self._columns, self.size)[1][0].nonzero()[0]
+        with float64_on_the_host():
+            inside = near[_ask(_holds, _region(self.norm, point, 0), self._columns, near)]
+        return int(self.predictions[inside[0]]) if inside.size else int(fallback(x))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Answer(WithRegion):
+    """What the classifier with memory answers: one input or many (leading axes `...`); on the host.
 
     Attributes:
-      prediction: the class, or `ABSTAIN`.
+      prediction: int [...], the class, or `ABSTAIN`.
       region: the certified region, at most as large as the one that was given.
-      changed: whether the class or the region differs from what was given.
-      inside: place (in order of insertion) of a stored region that contains the input, -1 if none does; where there are
-        several, one of the class that was given up to. If `prediction` is not what was given, it is that region's.
+      changed: bool [...], whether the class or the region differs from what was given.
+      inside: int [...], place (in order of insertion) of a stored region that contains the input, -1 if none does. If
+        `prediction` is not the class that was given, it is the class of this region.
     """
 
-    prediction: Any
+    prediction: Leaf
     region: Region
-    changed: Any
-    inside: Any
-
-
-def empty(norm: int) -> Memory:
-    """A memory of regions of the l_norm, with nothing in it.
-
-    Raises:
-      ValueError: if `norm` is not 2 or 1.
-    """
-    if norm not in (2, 1):
-        raise ValueError(f"norm must be 2 or 1, got {norm!r}")
-    return Memory(norm, None, 0, _Columns({}))
-
-
-def restore(regions: Region, predictions) -> Memory:
-    """The memory that holds these answers (`Memory.regions`, `Memory.predictions`), which are not compared again.
-
-    Raises:
-      ValueError: if a value makes no sense.
-    """
-    memory = empty(regions.norm)
-    rows = _rows(memory, regions, predictions)
-    if not len(rows["gap"]):
-        return memory
-    columns = memory._columns.append(0, rows)
-    return Memory(memory.norm, np.shape(regions.center)[1:], len(rows["gap"]), columns)
-
-
-def insert(memory: Memory, region: Region, prediction: Int[ArrayLike, ""]) -> tuple[Memory, MemoryInfo]:
-    """Answer one input and store the answer.
-
-    Args:
-      memory: what has been answered before.
-      region: the certified region of the input: center `[*d]`, theta `[]` or `[*d]`, gap `[]`; 0 if it abstained.
-      prediction: the certified class, or `ABSTAIN`.
-
-    Returns:
-      The memory with one more answer, and the answer.
-
-    Guarantee: the invariants at the head of this module. A region that must shrink is smaller than the largest that is
-    allowed by less than 1e-6 of itself and rounding (1e-13 of the other region, for each thousand coordinates).
-
-    Raises:
-      ValueError: if norm or shape differ from what is stored, or a value makes no sense.
-    """
-    center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
-    batch = Region(center, theta, gap, region.norm)
-    memory, info = insert_batch(memory, batch, np.asarray(prediction)[None])
-    return memory, jax.tree.map(lambda value: value[0], info)
-
-
-def insert_batch(
-    memory: Memory, regions: Region, predictions, *, progress: Callable[[int], object] = lambda inputs: None
-) -> tuple[Memory, MemoryInfo]:
-    """`insert` one after another, in the order given, at less cost: the same answers (gaps but for their last bits).
-
-    Args:
-      memory: what has been answered before.
-      regions: center [m, *d], theta [m] or [m, *d], gap [m].
-      predictions: int [m].
-      progress: called with the number of inputs that were answered since the last call.
-
-    Returns:
-      The memory with m more answers, and the answers, batched.
-
-    Raises:
-      ValueError: as in `insert`.
-    """
-    rows = _rows(memory, regions, predictions)
-    count = len(rows["gap"])
-    inside = np.full(count, -1)
-    columns, given = memory._columns, (rows["gap"].copy(), rows["prediction"].copy())
-    with float64_on_the_host():
-        for start in range(0, count, _BATCH):
-            block = {name: column[start : start + _BATCH] for name, column in rows.items()}
-            size = memory.size + start
-            columns = columns.append(size, block)
-            may_meet, may_lie_in = _near(block, columns, size + len(block["gap"]))
-            for j in range(len(block["gap"])):
-                row = size + j
-                near = may_meet[j, :row].nonzero()[0], may_lie_in[j, :row].nonzero()[0]
-                prediction, gap, inside[start + j] = _answer(memory.norm, columns, row, *near)
-                columns["prediction"][row], columns["gap"][row] = prediction, gap
-                columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
-            progress(len(block["gap"]))
-    shape = np.shape(regions.center)[1:] if count else memory.shape
-    memory = Memory(memory.norm, shape, memory.size + count, columns)
-    if not count:
-        return memory, MemoryInfo(given[1], regions, np.zeros(0, bool), inside)
-    gap, prediction = (column[memory.size - count :].copy() for column in (memory.regions.gap, memory.predictions))
-    changed = (gap != given[0]) | (prediction != given[1])
-    return memory, MemoryInfo(prediction, dataclasses.replace(regions, gap=gap), changed, inside)
-
-
-def classify(memory: Memory, x, fallback: Callable[[Any], int]) -> int:
-    """The answer of the classifier with memory at `x` [*d]: the class of the stored region that contains it.
-
-    Where none does, `fallback(x)` answers: the smoothed classifier of a theta found for x, say. Nothing is stored, and
-    so a fallback's answer promises nothing: right beside x, and even at x itself, a later answer may be another one. To
-    serve answers that are kept, certify x and `insert` it.
-
-    Raises:
-      ValueError: if the shape of x differs from what is stored, or x is not finite.
-    """
-    x = np.asarray(x)
-    point = _rows(memory, Region(x[None], np.ones(1), np.zeros(1), memory.norm), np.array([ABSTAIN]))
-    if not memory.size:
-        return int(fallback(x))
-    near = _near(point, memory._columns, memory.size)[1][0].nonzero()[0]
-    with float64_on_the_host():
-        inside = near[_ask(_holds, _region(memory.norm, point, 0), memory._columns, near)]
-    return int(memory.predictions[inside[0]]) if inside.size else int(fallback(x))
+    changed: Leaf
+    inside: Leaf
 
 
 _claiming = threading.Lock()
 
 
-class _Columns(dict):
+class _Columns(dict[str, np.ndarray]):
     """Arrays by name, with spare rows at their ends. Written rows never change, so that Memories may share them.
 
     Rows are claimed before they are written: of two threads that insert into one Memory, one gets a copy.
@@ -236,12 +235,12 @@ class _Columns(dict):
         return columns
 
 
-def _common(a, b):
+def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
     """dtype and row shape that hold the rows of both."""
     return np.result_type(a, b), np.broadcast_shapes(a.shape[1:], b.shape[1:])
 
 
-def _rows(memory: Memory, regions: Region, predictions) -> dict[str, np.ndarray]:
+def _checked(memory: Memory, regions: Region, predictions: ArrayLike) -> dict[str, np.ndarray]:
     """The columns of a batch of answers, checked."""
     center, theta, gap, prediction = (
         np.asarray(value) for value in (regions.center, regions.theta, regions.gap, predictions)
@@ -284,14 +283,16 @@ def _lossless(values: np.ndarray) -> np.ndarray:
     return narrow if (narrow == values).all() else values.astype(np.float64)
 
 
-def _region(norm: int, columns, row) -> Region:
-    return Region(columns["center"][row], columns["theta"][row], columns["gap"][row], norm)
+def _region(norm: int, columns: dict[str, np.ndarray], row: Any) -> Region:
+    center, theta = columns["center"][row], columns["theta"][row]
+    theta = theta if theta.shape == center.shape else theta[..., 0]  # a number for each input is stored as [n, 1]
+    return Region(center, theta, columns["gap"][row], norm)
 
 
-def _near(rows, columns, end: int):
-    """[m, end] whether each row's region may meet, and whether its centre may lie in, each of the first stored ones.
+def _near(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], end: int) -> tuple[np.ndarray, np.ndarray]:
+    """[m, end] whether each row's region may meet, and whether its center may lie in, each of the first stored ones.
 
-    Both regions lie in l2 balls around their centres (for p = 1, too), with the largest semi-axis as radius. Squared
+    Both regions lie in l2 balls around their centers (for norm 1, too), with the largest semi-axis as radius. Squared
     distances come from a float32 matrix product, less a bound of its error (the second part: of what underflows).
     """
     stored = {name: columns[name][:end] for name in ("center", "square", "reach")}
@@ -304,15 +305,18 @@ def _near(rows, columns, end: int):
         square = rows["square"][:, None] + stored["square"] - 2 * product - error
         reach = rows["reach"][:, None]
         known = np.isfinite(product)
-        return ~(known & (square > (reach + stored["reach"]) ** 2)), ~(known & (square > stored["reach"] ** 2))
+        beyond = lambda distance: known & (square > distance**2)
+        return ~beyond(reach + stored["reach"]), ~beyond(stored["reach"])
 
 
-def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, float, int]:
+def _answer(
+    norm: int, columns: dict[str, np.ndarray], row: int, may_meet: np.ndarray, may_lie_in: np.ndarray
+) -> tuple[int, float, int]:
     """(class, gap, place of a stored region that contains it or -1) for the input in `row`."""
     region, prediction, gap = _region(norm, columns, row), columns["prediction"][row], columns["gap"][row]
     meets = may_meet[columns["prediction"][may_meet] != prediction]
     gaps = _ask(_clear, region, columns, meets)
-    # Only where nothing was proven to lie between them can the other region contain the centre.
+    # A gap of 0: the stored region was not proven to exclude the center. Only such a region can contain it.
     doubtful = meets[gaps == 0]
     others = doubtful[_ask(_holds, region, columns, doubtful)]
     if others.size:
@@ -324,23 +328,28 @@ def _answer(norm: int, columns, row: int, may_meet, may_lie_in) -> tuple[int, fl
     return int(prediction), float(min(gap, gaps.min(initial=np.inf))), int(own[0]) if own.size else -1
 
 
-def _holds(region: Region, stored: Region):
-    """Whether the stored region contains the centre of the region, or rounding leaves it open."""
-    margin = rounding(stored.center.size, np.float64)  # of the computation; what is stored may be float32
-    return contains(dataclasses.replace(stored, gap=stored.gap * (1 + margin)), region.center)
+def _holds(region: Region, stored: Region) -> Values:
+    """Whether the stored region contains the center of the region, or rounding leaves it open."""
+    margin = rounding(np.size(stored.center), np.float64)  # of the computation; what is stored may be float32
+    return dataclasses.replace(stored, gap=stored.gap * (1 + margin)).contains(region.center)
 
 
-def _clear(region: Region, stored: Region):
+def _clear(region: Region, stored: Region) -> Values:
     """A gap with which the region is disjoint from the stored one: the largest, or at least its own."""
     return largest_outside(region, stored, enough=region.gap)
 
 
 @functools.partial(jax.jit, static_argnames="question")
-def _ask_padded(question, region: Region, stored: Region):
+def _ask_padded(question: Callable[[Region, Region], Values], region: Region, stored: Region):
     return jax.lax.map(lambda one: question(region, one), stored, batch_size=8)
 
 
-def _ask(question, region: Region, columns, places) -> np.ndarray:
+def _ask(
+    question: Callable[[Region, Region], Values],
+    region: Region,
+    columns: dict[str, np.ndarray],
+    places: np.ndarray,
+) -> np.ndarray:
     """`question(region, stored)` for the stored regions at `places`."""
     answers = [np.zeros(0, bool if question is _holds else np.float64)]
     for start in range(0, places.size, _PAIRS[-1]):

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 
+from ancer_jax._numerics import HostValues, Numbers
 
-def certified_accuracy(radius, correct, at):
+
+def certified_accuracy(radius: Numbers, correct: Numbers, at: Numbers) -> HostValues:
     """Share of all inputs that are answered correctly with a radius of at least `at`.
 
     Args:
@@ -30,7 +32,7 @@ def certified_accuracy(radius, correct, at):
     return reached.mean(axis=-1)
 
 
-def average_certified_radius(radius, correct) -> float:
+def average_certified_radius(radius: Numbers, correct: Numbers) -> float:
     """ACR: mean over all inputs of `radius * correct`; with proxy radii, the ACR-tilde of ANCER.
 
     Raises:
@@ -69,7 +71,7 @@ def round_up(value: float | np.floating | fractions.Fraction, digits: int) -> st
     return text[1:] if text.startswith("-") else text if text == "nan" else f"-{text}"
 
 
-def _columns(radius, correct):
+def _columns(radius: Numbers, correct: Numbers) -> tuple[np.ndarray, np.ndarray]:
     radius, correct = np.asarray(radius, np.float64), np.asarray(correct, bool)
     if radius.ndim != 1 or radius.shape != correct.shape or not radius.size:
         raise ValueError(

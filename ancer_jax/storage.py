@@ -37,7 +37,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def as_os_error(function):
-    """Let errors of a bucket's library, which need not be any kind of OSError, be one."""
+    """Let errors of a bucket's library, of whatever type, be an OSError."""
 
     @functools.wraps(function)
     def wrapper(path, *arguments, **options):
@@ -166,7 +166,7 @@ def _arrays(opened, names) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def locked_share(path: epath.Path, process: int, processes: int) -> Iterator[Callable[[], None]]:
+def locked_shard(path: epath.Path, process: int, processes: int) -> Iterator[Callable[[], None]]:
     """Hold the lock of one of several processes that share the folder `path`; yields as `locked`.
 
     Raises:

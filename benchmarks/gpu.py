@@ -1,23 +1,23 @@
-"""Everything that has to be measured on a GPU, in one call; what is correct first, then what is fast.
+"""All measurements that need a GPU, in one call: first correctness, then speed.
 
     python benchmarks/gpu.py            # under 8 minutes on one large GPU; needs the extra `cuda`
-    python benchmarks/gpu.py --small    # rehearsal on a CPU, 2 minutes; its timings mean nothing
+    python benchmarks/gpu.py --small    # a rehearsal on a CPU, 2 minutes; its timings mean nothing
 
-Correctness (exit status 1 if any fails):
+Correctness (exit status 1 if a check fails):
 - `clopper_pearson_lower_traced` and its upper twin against the exact bounds on a grid of n, count and alpha;
-- counts of classifiers with known class probability (benchmarks/soundness.py): law and certificates;
+- counts of classifiers with known class probability (benchmarks/soundness.py): their law, and their certificates;
 - repeated calls and other chunks give the same counts.
 Reported, not judged: how many votes differ between CPU and GPU (draws and logits round differently there, and float32
 products may be computed in TF32), between default and highest matmul precision, and between float32 and bfloat16.
 
 Speed: certification of SmallCNN and ResNet-18 at several batches and chunks, its ratio to the bare forward passes
-(benchmarks/overhead.py), its share of the rate of large matrix products, and the share of the noise; ResNet-50 at the
-batch and chunk that are chosen for the device's memory; both theta searches; bfloat16; which generator of random
-numbers pays; training. Results are stored after every section, and a section that would start after `--minutes` is left
-out and named.
+(benchmarks/overhead.py), its rate as a share of that of large matrix products, and the share of the noise; ResNet-50 at
+the batch and chunk that are chosen for the device's memory; both theta searches; bfloat16; the generators of random
+numbers; training. Results are stored after every section. A section that would start after `--minutes` is left out and
+named.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,6 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,30 +39,35 @@ from jax.sharding import Mesh
 
 from ancer_jax import (
     AnisotropicConfig,
+    CertifyConfig,
+    Classifier,
     Execution,
-    GaussianL2,
+    Gaussian,
     IsotropicConfig,
     RunConfig,
-    bounds,
+    Smoothed,
     certify_dataset,
-    execution,
+    devices,
     from_linen,
     load_bundled,
     load_dataset,
     optimize_anisotropic,
     optimize_isotropic,
-    parallel,
 )
-from ancer_jax.certification import CertifyConfig
 from ancer_jax.data import Dataset, select
 from ancer_jax.models import make_network
+from ancer_jax.runs.config import Method
+from ancer_jax.runs.job import make_job
+from ancer_jax.runs.plan import choose_batch
+from ancer_jax.smoothing import bounds
 from ancer_jax.training import HISTORY, PRESETS, train
 
 SMALLEST_P_VALUE = 1e-3
+Row = dict[str, Any]
 
 
-def check_bounds(small, seed):
-    """Traced bounds on the device against the exact ones: sides, and how loose."""
+def check_bounds(small: bool, seed: int) -> list[Row]:
+    """Traced bounds on the device against the exact ones: never on the wrong side, and how loose."""
     rows = []
     for alpha in (1e-9, 1e-6, 1e-3, 0.05, 0.5):
         trials, failures = [], []
@@ -75,36 +82,34 @@ def check_bounds(small, seed):
         upper = np.asarray(jax.jit(bounds.clopper_pearson_upper_traced)(k, n, alpha), np.float64)
         exact_lower = bounds.clopper_pearson_lower(n - k, n, alpha)
         exact_upper = bounds.clopper_pearson_upper(k, n, alpha)
-        rows.append(
-            {
-                "alpha": alpha,
-                "points": len(n),
-                "lower_above_exact": int((lower > exact_lower).sum()),
-                "upper_below_exact": int((upper < exact_upper).sum()),
-                "loosest_lower": float(((1 - lower - 1.2e-7) / (1 - exact_lower)).max()),
-                "loosest_upper": float((upper / exact_upper).max()),
-            }
-        )
-        rows[-1]["ok"] = (
-            not (rows[-1]["lower_above_exact"] or rows[-1]["upper_below_exact"])
-            and max(rows[-1]["loosest_lower"], rows[-1]["loosest_upper"]) <= 1.01
-        )
+        row = {
+            "alpha": alpha,
+            "points": len(n),
+            "lower_above_exact": int((lower > exact_lower).sum()),
+            "upper_below_exact": int((upper < exact_upper).sum()),
+            "loosest_lower": float(((1 - lower - 1.2e-7) / (1 - exact_lower)).max()),
+            "loosest_upper": float((upper / exact_upper).max()),
+        }
+        wrong = row["lower_above_exact"] or row["upper_below_exact"]
+        rows.append(row | {"ok": not wrong and max(row["loosest_lower"], row["loosest_upper"]) <= 1.01})
     return rows
 
 
-def check_linear(small, seed):
+def check_linear(small: bool, seed: int) -> list[Row]:
     """Counts against their binomial law, and certificates against true regions."""
     rows = []
     seeds, n = (10, 10_000) if small else (500, 100_000)
     for norm in ("l2", "l1"):
         variables, x, theta, true_gap, true_class = soundness.cases(norm, 64, seeds, np.random.default_rng(seed))
         config = CertifyConfig(n=n)
-        options = {"config": config, "chunk": n // 10, "block": 10 if small else 100, "seed": seed}
-        result = soundness.certify_all(norm, variables, x, theta, **options)
+        result = soundness.certify_all(
+            norm, variables, x, theta, config=config, chunk=n // 10, block=10 if small else 100, seed=seed
+        )
         p = scipy.stats.norm.cdf(true_gap) if norm == "l2" else (1 + true_gap) / 2
-        right = result.prediction == true_class
-        z = (result.count - n * p)[right] / np.sqrt(n * p * (1 - p))[right]
-        violations = int(((result.gap > true_gap) | ((result.prediction >= 0) & ~right)).sum())
+        prediction, count, gap = (np.asarray(values) for values in (result.prediction, result.count, result.gap))
+        right = prediction == true_class
+        z = (count - n * p)[right] / np.sqrt(n * p * (1 - p))[right]
+        violations = int(((gap > true_gap) | ((prediction >= 0) & ~right)).sum())
         line = {
             "norm": norm,
             "problems": seeds,
@@ -118,21 +123,30 @@ def check_linear(small, seed):
     return rows
 
 
-def votes(classifier, images, *, n, chunk, seed, device=None, precision=None):
-    """Counts [batch, K] on a device (default: JAX's) at a matmul precision (default: the device's)."""
+def votes(
+    classifier: Classifier,
+    images: np.ndarray,
+    *,
+    n: int,
+    chunk: int,
+    seed: int,
+    device: Any = None,
+    precision: str = "default",
+) -> np.ndarray:
+    """Counts [batch, K] on a device (by default JAX's) at a matmul precision (by default the device's)."""
     mesh = Mesh(np.array([device or jax.devices()[0]]), ("rows",))
-    with jax.default_device(device), jax.default_matmul_precision(precision):
-        images, classifier = parallel.replicate(jax.tree.map(np.asarray, (images, classifier)), mesh)
-        keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(images))
+    products = jax.default_matmul_precision(precision) if precision != "default" else contextlib.nullcontext()
+    with jax.default_device(device), products:
+        images, classifier = devices.replicate(jax.tree.map(np.asarray, (images, classifier)), mesh)
         theta = jnp.full(images.shape, overhead.THETA)
-        return overhead.certify(keys, classifier, images, theta, n=n, chunk=chunk, mesh=mesh)
+        return overhead.certify(classifier, images, theta, n=n, chunk=chunk, seed=seed, mesh=mesh)
 
 
-def compare_votes(small, seed):
-    """Votes that move when something else than the draws changes; those of the last three pairs must not."""
+def compare_votes(small: bool, seed: int) -> list[Row]:
+    """Votes that differ though the draws do not. In the last three pairs none may differ."""
     n, chunk = (1000, 100) if small else (20_000, 1000)
     cpu, classifier = jax.devices("cpu")[0], load_bundled("l2").classifier
-    images = select(load_dataset("fashion-mnist-subset"), skip=50, max_images=10).images
+    images = select(load_dataset("fashion-mnist-subset"), skip=50, max_images=10).images[:]
     count = functools.partial(votes, classifier, images, n=n, chunk=chunk, seed=seed)
     here, highest, on_cpu = count(), count(precision="highest"), count(device=cpu)
     pairs = [
@@ -143,12 +157,12 @@ def compare_votes(small, seed):
         ("chunk / 10", here, count(chunk=chunk // 10), True),
         ("chunk / 1.5", here, count(chunk=chunk * 2 // 3), True),
     ]
-    rows = []
+    rows: list[Row] = []
     for what, a, b, must_agree in pairs:
         moved = int(np.abs(a - b).sum()) // 2
         line = {"network": "SmallCNN", "against": what, "votes": 10 * n, "moved": moved}
         rows.append(line | {"ok": moved == 0} if must_agree else line)
-    draw = jax.jit(lambda key: GaussianL2().sample(key, jnp.ones(100_000)))
+    draw = jax.jit(lambda key: Gaussian().sample(key, jnp.ones(100_000)))
     draws = []
     for device in (None, cpu):
         with jax.default_device(device):
@@ -168,50 +182,55 @@ def compare_votes(small, seed):
 
 
 @functools.cache
-def ceiling(dtype, size):
+def peak_rate(dtype: str, size: int) -> float:
     """Billion operations a second of large matrix products, at the precision that networks get."""
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     return 2 * size**3 / float(np.median(overhead.seconds({"product": lambda: a @ a}, 10)["product"])) / 1e9
 
 
-def throughput(plans, *, small, repeats, seed, dtype=None):
-    """overhead.compare for (network, batch, chunk, n), with rows per second, and the share of the device they use."""
+def throughput(
+    plans: Sequence[tuple[str, int, int, int]], *, small: bool, seed: int, dtype: str = "float32"
+) -> list[Row]:
+    """`overhead.compare` for (network, batch, chunk, n), with rows a second, and the share of the device they use."""
     rows = []
     for name, batch, chunk, n in plans:
-        line, _ = overhead.compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=seed, dtype=dtype)
+        line, _ = overhead.compare(name, batch=batch, chunk=chunk, n=n, repeats=3, seed=seed, dtype=dtype)
         classifier, shape = overhead.NETWORKS[name](seed)
-        with jax.default_device(jax.devices("cpu")[0]):  # a GPU's client says nothing before compilation
+        with jax.default_device(jax.devices("cpu")[0]):  # a GPU reports no costs before compilation
             row = jax.tree.map(np.asarray, (classifier, np.zeros((1, *shape), np.float32)))
             costs = jax.jit(lambda classifier, x: classifier(x)).lower(*row).cost_analysis()
-        rate, products = 1e6 / line["certify_us_per_row"], ceiling(dtype or "float32", 512 if small else 8192)
+        assert costs
+        rate, products = 1e6 / line["certify_us_per_row"], peak_rate(dtype, 512 if small else 8192)
         line |= {"rows_per_second": rate, "share_of_bare": 1 / line["ratio"], "gflops_of_products": products}
         rows.append(line | {"share_of_products": rate * costs["flops"] / 1e9 / products})
         record.show(rows[-1:])
     return rows
 
 
-def certify_small_cnn(small, seed):
+def certify_small_cnn(small: bool, seed: int) -> list[Row]:
+    """Certification of the bundled network."""
     plans = [(1, 1000), (1, 10_000), (10, 100), (10, 1000), (10, 10_000), (100, 1000)]
     total = 1_000_000
     if small:
         plans, total = [(1, 100), (4, 50)], 400
-    return throughput([("SmallCNN", b, c, max(total // b, 2 * c)) for b, c in plans], small=small, repeats=3, seed=seed)
+    return throughput([("SmallCNN", b, c, max(total // b, 2 * c)) for b, c in plans], small=small, seed=seed)
 
 
-def certify_resnet18(small, seed):
+def certify_resnet18(small: bool, seed: int) -> list[Row]:
+    """Certification of a ResNet-18."""
     plans, total = ([(1, 10)], 20) if small else ([(1, 100), (1, 1000), (10, 100), (10, 1000), (100, 100)], 40_000)
-    return throughput([("ResNet-18", b, c, total // b) for b, c in plans], small=small, repeats=3, seed=seed)
+    return throughput([("ResNet-18", b, c, total // b) for b, c in plans], small=small, seed=seed)
 
 
-def certify_resnet18_bfloat16(small, seed):
+def certify_resnet18_bfloat16(small: bool, seed: int) -> list[Row]:
+    """Certification of a ResNet-18 that computes in bfloat16."""
     plans, total = ([(1, 10)], 20) if small else ([(10, 1000)], 40_000)
     plans = [("ResNet-18", b, c, total // b) for b, c in plans]
-    rows = throughput(plans, small=small, repeats=3, seed=seed, dtype="bfloat16")
-    return [row | {"dtype": "bfloat16"} for row in rows]
+    return [row | {"dtype": "bfloat16"} for row in throughput(plans, small=small, seed=seed, dtype="bfloat16")]
 
 
-def search(small, seed):
-    """Both theta searches: microseconds per gradient row (steps x draws), and images per second at full settings."""
+def search(small: bool, seed: int) -> list[Row]:
+    """Both theta searches: microseconds per gradient row (steps x draws), and images a second at full settings."""
     plans = [("SmallCNN", batch) for batch in ((2,) if small else (1, 10, 100))] + [("ResNet-18", 1 if small else 10)]
     searches = [(optimize_isotropic, IsotropicConfig), (optimize_anisotropic, AnisotropicConfig)]
     rows = []
@@ -220,14 +239,15 @@ def search(small, seed):
         images = jnp.asarray(np.random.default_rng(seed).uniform(0, 1, (batch, *shape)), jnp.float32)
         keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), batch)
         theta = jnp.full(batch, overhead.THETA)
-        for preset, (optimize, kind) in itertools.product(("fast", "reference"), searches):
-            whole = kind() if preset == "fast" else kind.reference()
+        for preset, (optimize, kind) in itertools.product(("fast", "published"), searches):
+            whole = kind() if preset == "fast" else kind.published()
             some = {"steps": 2, "num_samples": 10} if small else {"steps": min(whole.steps, 20)}
             config = dataclasses.replace(whole, **some)
 
             @jax.jit
             def run(keys, classifier, images, theta, optimize=optimize, config=config):
-                one = lambda key, x, theta: optimize(key, classifier, GaussianL2(), x, theta, config=config)[0]
+                smoothed = lambda theta: Smoothed(classifier, Gaussian(), theta)
+                one = lambda key, x, theta: optimize(key, smoothed(theta), x, config=config)[0]
                 return jax.vmap(one)(keys, images, theta)
 
             call = lambda run=run, a=(keys, classifier, images, theta): run(*a)
@@ -240,8 +260,8 @@ def search(small, seed):
     return rows
 
 
-def generators(small, seed):
-    """Normals per second of each generator, with a key per draw as the library draws them, and from one key."""
+def generators(small: bool, seed: int) -> list[Row]:
+    """Normals a second of each generator: with a key for each draw, as the library draws, and from one key."""
     draws, d = (10, 3072) if small else (10_000, 3072)
     rows = []
     for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
@@ -255,52 +275,54 @@ def generators(small, seed):
     return rows
 
 
-def training(small, seed):
-    """Images per second of training by noise augmentation, and whether a second training gives the same bits."""
+def training(small: bool, seed: int) -> list[Row]:
+    """Images a second of training by noise augmentation, and whether a second training gives the same bits."""
     rows = []
     for name, batch in (("cifar_resnet20", 8),) if small else (("cifar_resnet110", 256), ("cifar_resnet18", 256)):
         count, rng = batch * (2 if small else 40), np.random.default_rng(seed)
         images = rng.random((count, 32, 32, 3), np.float32)
         data = Dataset("random", np.arange(count), images, rng.integers(0, 10, count), 10)
         config = dataclasses.replace(PRESETS["augmentation"], epochs=2, batch_size=batch, seed=seed)
+        datasets = data, select(data, max_images=8)
         with tempfile.TemporaryDirectory() as folder:
-            first, second = (
-                train(make_network(name), data, select(data, max_images=8), config, out=f"{folder}/{i}") for i in (0, 1)
-            )
+            first, second = (train(make_network(name), datasets, config, out=f"{folder}/{i}") for i in (0, 1))
         speed = count / dict(zip(HISTORY, first.history[-1], strict=True))["seconds"]
         same = jax.tree.all(jax.tree.map(np.array_equal, first.variables, second.variables))
         rows.append({"network": name, "batch": batch, "images_per_second": speed, "same_bits": bool(same)})
     return rows
 
 
-def imagenet(small, seed):
-    """What `execution.fit` chooses for ResNet-50, forward passes a second of a run with it, and the memory it took."""
+def imagenet(small: bool, seed: int) -> list[Row]:
+    """ResNet-50: the batch and chunk that `choose_batch` takes, images a second of a run with them, and its memory."""
     rows, size = [], 32 if small else 224
     classes, rng = 1000, np.random.default_rng(seed)
     data = Dataset("noise", np.arange(96), rng.random((96, size, size, 3), np.float32), np.zeros(96, int), classes)
     data = select(data, max_images=3 if small else 96)
-    for dtype, method in (("float32", "fixed"), ("bfloat16", "fixed"), ("float32", "isotropic")):
+    plans: list[tuple[str, Method]] = [("float32", "fixed"), ("bfloat16", "fixed"), ("float32", "isotropic")]
+    for dtype, method in plans:
         network = make_network("imagenet_resnet50", compute_dtype=dtype)
         variables = jax.jit(network.init)(jax.random.key(seed), data.images[:1])
         classifier = from_linen(network, variables, num_classes=classes)
         n, steps = (10, 1) if small else (2000, 5)
-        search = IsotropicConfig.reference(steps=steps, num_samples=4 if small else 100)
-        config = RunConfig(method=method, certify=CertifyConfig(n0=10, n=n), isotropic=search, leakage=None)
-        start = np.asarray(config.theta, np.float32)
-        chosen = execution.fit(classifier, data, start, None, config, Execution(), parallel.device_mesh(1))
-        times = []
+        search = IsotropicConfig.published(steps=steps, num_samples=4 if small else 100)
+        config = RunConfig(
+            method=method, certify=CertifyConfig(n0=10, n=n), isotropic=search, leakage=None, memory=False
+        )
+        start, mesh = np.asarray(config.theta, np.float32), devices.device_mesh(1)
+        job, batch = choose_batch(make_job(classifier, config, start, Execution(), mesh), data, Execution())
+        times: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
-            done = lambda images, times=times: times.append(time.perf_counter())
-            how = {"execution": Execution(devices=1), "reconcile": False, "progress": done}
-            certify_dataset(classifier, data, config, out=f"{folder}/run", **how)
+            progress = lambda stage, images, times=times: times.append(time.perf_counter())
+            execution = Execution(devices=1, progress=progress)
+            certify_dataset(classifier, data, config, out=f"{folder}/run", execution=execution)
         last = times[-1] - times[-2]  # the first batch is compiled
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-        rows.append({"dtype": dtype, "method": method, "batch": chosen[0], "chunk": chosen[1],
-                     "images_per_second": chosen[0] / last, "draws": n + 10, "peak_gib_so_far": peak})  # fmt: skip
+        rows.append({"dtype": dtype, "method": method, "batch": batch, "chunk": job.chunk,
+                     "images_per_second": batch / last, "draws": n + 10, "peak_gib_so_far": peak})  # fmt: skip
     return rows
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[[bool, int], list[Row]]] = {
     "traced bounds": check_bounds,
     "known classifiers": check_linear,
     "certification, SmallCNN": certify_small_cnn,
@@ -314,27 +336,26 @@ SECTIONS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = record.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="rehearsal with tiny sizes, stored as gpu_small.json")
     parser.add_argument("--minutes", type=float, default=6.5, help="start no section after this time")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     start, results, failed = time.perf_counter(), {}, []
     for name, section in SECTIONS.items():
         elapsed = time.perf_counter() - start
         print(f"\n{name} (after {elapsed:.0f} s)", flush=True)
-        if elapsed > 60 * arguments.minutes:
+        if elapsed > 60 * options.minutes:
             results[name] = "left out: no time"
             continue
         try:
-            results[name] = section(arguments.small, arguments.seed)
-        except Exception as error:  # the device is lent for minutes: the other sections shall have theirs
+            results[name] = section(options.small, options.seed)
+        except Exception as error:  # a GPU may be lent for minutes: the other sections are run in any case
             traceback.print_exc()
             results[name] = [{"ok": False, "error": repr(error)}]
         record.show(results[name])
         failed += [name for row in results[name] if not row.get("ok", True)]
-        record.save("gpu_small" if arguments.small else "gpu", results, seed=arguments.seed)
+        record.save("gpu", results, seed=options.seed, small=options.small)
     print(f"FAILED: {', '.join(dict.fromkeys(failed))}" if failed else "all checks passed")
     return 1 if failed else 0
 

@@ -1,15 +1,18 @@
 """Bias and variance of the derivatives of estimated regions, against a closed form.
 
-    python benchmarks/gradients.py    # a minute on two CPU cores
+    python benchmarks/gradients.py            # a minute on two CPU cores
+    python benchmarks/gradients.py --small    # half a minute, only n = 1000
 
 A linear classifier in 20 dimensions, anisotropic Gaussian noise, class probability 0.9. The gap of its region, from n
-draws at alpha = 0.001, is `Phi^-1(b(p))` with `b` the Clopper-Pearson bound; its derivatives in x and theta are taken
-by central differences in float64 and compared with those of `differentiable.estimated_region` over 400 keys, relative
-to the exact derivative's length: bias is the length of the mean's error, with the standard error of that mean, and
-spread the root mean square deviation of one key's derivative. Logits are `steepness` times the margin: the soft
-estimate is one of another function where they are flat. "votes, plain" is the score function without its control
-variate, of the share only, put through the same bound. Exit status 1 if the votes, or the soft estimate of steep
-logits, are biased by more than 5 % and 4 standard errors.
+draws at alpha = 0.001, is `Phi^-1(b(p))` with the Clopper-Pearson bound `b`. Its derivatives in x and theta, by central
+differences in float64, are compared with those of `differentiable.estimated_region` over 400 keys. Two figures, as
+shares of the length of the exact derivative: bias is the length of the error of the mean, given with the standard error
+of that mean; spread is the root mean square deviation of the derivative of one key.
+
+Logits are `steepness` times the margin: where they are flat, the soft estimate is of another function. "votes, plain"
+is the derivative by the score function without its control variate, of the share only, put through the same bound.
+
+Exit status 1 if the votes, or the soft estimate of steep logits, are biased by more than 5 % and 4 standard errors.
 """
 
 import sys
@@ -21,13 +24,15 @@ import record
 import scipy.special
 import scipy.stats
 
-from ancer_jax import GaussianL2, differentiable, from_function
-from ancer_jax.bounds import clopper_pearson_lower_traced
+from ancer_jax import Gaussian, Smoothed, from_function
+from ancer_jax.differentiable import EstimateConfig, estimated_region
+from ancer_jax.smoothing.bounds import clopper_pearson_lower_traced
 
-SEED, D, KEYS, ALPHA, GAP = 0, 20, 400, 0.001, scipy.special.ndtri(0.9)
+SEED, D, KEYS, ALPHA, GAP = 0, 20, 400, 0.001, float(scipy.special.ndtri(0.9))
 
 
 def margin(variables, y):
+    """Logits (0, margin) of a linear classifier."""
     value = (y * variables["w"]).sum(-1) + variables["b"]
     return jnp.stack([jnp.zeros_like(value), value], axis=-1)
 
@@ -40,10 +45,11 @@ def plain_gap(key, w, b, x, theta, n):
     center, scale = jax.lax.stop_gradient((x, theta))
     scores = (eps / scale * (x - center) + (eps**2 - 1) / scale * (theta - scale)).sum(-1)
     share = votes.mean() + (votes * scores).mean()
-    return GaussianL2().gap(clopper_pearson_lower_traced(share * n, n, ALPHA))
+    return Gaussian().gap(clopper_pearson_lower_traced(share * n, n, ALPHA))
 
 
 def main() -> int:
+    small = record.parser(__doc__).parse_args().small
     rng = np.random.default_rng(SEED)
     w, x, theta = rng.normal(size=D), rng.normal(size=D), rng.uniform(0.2, 0.6, D)
     b = GAP * np.linalg.norm(w * theta) - w @ x
@@ -58,19 +64,20 @@ def main() -> int:
         at = np.concatenate([x, theta])
         return np.array([(gap(at + step * e) - gap(at - step * e)) / (2 * step) for e in np.eye(2 * D)])
 
-    def soft(steepness):
+    def estimate(kind, steepness):
         classifier = from_function(margin, {"w": jnp.float32(steepness * w), "b": steepness * b}, num_classes=2)
-        return lambda key, x, theta, n, estimate: (
-            differentiable.estimated_region(
-                key, classifier, GaussianL2(), x, theta, 1, num_samples=n, alpha=ALPHA, estimate=estimate
-            ).gap
-        )
 
-    cases = {f"soft, steepness {s}": (lambda *a, s=s: soft(s)(*a, "soft")) for s in (1, 3, 10, 30)}
-    cases["votes"] = lambda *a: soft(1)(*a, "votes")
+        def gap(key, x, theta, n):
+            config = EstimateConfig(num_samples=n, alpha=ALPHA, kind=kind)
+            return estimated_region(key, Smoothed(classifier, Gaussian(), theta), x, 1, config=config).gap
+
+        return gap
+
+    cases = {f"soft, steepness {s}": estimate("soft", s) for s in (1, 3, 10, 30)}
+    cases["votes"] = estimate("votes", 1)
     cases["votes, plain"] = lambda key, x, theta, n: plain_gap(key, w, b, x, theta, n)
     rows, passed = [], True
-    for n in (100, 1000):
+    for n in (1000,) if small else (100, 1000):
         true = exact(n)
         for name, gap in cases.items():
             slope = jax.grad(lambda key, x, t, gap=gap, n=n: gap(key, x, t, n), (1, 2))
@@ -86,7 +93,7 @@ def main() -> int:
                     passed &= row[f"bias_{what}"] < 0.05 + 4 * row[f"error_{what}"]
             rows.append(row)
     record.show(rows)
-    record.save("gradients", {"dimensions": D, "keys": KEYS, "alpha": ALPHA, "rows": rows}, seed=SEED)
+    record.save("gradients", {"dimensions": D, "keys": KEYS, "alpha": ALPHA, "rows": rows}, seed=SEED, small=small)
     print("passed" if passed else "MISSED A BAR")
     return 0 if passed else 1
 

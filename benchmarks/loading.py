@@ -1,10 +1,12 @@
-"""CIFAR-10's 60,000 images as TensorFlow data sets and as the authors' files: are arrays, ids and labels the same?
+"""CIFAR-10's 60,000 images have the same arrays, ids and labels as TensorFlow data sets and as the authors' files.
 
-python benchmarks/loading.py FOLDER
+    python benchmarks/loading.py FOLDER    # two minutes on two CPU cores
 
 Needs `pip install ".[tensorflow]"`. FOLDER holds the binary files (benchmarks/fetch_cifar10.py). A second process lets
-tensorflow-datasets' own `cifar10` prepare them, as ArrayRecord and as TFRecord; this process reads both, the first
-without TensorFlow, and compares. Exits with status 1 if anything differs. Two minutes on two CPU cores.
+tensorflow-datasets' own `cifar10` prepare them, as ArrayRecord and as TFRecord. This process reads both, the first
+without TensorFlow, and compares.
+
+Exit status 1 if anything differs.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import types
+from typing import Any
 
 import numpy as np
 import record
@@ -24,7 +27,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def prepare(folder: str, out: str) -> None:
-    """What `tfds build cifar10` does once it has its download."""
+    """Prepare the data sets, as `tfds build cifar10` does after its download."""
     import tensorflow_datasets as tfds
 
     download = pathlib.Path(out, "download")
@@ -35,14 +38,14 @@ def prepare(folder: str, out: str) -> None:
     (inside / "batches.meta.txt").write_text("\n".join(CLASSES))
     local = types.SimpleNamespace(download_and_extract=lambda url: str(download))
     for file_format in ("array_record", "tfrecord"):
-        builder = tfds.builder("cifar10", data_dir=f"{out}/{file_format}", file_format=file_format)
+        builder: Any = tfds.builder("cifar10", data_dir=f"{out}/{file_format}", file_format=file_format)
         splits = builder._split_generators
         builder._split_generators = lambda _, splits=splits: splits(local)
         builder.download_and_prepare()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     folder = parser.parse_args().folder
     rows = []
@@ -66,7 +69,7 @@ def main() -> int:
                 row = {"format": file_format, "split": split, "images": len(found)}
                 row |= {
                     "TensorFlow": "tensorflow" in sys.modules,
-                    "same images": np.array_equal(images, expected.images),
+                    "same images": np.array_equal(images, expected.images[:]),
                 }
                 rows.append(row | same | {"seconds to open": opened, "images/s": len(found) / reading})
     record.show(rows)

@@ -1,54 +1,65 @@
-"""What certification costs beyond the network: the votes of a run against the bare forward passes of the same network.
+"""The overhead of certification: the votes of a run against the bare forward passes of the same network.
+
+    python benchmarks/overhead.py            # 5 to 10 minutes on two CPU cores that do nothing else
+    python benchmarks/overhead.py --small    # two minutes, one chunk size each
 
 Bare: a jitted `lax.scan` over as many chunks of as many rows, each the network on one fixed block of images, argmax
-and count, without noise. Certification and bare forward alternate in one process; medians and their ratio are
+and count, without noise. Certification and bare forward passes alternate in one process; medians and their ratio are
 reported, for
 
 - the bundled SmallCNN on 28x28x1 (bar: 1.4), at several chunk sizes;
 - a ResNet-18 with a CIFAR stem on 32x32x3, 11 million random weights (bar: 1.1);
-- the ResNet-18 of ANCER's code on 32x32x3, whose maps are smaller, so that the noise weighs more (no bar).
+- the ResNet-18 of ANCER's code on 32x32x3, whose feature maps are smaller, so that the noise weighs more (no bar).
 
-The noise alone is certification of a classifier that only adds up its input, so that keys, draws and `x + noise` are
-all there. All of it is on one device.
-
-    python benchmarks/overhead.py            # 5 to 10 minutes on two CPU cores that do nothing else
-    python benchmarks/overhead.py --quick    # two minutes, one chunk size each
+The cost of the noise alone is that of certifying a classifier that only sums its input: keys, draws and `x + noise` are
+all there. Everything runs on one device.
 
 Exit status 1 if the ratio at the best chunk misses a bar.
 """
 
-import argparse
 import functools
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import record
+from jax.sharding import Mesh
 
-from ancer_jax import CertifyConfig, RunConfig, from_function, from_linen, load_bundled, parallel
-from ancer_jax.counting import Votes
+from ancer_jax import (
+    CertifyConfig,
+    Classifier,
+    Execution,
+    RunConfig,
+    devices,
+    from_function,
+    from_linen,
+    load_bundled,
+)
 from ancer_jax.models import make_network
-from ancer_jax.smoothing import Stage
+from ancer_jax.runs.job import make_job
+from ancer_jax.smoothing.smoothed import Stage
 
 BARS = {"SmallCNN": 1.4, "ResNet-18": 1.1}
 THETA = 0.25
 
 
-def small_cnn(seed):
-    """(classifier, image shape) of the bundled network."""
+def small_cnn(seed: int, dtype: str = "float32") -> tuple[Classifier, tuple[int, ...]]:
+    """The bundled classifier, always in float32, and the shape of its images."""
     return load_bundled("l2").classifier, (28, 28, 1)
 
 
-def resnet18(seed, dtype="float32", name="cifar_resnet18"):
-    """(classifier, image shape) of a ResNet-18 with random weights."""
+def resnet18(seed: int, dtype: str = "float32", name: str = "cifar_resnet18") -> tuple[Classifier, tuple[int, ...]]:
+    """A ResNet-18 with random weights, and the shape of its images."""
     network = make_network(name, compute_dtype=dtype)
     variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return from_linen(network, variables, num_classes=10), (32, 32, 3)
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[..., tuple[Classifier, tuple[int, ...]]]] = {
     "SmallCNN": small_cnn,
     "ResNet-18": resnet18,
     "ancer_resnet18": functools.partial(resnet18, name="ancer_resnet18"),
@@ -63,20 +74,20 @@ def _sum(_, x):
 SUM = from_function(_sum, {}, num_classes=2)
 
 
-def certify(keys, classifier, images, theta, *, n, chunk, mesh):
-    """Counts [batch, K] as a run makes them."""
-    rows = np.arange(len(images))
-    config = RunConfig(certify=CertifyConfig(n=n))
-    votes = Votes(keys, classifier, images, theta, config, chunk=chunk, mesh=mesh)
-    return votes(Stage.ESTIMATE, rows, np.zeros_like(rows), np.full_like(rows, n))
+def certify(classifier: Classifier, images, theta, *, n: int, chunk: int, seed: int, mesh: Mesh) -> np.ndarray:
+    """Counts [batch, K] as a run makes them, for thetas [batch, *d] of Gaussian noise."""
+    config = RunConfig(certify=CertifyConfig(n=n), seed=seed)
+    job = make_job(classifier, config, np.asarray(THETA, np.float32), Execution(chunk=chunk), mesh)
+    columns = np.arange(len(images))
+    return job.counter(columns.astype(np.uint32), images, theta)(Stage.ESTIMATE, columns, 0, n)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "chunk"))
-def bare(classifier, block, *, n, chunk):
+def bare(classifier: Classifier, block, *, n: int, chunk: int):
     """Counts [batch, K] of the forward passes alone; `block` is [batch, chunk + 1, *d]."""
 
     def add(counts, i):
-        # A slice that moves: of rows that stay the same the network would be computed once, outside the loop.
+        # The slice moves: XLA would compute the network of rows that stay the same once, outside the loop.
         rows = jax.lax.dynamic_slice_in_dim(block, i % 2, chunk, axis=1)
         logits = classifier(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], -1)
         return counts + jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.int32).sum(1), None
@@ -85,11 +96,11 @@ def bare(classifier, block, *, n, chunk):
     return jax.lax.scan(add, start, jnp.arange(-(-n // chunk)))[0]
 
 
-def seconds(functions, repeats):
-    """Seconds of each function, [repeats] lists, alternating; the first call of each (compilation) is not counted."""
+def seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, [repeats] lists, in turn; the first call of each (compilation) is not counted."""
     for function in functions.values():
         jax.block_until_ready(function())
-    times = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.perf_counter()
@@ -98,20 +109,21 @@ def seconds(functions, repeats):
     return times
 
 
-def compare(name, *, batch, chunk, n, repeats, seed, dtype=None):
-    """One line: microseconds per row of certification, bare forward and noise, and the ratio of the first two."""
-    mesh = parallel.device_mesh(1)
-    classifier, shape = NETWORKS[name](seed, dtype) if dtype else NETWORKS[name](seed)
-    classifier = parallel.replicate(classifier, mesh)
+def compare(
+    name: str, *, batch: int, chunk: int, n: int, repeats: int, seed: int, dtype: str = "float32"
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Microseconds per row of certification, bare forward and noise, and the ratio of the first two; all times."""
+    mesh = devices.device_mesh(1)
+    classifier, shape = NETWORKS[name](seed, dtype)
+    classifier = devices.replicate(classifier, mesh)
     rng = np.random.default_rng(seed)
     images = jnp.asarray(rng.uniform(0, 1, (batch, *shape)), jnp.float32)
     block = jnp.asarray(rng.uniform(0, 1, (batch, chunk + 1, *shape)), jnp.float32)
     theta = jnp.full(images.shape, THETA)
-    keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), batch)
     functions = {
-        "certify": lambda: certify(keys, classifier, images, theta, n=n, chunk=chunk, mesh=mesh),
+        "certify": lambda: certify(classifier, images, theta, n=n, chunk=chunk, seed=seed, mesh=mesh),
         "bare": lambda: bare(classifier, block, n=n, chunk=chunk),
-        "noise": lambda: certify(keys, SUM, images, theta, n=n, chunk=chunk, mesh=mesh),
+        "noise": lambda: certify(SUM, images, theta, n=n, chunk=chunk, seed=seed, mesh=mesh),
     }
     times = seconds(functions, repeats)
     per_row = {f"{name}_us_per_row": float(np.median(t)) / (batch * n) * 1e6 for name, t in times.items()}
@@ -120,20 +132,19 @@ def compare(name, *, batch, chunk, n, repeats, seed, dtype=None):
     return line, {f"{name}_seconds": t for name, t in times.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = record.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="one chunk size, few repeats; nothing is stored")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     plans = [("SmallCNN", 10, chunk, 2000, 7) for chunk in (20, 50, 100, 200, 500, 1000)]
     plans += [("ResNet-18", 1, chunk, 1000, 5) for chunk in (100, 200)]
     plans += [("ancer_resnet18", 1, chunk, 4000, 7) for chunk in (100, 200, 500)]
-    if arguments.quick:
+    if options.small:
         plans = [("SmallCNN", 10, 100, 1000, 3), ("ResNet-18", 1, 100, 200, 3)]
         plans += [("ancer_resnet18", 1, 100, 1000, 3)]
     rows, raw = [], []
     for name, batch, chunk, n, repeats in plans:
-        row, times = compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=arguments.seed)
+        row, times = compare(name, batch=batch, chunk=chunk, n=n, repeats=repeats, seed=options.seed)
         rows.append(row)
         raw.append(row | times)
         record.show(rows[-1:])
@@ -145,9 +156,9 @@ def main():
     for name, row in best.items():
         print(f"{name}: ratio {row['ratio']:.2f} at its best chunk, {row['chunk']} (bar {BARS.get(name, 'none')})")
     passed = all(row["ratio"] <= BARS.get(name, np.inf) for name, row in best.items())
-    if not arguments.quick:
-        best = {name: {"chunk": row["chunk"], "ratio": row["ratio"]} for name, row in best.items()}
-        record.save("overhead", {"bars": BARS, "passed": passed, "best": best, "rows": raw}, seed=arguments.seed)
+    chunks = {name: {"chunk": row["chunk"], "ratio": row["ratio"]} for name, row in best.items()}
+    stored = {"bars": BARS, "passed": passed, "best": chunks, "rows": raw}
+    record.save("overhead", stored, seed=options.seed, small=options.small)
     print("passed" if passed else "MISSED A BAR")
     return 0 if passed else 1
 

@@ -1,7 +1,7 @@
-"""The reference packages at work, for benchmarks/peers.py, in their own environment: one JSON line in, one out.
+"""A worker of benchmarks/peers.py that runs the reference packages: one task a line, as JSON, and one answer a line.
 
-ancer-python, ddsmoothing-python and adversarial-robustness-toolbox, as released; their networks say 'cuda' in their
-source, which is replaced.
+These are ancer-python, ddsmoothing-python and adversarial-robustness-toolbox, as released, in an environment of their
+own. Their networks have the device 'cuda' in their source, which is replaced.
 """
 
 import json
@@ -16,12 +16,12 @@ import scipy.stats
 import torch
 
 if not hasattr(scipy.stats, "binom_test"):  # gone since SciPy 1.12; certification does not use it
-    scipy.stats.binom_test = None
-import ddsmoothing.utils
-from ancer.optimization import optimize_ancer
-from ddsmoothing.certificate import L1Certificate, L2Certificate
-from ddsmoothing.optimization import optimize_isotropic_dds
-from ddsmoothing.smooth import Smooth
+    setattr(scipy.stats, "binom_test", None)  # noqa: B010
+import ddsmoothing.utils  # pyright: ignore[reportMissingImports]
+from ancer.optimization import optimize_ancer  # pyright: ignore[reportMissingImports]
+from ddsmoothing.certificate import L1Certificate, L2Certificate  # pyright: ignore[reportMissingImports]
+from ddsmoothing.optimization import optimize_isotropic_dds  # pyright: ignore[reportMissingImports]
+from ddsmoothing.smooth import Smooth  # pyright: ignore[reportMissingImports]
 
 FOLDER = pathlib.Path(ddsmoothing.utils.__file__).parent
 DEVICE = sys.argv[1]
@@ -39,7 +39,7 @@ def build(name):
 
 
 class Probabilities(torch.nn.Module):
-    """Its WideResNet gives logits, of which its searches would take means as probabilities."""
+    """A network that returns probabilities. The WideResNet returns logits, whose mean the searches would take."""
 
     def __init__(self, network):
         super().__init__()
@@ -50,7 +50,9 @@ class Probabilities(torch.nn.Module):
 
 
 class Counting(Smooth):
-    """Keeps the votes."""
+    """A smoothed classifier that keeps its votes."""
+
+    votes: list[list[int]]
 
     def _sample_noise(self, *arguments, **options):
         found = super()._sample_noise(*arguments, **options)
@@ -59,6 +61,8 @@ class Counting(Smooth):
 
 
 class Worker:
+    """Does the tasks; `load` or `train` comes first."""
+
     def train(self, network, data, noise, scale, epochs, seed, out):
         torch.manual_seed(seed)
         found, data = build(network), np.load(data)
@@ -123,7 +127,7 @@ class Worker:
         np.save(out, theta.detach().cpu().numpy())
 
     def art(self, rows, theta, n0, n, alpha, batch, seed):
-        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing  # pyright: ignore[reportMissingImports]
 
         np.random.seed(seed)  # noqa: NPY002
         smooth = PyTorchRandomizedSmoothing(
@@ -139,12 +143,12 @@ class Worker:
         return {"host_mib": int(peak[1]) / 1024 if peak else None, "device_mib": device}
 
 
-worker, say = Worker(), sys.stdout
-sys.stdout = sys.stderr  # the packages print
+worker, answers = Worker(), sys.stdout
+sys.stdout = sys.stderr  # the packages print; only answers go to the standard output
 for line in sys.stdin:
-    options = json.loads(line)
+    task = json.loads(line)
     began = time.perf_counter()
-    found = getattr(worker, options.pop("do"))(**options) or {}
+    answer = getattr(worker, task.pop("do"))(**task) or {}
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print(json.dumps({"seconds": time.perf_counter() - began} | found), file=say, flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - began} | answer), file=answers, flush=True)

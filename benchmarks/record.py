@@ -1,8 +1,10 @@
-"""How every benchmark stores its raw numbers: one JSON file per script in benchmarks/results/ (or $BENCH_RESULTS).
+"""What all benchmarks share: their command line, and how they store their raw output.
 
-A record says when, by which command, from which seed, on what machine and with which versions the numbers were made.
+Each script stores one JSON file in benchmarks/results/ (or in $BENCH_RESULTS). It says when, by which command, from
+which seed, on what machine and with which versions its numbers were made.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -15,13 +17,24 @@ from typing import Any
 import tabulate
 
 RESULTS = pathlib.Path(os.environ.get("BENCH_RESULTS", pathlib.Path(__file__).parent / "results"))
-# Of the tables of the literature.
+# The radii in the tables of the literature.
 RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 
-def save(name: str, results: Any, *, seed: int | list[int]) -> None:
-    """Write `results/<name>.json`; `results` are JSON values."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with the flag `--small`, a rehearsal in tiny sizes that shows no more than that a script runs.
+
+    Args:
+      description: the docstring of the script.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--small", action="store_true", help="tiny sizes: a rehearsal, stored as small-<name>.json")
+    return made
+
+
+def save(name: str, results: Any, *, seed: int | list[int], small: bool = False) -> None:
+    """Write `results/<name>.json`, or `results/small-<name>.json` of a rehearsal; `results` are JSON values."""
     arguments = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
     document = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -32,14 +45,14 @@ def save(name: str, results: Any, *, seed: int | list[int]) -> None:
         "results": results,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{'small-' if small else ''}{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"raw output: {os.path.relpath(path)}")
 
 
 def machine() -> dict[str, Any]:
     """CPU model, cores that this process may use, memory, and JAX's device."""
-    import jax  # here, so that the parent of benchmarks/memory.py stays small
+    import jax  # here, so that the parent process of benchmarks/memory.py stays small
 
     device = jax.local_devices()[0]
     cpuinfo = pathlib.Path("/proc/cpuinfo")

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Regions and memory in two dimensions
 #
-# In the plane, everything that the library certifies can be drawn to scale. This notebook shows what smoothing does to
-# the decision regions of a classifier, the regions that fixed, isotropic and anisotropic noise certify around a few
-# inputs, and how the memory turns certificates of many smoothed classifiers into those of one: regions shrink until
-# they touch, an input inside an earlier region gets its class, and the order of the inputs matters.
+# In the plane, all regions can be drawn to scale. This notebook shows how smoothing changes the decision regions of a
+# classifier, the regions that are certified around a few inputs under fixed, isotropic and anisotropic noise, and how
+# the memory turns certificates of many smoothed classifiers into certificates of one: regions shrink until they touch,
+# an input inside an earlier region gets the class of that region, and the order of the inputs matters.
 #
 # Takes about 30 seconds on two CPU cores.
 
@@ -32,6 +32,7 @@ from matplotlib import patheffects
 from matplotlib.patches import Ellipse, Polygon
 
 import ancer_jax as aj
+from ancer_jax.smoothing import class_counts
 
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figure.constrained_layout.use": True})
 
@@ -39,8 +40,8 @@ plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figur
 # ## A base classifier
 #
 # Inputs are points of the unit square. Class 1 is a band along a step, wide on the left and narrow on the right; class
-# 0 lies below it and class 2 above. `from_function` takes any pure function of (variables, inputs) that returns
-# logits. A small island of class 1 lies in the region of class 2.
+# 0 lies below it and class 2 above. A small island of class 1 lies in the region of class 2. `from_function` takes any
+# pure function of (variables, inputs) that returns logits.
 
 
 # %%
@@ -62,11 +63,11 @@ classifier = aj.from_function(band, variables, num_classes=3)
 aj.check_classifier(classifier, np.array([0.5, 0.5], np.float32))
 
 # %% [markdown]
-# ## What smoothing does
+# ## The effect of smoothing
 #
-# The smoothed classifier answers with the class that most noisy copies of the input get. On a grid of points,
-# `smoothing.class_counts` counts 400 noisy copies of each, and their majority is drawn; dotted lines are the
-# boundaries of the base classifier. A feature smaller than the noise disappears: with theta = 0.10 the island, and
+# The smoothed classifier gives the class that most noisy copies of the input get. For each point of a grid,
+# `smoothing.class_counts` counts the classes of 400 noisy copies, and their majority is drawn; dotted lines are the
+# boundaries of the base classifier. A feature smaller than the noise disappears: under theta = 0.10 the island, and
 # most of the narrow part of the band.
 
 # %%
@@ -77,9 +78,8 @@ grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
 
 @jax.jit
 def majority(theta):
-    counts = lambda point: aj.smoothing.class_counts(
-        jax.random.key(0), classifier, aj.GaussianL2(), point, theta, num_samples=400, chunk=400
-    )
+    smoothed = aj.Smoothed(classifier, aj.Gaussian(), theta)
+    counts = lambda point: class_counts(jax.random.key(0), smoothed, point, num_samples=400, chunk=400)
     return jax.lax.map(counts, grid, batch_size=100).argmax(axis=-1).reshape(SIDE, SIDE)
 
 
@@ -112,9 +112,9 @@ plane(axes[2], "smoothed classifier, theta = 0.10", majority(0.10))
 # %% [markdown]
 # ## Certified regions
 #
-# Ten inputs, each named by a letter. For each, the noise parameter theta is chosen in three ways: the same number for
-# all, one number per input, one number per input and coordinate. The searches are bounded by `theta_max`. They work on
-# one input; `jax.vmap` makes them work on many, and `jax.jit` compiles them once.
+# There are ten inputs, each named by a letter. For each, the noise parameter theta is chosen in three ways: one number
+# for all inputs, one number per input, one number per input and coordinate. The searches are bounded by `theta_max`.
+# They work on one input; `jax.vmap` makes them work on many, and `jax.jit` compiles them once.
 
 # %%
 NAMES = "abcdefghij"
@@ -131,36 +131,37 @@ KEYS = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.ar
 @functools.partial(jax.jit, static_argnames="noise")
 def searches(noise, theta):
     bound = 4 * THETA[noise]
-    isotropic = aj.IsotropicConfig.reference(steps=100, learning_rate=0.002, theta_max=bound)
-    anisotropic = aj.AnisotropicConfig.reference(learning_rate=0.005, theta_max=bound)
+    smoothed = aj.Smoothed(classifier, noise, theta)
+    isotropic = aj.IsotropicConfig.published(steps=100, learning_rate=0.002, theta_max=bound)
+    anisotropic = aj.AnisotropicConfig.published(learning_rate=0.005, theta_max=bound)
 
     def search(key, x):
-        start, _ = aj.optimize_isotropic(key, classifier, noise, x, theta, config=isotropic)
-        return start, aj.optimize_anisotropic(key, classifier, noise, x, start, config=anisotropic)[0]
+        start, _ = aj.optimize_isotropic(key, smoothed, x, config=isotropic)
+        return start, aj.optimize_anisotropic(key, smoothed.with_theta(start), x, config=anisotropic)[0]
 
     return jax.vmap(search)(KEYS, INPUTS)
 
 
 # %% [markdown]
-# `certify` then draws fresh noise, 10,000 times for each input. Its `gap` and theta are the region:
-# all y with `norm((y - x) / theta) <= gap`. For Gaussian noise these are circles and ellipses, for uniform noise
-# (l1 norm) diamonds.
+# `certify` then draws fresh noise, 10,000 times for each input. The region of a certificate is the set of all y with
+# `norm((y - x) / theta) <= gap`. Under Gaussian noise these are circles and ellipses, under uniform noise (l1 norm)
+# diamonds.
 
 # %%
-THETA = {aj.GaussianL2(): 0.03, aj.UniformL1(): 0.05}
+THETA = {aj.Gaussian(): 0.03, aj.Uniform(): 0.05}
 METHODS = ("fixed", "isotropic", "anisotropic")
 config = aj.CertifyConfig(n=10_000)
 
 
 def certified(noise):
-    """For each method a list of (region, class), one for each input."""
+    """For each method the certificates, one for each input."""
     isotropic, anisotropic = searches(noise, THETA[noise])
     found = {}
     for method, thetas in zip(METHODS, (np.full(len(INPUTS), THETA[noise]), isotropic, anisotropic), strict=True):
-        found[method] = []
-        for key, x, theta in zip(KEYS, INPUTS, np.asarray(thetas), strict=True):
-            result = aj.certify(key, classifier, noise, x, theta, config=config)
-            found[method].append((aj.Region(x, theta, result.gap, noise.norm), int(result.prediction)))
+        found[method] = [
+            aj.certify(key, aj.Smoothed(classifier, noise, theta), x, config=config)
+            for key, x, theta in zip(KEYS, INPUTS, np.asarray(thetas), strict=True)
+        ]
     return found
 
 
@@ -171,17 +172,18 @@ LINES = {-1: ":", 0: "-", 1: "--", 2: (0, (4, 1, 1, 1))}
 COLORS = {-1: "black", 0: "C0", 1: "C3", 2: "C2"}
 
 
-def draw(axis, region, answer, name, width=1.3, hatch=""):
-    """A region to scale, in the line of its class, and its centre (a cross: abstained)."""
+def draw(axis, answer, name, width=1.3, hatch=""):
+    """The region of a certificate to scale, in the line of its class, and its center (a cross: abstained)."""
+    region, prediction = answer.region, int(answer.prediction)
     a, b = np.broadcast_to(region.theta, 2) * region.gap
     if region.norm == 2:
         shape = Ellipse(region.center, 2 * a, 2 * b)
     else:
         shape = Polygon(region.center + np.array([[a, 0], [0, b], [-a, 0], [0, -b]]))
-    shape.set(fill=False, hatch=hatch, linestyle=LINES[answer], edgecolor=COLORS[answer], linewidth=width)
+    shape.set(fill=False, hatch=hatch, linestyle=LINES[prediction], edgecolor=COLORS[prediction], linewidth=width)
     axis.add_patch(shape)
-    axis.plot(*region.center, "x" if answer == aj.ABSTAIN else ".", color=COLORS[answer], markersize=5)
-    text = f"{name}:{answer}" if answer >= 0 else f"{name}:?"
+    axis.plot(*region.center, "x" if prediction == aj.ABSTAIN else ".", color=COLORS[prediction], markersize=5)
+    text = f"{name}:{prediction}" if prediction >= 0 else f"{name}:?"
     halo = [patheffects.withStroke(linewidth=2, foreground="white")]
     top = region.center + np.array([0, b if b < 0.06 else 0])  # small regions are named above, not inside
     where = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
@@ -191,97 +193,97 @@ def draw(axis, region, answer, name, width=1.3, hatch=""):
 _, axes = plt.subplots(2, 3, figsize=(9, 6.2))
 for row, (noise, found) in zip(axes, FOUND.items(), strict=True):
     for axis, (method, answers) in zip(row, found.items(), strict=True):
-        area = np.mean([np.exp(aj.log_volume(region)) for region, _ in answers])
+        area = np.mean([np.exp(answer.log_volume) for answer in answers])
         plane(axis, f"l{noise.norm}, {method}: mean area {area:.4f}")
-        for name, (region, answer) in zip(NAMES, answers, strict=True):
-            draw(axis, region, answer, name)
+        for name, answer in zip(NAMES, answers, strict=True):
+            draw(axis, answer, name)
 
 # %% [markdown]
-# Solid regions are of class 0, dashed ones of class 1, dash-dotted ones of class 2; the number at each letter is the
-# class (`?`: abstained). Ellipses grow along the band and not across it, as far as the axes allow. Each
-# region is certified, but each of its own smoothed classifier: these are **per-input classifiers, not reconciled by
-# memory**. Nothing forbids that regions of different classes overlap, and then the classifiers contradict each other.
+# Regions of class 0 are solid, those of class 1 dashed, those of class 2 dash-dotted; the number at each letter is the
+# class (`?`: abstained). Ellipses grow along the band and not across it, as far as the axes allow. Each region is
+# certified for a smoothed classifier of its own: these are **per-input classifiers, not reconciled by memory**. Regions
+# of different classes may overlap, and then the classifiers contradict each other.
 
 # %%
-answers = dict(zip(NAMES, FOUND[aj.GaussianL2()]["anisotropic"], strict=True))
-for first, (a, class_a) in answers.items():
-    for second, (b, class_b) in answers.items():
-        if first < second and class_a != class_b and not aj.disjoint(a, b):
-            print(f"{first} (class {class_a}) and {second} (class {class_b}) overlap")
+certificates = dict(zip(NAMES, FOUND[aj.Gaussian()]["anisotropic"], strict=True))
+for first, a in certificates.items():
+    for second, b in certificates.items():
+        if first < second and a.prediction != b.prediction and not aj.disjoint(a.region, b.region):
+            print(f"{first} (class {a.prediction}) and {second} (class {b.prediction}) overlap")
 
 # %% [markdown]
 # ## The memory at work
 #
-# The classifier with memory answers inputs one after another and stores what it answered. An input inside a stored
-# region of another class gets that class, and the part of its own region that lies inside. Any other region
-# shrinks, centre and shape kept, until it touches no stored region of another class.
+# The classifier with memory answers inputs one after another and stores its answers. An input inside a stored region of
+# another class gets that class, and the part of its own region that lies inside. Any other region shrinks, with the
+# same center and shape, until it meets no stored region of another class.
 
 
 # %%
-def remember(answers, order):
-    """What the memory answers in this order: name -> (region, class), and one line for each input."""
-    state, remembered, lines = aj.memory.empty(answers[order[0]][0].norm), {}, []
+def remember(certificates, order):
+    """The answers of a memory, in this order, by name; and one line for each input."""
+    memory, answers, lines = aj.Memory.empty(certificates[order[0]].region.norm), {}, []
     for name in order:
-        region, prediction = answers[name]
-        state, info = aj.memory.insert(state, region, prediction)
-        remembered[name] = (info.region, int(info.prediction))
-        line = f"{name}: class {prediction}, proxy radius {aj.proxy_radius(region):.3f}"
-        if info.changed:
-            line += f" -> class {info.prediction}, proxy radius {aj.proxy_radius(info.region):.3f}"
-        if info.prediction != prediction:
-            line += f" (inside the region of {order[info.inside]})"
+        certificate = certificates[name]
+        memory, answer = memory.insert(certificate)
+        answers[name] = answer
+        line = f"{name}: class {certificate.prediction}, proxy radius {certificate.proxy_radius:.3f}"
+        if answer.changed:
+            line += f" -> class {answer.prediction}, proxy radius {answer.proxy_radius:.3f}"
+        if answer.prediction != certificate.prediction:
+            line += f" (inside the region of {order[answer.inside]})"
         lines.append(line)
-    return remembered, lines
+    return answers, lines
 
 
-remembered, lines = remember(answers, NAMES)
+forwards, lines = remember(certificates, NAMES)
 print(*lines, sep="\n")
 
 # %% [markdown]
-# The same in pictures: thick lines are the region that has just come, after the memory; thin ones were stored before.
-# The noise of d is so wide that its smoothed classifier does not see the island, and its region covers it. So f, on the
-# island, came with class 1 and is answered with 2. The region of i has to stop at that of h.
+# The same in pictures: the thick line is the newest region after the memory; thin ones were stored before. The noise of
+# d is so wide that its smoothed classifier does not see the island, and its region covers the island. So f, on the
+# island, was certified with class 1 and is answered with class 2. The region of i shrinks until it touches that of h.
 
 # %%
 _, axes = plt.subplots(1, 4, figsize=(11, 3.2))
 for axis, newest in zip(axes, "dfhi", strict=True):
     plane(axis, f"{newest} arrives")
     for name in NAMES[: NAMES.index(newest) + 1]:
-        draw(axis, *remembered[name], name, width=2 if name == newest else 1)
+        draw(axis, forwards[name], name, width=2 if name == newest else 1)
 
 # %% [markdown]
 # ## The order matters
 #
-# The first input keeps its whole region, later ones give way. In the opposite order others give way.
-# So certify in the order in which you serve.
+# The first input keeps its whole region, and later regions shrink. In the opposite order other regions shrink. So
+# certify in the order in which you serve.
 
 # %%
-backwards, lines = remember(answers, NAMES[::-1])
+backwards, lines = remember(certificates, NAMES[::-1])
 print(*lines, sep="\n")
 
 # %%
 _, axes = plt.subplots(1, 2, figsize=(8, 4))
-for axis, title, after in ((axes[0], "order a to j", remembered), (axes[1], "order j to a", backwards)):
+for axis, title, after in ((axes[0], "order a to j", forwards), (axes[1], "order j to a", backwards)):
     plane(axis, f"after memory, {title}")
     for name in NAMES:
-        draw(axis, *after[name], name)
+        draw(axis, after[name], name)
 
 # %% [markdown]
 # ## Before and after
 #
-# What the memory changed, for both norms, in the order a to j. Hatched regions were changed: they shrank, or their
-# input was given another class. After memory no two regions of different classes meet, and the certificates are
-# those of one classifier, the one with memory.
+# The changes by the memory, for both norms, in the order a to j. Hatched regions were changed: they shrank, or their
+# input was given another class. After memory no two regions of different classes meet, and the certificates are of one
+# classifier, the one with memory.
 
 # %%
 _, axes = plt.subplots(2, 2, figsize=(8, 8))
 for row, (noise, found) in zip(axes, FOUND.items(), strict=True):
     before = dict(zip(NAMES, found["anisotropic"], strict=True))
     after, _ = remember(before, NAMES)
-    changed = [n for n in NAMES if (after[n][0].gap, after[n][1]) != (before[n][0].gap, before[n][1])]
+    changed = [name for name in NAMES if after[name].changed]
     plane(row[0], f"l{noise.norm}, per-input classifiers,\nnot reconciled by memory")
     plane(row[1], f"l{noise.norm}, classifier with memory\n(changed: {', '.join(changed) or 'none'})")
     for name in NAMES:
-        draw(row[0], *before[name], name)
-        draw(row[1], *after[name], name, hatch="/////" if name in changed else "")
+        draw(row[0], before[name], name)
+        draw(row[1], after[name], name, hatch="/////" if name in changed else "")
 plt.show()

@@ -16,8 +16,8 @@
 #
 # Papers on randomized smoothing report certified accuracy at a few radii and the average certified radius (ACR). This
 # notebook makes that table with `certify_dataset` and `report`: for fixed noise of several strengths, for one noise
-# level per image and for ANCER, one per pixel; after memory, and with leakage. It does so on 10 images with few draws,
-# which shows how the table is made and proves nothing about the methods.
+# level per image, and for ANCER, with one per pixel; after memory, and with leakage. It takes 10 images and few draws,
+# which shows how the table is made and says nothing about the methods.
 #
 # Takes about 40 seconds on two CPU cores.
 
@@ -34,6 +34,7 @@ import ancer_jax as aj
 from ancer_jax import report
 from ancer_jax.data import select
 from ancer_jax.metrics import certified_accuracy
+from ancer_jax.smoothing import bounds
 
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figure.constrained_layout.use": True})
 
@@ -52,23 +53,25 @@ print(f"trained with theta = {bundled.theta}; images {images.ids.tolist()}")
 # %% [markdown]
 # ## Runs
 #
-# A `RunConfig` holds all that changes results, and `certify_dataset` certifies every image into a run directory. A run
-# that was stopped continues where it was. With `isotropic` and `ancer` all images then go through the memory, in order
-# of their ids. The searches are bounded by four times the theta that they start from; leakage asks how many of 50 other
-# images the noise that was found sends to the image's class, and which share of single draws it sends there, over 50
-# more that no search has seen.
+# A `RunConfig` holds all settings that change results, and `certify_dataset` certifies every image into a run
+# directory. A run that was stopped continues where it was. With `isotropic` and `ancer` all certificates then go
+# through the memory, in order of their ids. The searches are bounded by four times the theta that they start from.
+# Leakage is measured on leakage probes: how many of 50 other images get this image's class under the noise that was
+# found, and, for 50 more images that no search has seen, what share of single draws gets it.
 
 # %%
 few = aj.CertifyConfig(n=1_000, alpha=0.001)
-searches = {
-    "isotropic": aj.IsotropicConfig(steps=25, num_samples=32),
-    "anisotropic": aj.AnisotropicConfig(steps=25, num_samples=32),
-    "leakage": aj.LeakageConfig(num_references=50, num_samples=16),
-    "guard_samples": 200,
-}
 configs = {f"fixed {theta:g}": aj.RunConfig(theta=theta, certify=few) for theta in (0.125, 0.25, 0.5)}
-for method in ("isotropic", "ancer"):
-    configs[method] = aj.RunConfig(method=method, theta=bundled.theta, certify=few, **searches)
+searched = aj.RunConfig(
+    method="ancer",
+    theta=bundled.theta,
+    certify=few,
+    isotropic=aj.IsotropicConfig(steps=25, num_samples=32),
+    anisotropic=aj.AnisotropicConfig(steps=25, num_samples=32),
+    leakage=aj.LeakageConfig(num_probes=50, num_samples=16),
+    guard_samples=200,
+)
+configs |= {"isotropic": dataclasses.replace(searched, method="isotropic"), "ancer": searched}
 
 results = []
 with tempfile.TemporaryDirectory() as folder:
@@ -81,13 +84,13 @@ with tempfile.TemporaryDirectory() as folder:
 # ## The table
 #
 # All figures are over all 10 images; a wrong answer or an abstention counts as radius 0. ACR is the mean radius, that
-# of the largest ball inside the region; ACR-tilde the mean proxy radius, that of the ball of the same volume. What is
-# certified is the smoothed classifier: with fixed noise one for all images, with `isotropic` and `ancer` the one with
-# memory, which `summary_table` takes wherever a run has gone through one.
+# of the largest ball inside the region; ACR-tilde is the mean proxy radius, that of the ball of the same volume. With
+# fixed noise the figures are of one smoothed classifier for all images; with `isotropic` and `ancer` they are of the
+# classifier with memory, which `summary_table` takes wherever a run has one.
 
 # %%
 without_times = [
-    dataclasses.replace(r, columns={name: column for name, column in r.columns.items() if name != "time"})
+    dataclasses.replace(r, columns={name: column for name, column in r.columns.items() if name != "seconds"})
     for r in results
 ]
 Markdown(report.summary_table(without_times, radii=[0.0, 0.25, 0.5, 0.75, 1.0]))
@@ -96,35 +99,37 @@ Markdown(report.summary_table(without_times, radii=[0.0, 0.25, 0.5, 0.75, 1.0]))
 # ## How to read it
 #
 # - **Memory**: the line of a run says how many regions had to shrink, and which figures changed. Ten images of
-#   clothes lie far apart, so that hardly any region meets another one; near-duplicates are where the memory works (see
+#   clothes lie far apart, so that hardly any region meets another one; the memory matters for near-duplicates (see
 #   notebook 02). Its answers depend on the order of the images:
 
 # %%
 Markdown(orders)
 
 # %% [markdown]
-# - **Leakage**: the share of other images that get this image's class under the noise found for it. Where it is large,
-#   the noise itself looks like the class, and the certificate, though true, says little about the image. The columns
-#   "without leaky" count every theta that is not known to leak at most 0.1 as certifying nothing. Soft leakage is the
-#   share of single votes, over images that no search has seen; it has no threshold, and is not 0 under usual noise.
-# - **Theta at its bound**: how many images have coordinates of theta at `theta_max`. Their regions are as large as
-#   the bound lets them be.
+# - **Leakage**: the share of leakage probes that get this image's class under the noise found for it. Where it is
+#   large, the noise itself looks like the class, and the certificate, though true, says little about the image. The
+#   figures "without leaky" count every theta that is not known to leak at most 0.1 as certifying nothing. Soft leakage
+#   is the share of single votes, over probes that no search has seen; it has no threshold, and is not 0 under the noise
+#   of the training.
+# - **Theta at its bound**: how many images have coordinates of theta at `theta_max`. A larger bound would give them
+#   larger regions.
 #
 # Before memory, `isotropic` and `ancer` have a classifier for each image. Such figures are labelled
-# "per-input classifiers, not reconciled by memory". A run with `reconcile=False` has only those, in
+# "per-input classifiers, not reconciled by memory". A run with `memory=False` has only those, in
 # `results_before_memory.tsv`; `results.tsv` is always of one classifier.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder, "isotropic alone")
-    aj.certify_dataset(bundled.classifier, images, configs["isotropic"], out=out, reconcile=False)
+    config = dataclasses.replace(configs["isotropic"], memory=False)
+    aj.certify_dataset(bundled.classifier, images, config, out=out)
     alone = report.load_results(out)
 print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCILED}")
 
 # %% [markdown]
 # ## From here to a paper's table
 #
-# The same calls make it, with another data set, classifier and settings:
+# Such a table takes the same calls, with another data set, classifier and settings:
 #
 # ```python
 # test = aj.load_dataset("data/cifar10")                                # CIFAR-10's own binary files
@@ -136,28 +141,28 @@ print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCIL
 # aj.certify_dataset(classifier, test, config, out="runs/ancer")
 # ```
 #
-# Draws, steps and learning rates are by default those of the papers ([Cohen et al.
-# 2019](https://arxiv.org/abs/1902.02918), [Eiras et al. 2022](https://arxiv.org/abs/2107.04570)) and their code; the
-# upper bound of theta and the guarded choice between isotropic and anisotropic theta are not theirs. For fixed noise
-# papers train one network for each theta. Some certify all 10,000 test images and some a part, which `data.select`
-# takes.
+# The numbers of draws and alpha are by default those of [Cohen et al. 2019](https://arxiv.org/abs/1902.02918). The
+# searches are by default a fast preset; `IsotropicConfig.published()` and `AnisotropicConfig.published()` are the
+# schedules of the papers ([Eiras et al. 2022](https://arxiv.org/abs/2107.04570)) and their code. The upper bound of
+# theta and the guarded choice between isotropic and anisotropic theta are ours. For fixed noise papers train one
+# network for each theta. Some certify all 10,000 test images and some a part, for which there is `data.select`.
 #
 # ## What these numbers do not say
 #
-# - One image of ten is a tenth of accuracy. No method is better than another by this table.
+# - One image of ten is a tenth of accuracy. This table does not show that one method is better than another.
 # - With few draws no radius can be large, even if all of them vote for one class:
 
 # %%
 for n in (few.n, 100_000):
-    p_lower = aj.bounds.clopper_pearson_lower(n, n, few.alpha)
-    print(f"n = {n:,}: probability at most {p_lower:.5f}, gap at most {aj.GaussianL2().gap(p_lower):.3f}")
+    p_lower = bounds.clopper_pearson_lower(n, n, few.alpha)
+    print(f"n = {n:,}: probability at most {p_lower:.5f}, gap at most {aj.Gaussian().gap(p_lower):.3f}")
 
 # %% [markdown]
 # - Each certificate holds with probability at least 1 - alpha; all of them together with at least 1 - 10 alpha. After
 #   memory a line holds if its own certificate and those of all earlier images do: the i-th with at least 1 - i alpha.
-# - Do not pick the best fixed theta by these runs: of several certificates the best is often the one that was lucky.
+# - Do not pick the best fixed theta by these runs: the best of several certificates is often the one that was lucky.
 #   Choose with one seed, and certify with another.
-# - A larger region need not be about the image: look at the columns without leaky thetas before comparing.
+# - A larger region may owe its size to leakage: look at the figures without leaky thetas before comparing.
 #
 # ## Curves
 #

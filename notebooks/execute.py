@@ -1,11 +1,11 @@
 """Runs the notebooks from their text and stores them with their outputs.
 
-python notebooks/execute.py            # writes every .ipynb beside its text
-python notebooks/execute.py --check    # only runs them; the .ipynb files stay as they are
-python notebooks/execute.py 02         # those whose name starts so
+    python notebooks/execute.py            # writes every .ipynb beside its text
+    python notebooks/execute.py --check    # only runs them; the .ipynb files stay as they are
+    python notebooks/execute.py 02         # the notebooks whose names start with 02
 
-A cell that fails, or that prints to standard error (a warning, say), ends the program with status 1. What changes from
-run to run, or from machine to machine, is not stored. About two minutes for all on two CPU cores.
+If a cell fails, or prints to standard error (a warning, say), the program ends with status 1. Times, versions and
+random ids are not stored, because they differ between runs and machines. About two minutes for all on two CPU cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 import time
 
 import jupytext
-import matplotlib.font_manager  # noqa: F401 (makes the cache of fonts, of which a cell would print a warning)
+import matplotlib.font_manager  # noqa: F401 (makes the cache of fonts; else a cell prints a warning)
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -59,7 +59,7 @@ def execute(text: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without times, versions of the interpreter and random ids, so that another run makes a small difference."""
+    """The notebook without times, versions of the interpreter and random ids, so that two runs differ little."""
     kept = ("jupytext", "kernelspec")
     notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in kept}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -74,7 +74,7 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def with_palette(png: str) -> str:
-    """A PNG in base64 with 128 colours, which is all that figures need, and without the name of what wrote it."""
+    """A PNG in base64, reduced to 128 colours, which figures do not exceed, and without the name of its writer."""
     small, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     picture.quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
@@ -82,7 +82,9 @@ def with_palette(png: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the notebooks.")
-    parser.add_argument("start", nargs="*", default=[""], help="run those whose names start so (default: all)")
+    parser.add_argument(
+        "start", nargs="*", default=[""], help="run the notebooks whose names start with this (default: all)"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)

@@ -48,7 +48,7 @@ def quick_compilation(compilation):
 @pytest.fixture
 def as_on_accelerators(monkeypatch):
     """CPU devices may wait for each other, as those of an accelerator may."""
-    monkeypatch.setattr("ancer_jax.parallel.refuse_collectives", lambda mesh, what: None)
+    monkeypatch.setattr("ancer_jax.devices.refuse_collectives", lambda mesh, what: None)
 
 
 def pytest_sessionfinish(session):

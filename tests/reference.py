@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ancer_jax
-from ancer_jax.smoothing import Stage
+from ancer_jax.smoothing import from_function
+from ancer_jax.smoothing.smoothed import Stage
 
 
 def linear_logits(variables, x):
@@ -16,7 +16,7 @@ def linear_logits(variables, x):
 
 def linear(w, b=0.0):
     variables = {"w": np.asarray(w, np.float32), "b": np.float32(b)}
-    return ancer_jax.from_function(linear_logits, variables, num_classes=2)
+    return from_function(linear_logits, variables, num_classes=2)
 
 
 def first_coordinate(threshold=0.0, d=4):
@@ -29,20 +29,33 @@ def constant_logits(variables, x):
 
 
 def constant(logits):
-    return ancer_jax.from_function(constant_logits, np.asarray(logits, np.float32), num_classes=len(logits))
+    return from_function(constant_logits, np.asarray(logits, np.float32), num_classes=len(logits))
 
 
-def counts_one_by_one(key, classifier, certificate, x, theta, num_samples):
+def counts_one_by_one(key, smoothed, x, num_samples):
+    """Votes under additive noise, one noisy copy after another."""
+    classifier, theta = smoothed.classifier, jnp.broadcast_to(jnp.float32(smoothed.theta), x.shape)
     counts = np.zeros(classifier.num_classes, int)
     for i in range(num_samples):
-        noise = certificate.sample(jax.random.fold_in(key, i), jnp.broadcast_to(jnp.float32(theta), x.shape))
-        logits = np.asarray(classifier((x + noise)[None]))[0]
+        sample = smoothed.noise.sample(jax.random.fold_in(key, i), theta)
+        logits = np.asarray(classifier((x + sample)[None]))[0]
         if not np.isnan(logits).any():
             counts[logits.argmax()] += 1
     return counts
 
 
-def draws(key, stage: Stage, certificate, theta, num_samples):
+def draws(key, stage: Stage, noise, theta, num_samples):
+    """The first draws of additive noise of one stage."""
     key = jax.random.fold_in(key, stage)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
-    return np.asarray(jax.vmap(lambda k: certificate.sample(k, theta))(keys))
+    return np.asarray(jax.vmap(lambda k: noise.sample(k, theta))(keys))
+
+
+def assert_same_certificates(batch, one_by_one):
+    """That a batch of certificates has the bits and the types of those of its inputs."""
+    assert len(batch) == len(one_by_one)
+    for i, one in enumerate(one_by_one):
+        assert jax.tree.structure(batch[i]) == jax.tree.structure(one)
+        for value, expected in zip(jax.tree.leaves(batch[i]), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(value, expected)
+            assert np.asarray(value).dtype == np.asarray(expected).dtype

@@ -2,77 +2,84 @@
 
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from ancer_jax._checks import check_integer, check_real
+from ancer_jax._checks import check_choice, check_integer, check_real
 
 SCRIPT = """
-import dataclasses, warnings
+import warnings
 import jax, jax.numpy as jnp, numpy as np
-import ancer_jax as aj
-from ancer_jax import bounds, data, differentiable, leakage, memory, parallel, smoothing
-from ancer_jax.training.loop import TrainConfig
+from ancer_jax import data, devices, differentiable, search, smoothing
+from ancer_jax.regions import Region
+from ancer_jax.runs.config import Execution, RunConfig
+from ancer_jax.training import TrainConfig
 
 def light(variables, x):
     return jnp.stack([variables - x.sum(axis=(1, 2, 3)), x.sum(axis=(1, 2, 3)) - variables], axis=1)
 
-classifier = aj.from_function(light, jnp.float32(2.0), num_classes=2)
-key, noise, x, theta = jax.random.key(0), aj.GaussianL2(), np.full((2, 2, 1), 0.6, np.float32), np.float32(0.5)
-these, some = (key, classifier, noise, x, theta), data.Dataset("some", np.arange(3), np.zeros((3, 2, 2, 1), np.float32),
-                                                             np.array([0, 1, 0]), 2)
-sequential, region = aj.SequentialConfig(tolerance=0.1), aj.Region(x, theta, 0.5, 2)
-guarded = lambda **change: aj.guarded_choice(
-    *these, theta, guard="volume", **{"num_samples": 10, "chunk": 10, "leakage_samples": 8} | change
-)
+def call(function, *arguments, **usual):
+    return lambda **changed: function(*arguments, **usual | changed)
+
+def each(names, function, *arguments, **usual):
+    return [(name, call(function, *arguments, **usual)) for name in names]
+
+classifier = smoothing.from_function(light, jnp.float32(2.0), num_classes=2)
+key, x, theta = jax.random.key(0), np.full((2, 2, 1), 0.6, np.float32), np.float32(0.5)
+smoothed = smoothing.Smoothed(classifier, smoothing.Gaussian(), theta)
+these, batch, region = (key, smoothed, x), (key, smoothed, x[None]), Region(x, theta, 0.5, 2)
+some = data.Dataset("some", np.arange(3), np.zeros((3, 2, 2, 1), np.float32), np.array([0, 1, 0]), 2)
 INTEGERS = {
-    "certify": [("chunk", lambda **c: aj.certify(*these, **c))],
-    "certify_sequentially": [("chunk", lambda **c: aj.certify_sequentially(*these, sequential=sequential, **c))],
-    "predict": [(name, lambda **c: aj.predict(*these, **c)) for name in ("n", "chunk")],
-    "count_votes": [("chunk", lambda **c: aj.count_votes(*these, config=aj.CertifyConfig(), **c))],
-    "class_counts": [
-        (name, lambda **c: smoothing.class_counts(*these, **{"num_samples": 10, "chunk": 5} | c))
-        for name in ("num_samples", "chunk")
-    ],
-    "smoothed_probs": [("num_samples", lambda **c: smoothing.smoothed_probs(*these, **c))],
-    "guarded_choice": [(name, guarded) for name in ("num_samples", "chunk", "leakage_samples")],
-    "vote_share": [
-        (name, lambda **c: differentiable.vote_share(*these, 1, **{"num_samples": 10, "chunk": 5} | c))
-        for name in ("num_samples", "chunk")
-    ],
-    "learn_theta": [
-        (name, lambda **c: differentiable.learn_theta(key, classifier, noise, some.images, some.labels, 0.5, **c))
-        for name in ("steps", "batch_size", "num_samples")
-    ],
-    "attack": [
-        (name, lambda **c: differentiable.attack(key, classifier, noise, region, 1, **c))
-        for name in ("steps", "num_samples")
-    ],
-    "from_function": [("num_classes", lambda **c: aj.from_function(light, jnp.float32(2.0), **c))],
-    "select": [("skip", lambda **c: data.select(some, **c)), ("max", lambda max: data.select(some, max_images=max))],
+    "certify": each(["chunk"], smoothing.certify, *these),
+    "certify_batch": each(["chunk", "ids"], smoothing.certify_batch, *batch),
+    "certify_sequentially": each(
+        ["chunk"], smoothing.certify_sequentially, *these, sequential=smoothing.SequentialConfig(tolerance=0.1)
+    ),
+    "predict": each(["n", "chunk"], smoothing.predict, *these),
+    "predict_batch": each(["n", "ids"], smoothing.predict_batch, *batch),
+    "count_votes": each(["chunk"], smoothing.count_votes, *these, config=smoothing.CertifyConfig()),
+    "class_counts": each(["num_samples", "chunk"], smoothing.class_counts, *these, num_samples=10, chunk=5),
+    "smoothed_probs": each(["num_samples"], smoothing.smoothed_probs, *these),
+    "make_probes": each(
+        ["num_samples", "chunk"], search.make_probes, key[None], smoothed, x[None], num_samples=10, chunk=5
+    ),
+    "vote_share": each(["num_samples", "chunk"], differentiable.vote_share, *these, 1, num_samples=10, chunk=5),
+    "attack": each(["steps", "num_samples"], differentiable.attack, key, smoothed, region, 1),
+    "from_function": each(["num_classes"], smoothing.from_function, light, jnp.float32(2.0)),
+    "select": [*each(["skip"], data.select, some), ("max", lambda max: data.select(some, max_images=max))],
     "batches": [("batch_size", lambda **c: next(data.batches(some, **c)))],
-    "share": [(name, lambda **c: data.share(some, **{"process_index": 0, "process_count": 2} | c))
-              for name in ("process_index", "process_count")],
-    "device_mesh": [("devices", lambda devices: parallel.device_mesh(devices))],
+    "shard": each(["process_index", "process_count"], data.shard, some, process_index=0, process_count=2),
+    "device_mesh": [("devices", lambda **c: devices.device_mesh(c["devices"]))],
 }
 for config, names in {
-    aj.CertifyConfig: ["n0", "n"], aj.Execution: ["batch_size", "chunk", "devices"],
-    aj.RunConfig: ["seed", "period", "guard_samples"], aj.LeakageConfig: ["num_references", "num_samples"],
-    aj.IsotropicConfig: ["steps", "num_samples", "leakage_batch"], aj.AnisotropicConfig: ["steps"],
+    smoothing.CertifyConfig: ["n0", "n"],
+    Execution: ["batch_size", "chunk", "devices"],
+    RunConfig: ["seed", "period", "guard_samples"],
+    smoothing.Splitting: ["period"],
+    search.LeakageConfig: ["num_probes", "num_samples"],
+    search.IsotropicConfig: ["steps", "num_samples", "leakage_batch"],
+    search.AnisotropicConfig: ["steps"],
+    search.GuardConfig: ["num_samples", "chunk"],
+    search.UniversalConfig: ["steps", "batch_size", "num_samples"],
+    differentiable.EstimateConfig: ["num_samples", "chunk"],
     TrainConfig: ["epochs", "batch_size", "copies", "drop_every", "attack_steps", "warmup_epochs", "shift", "seed"],
 }.items():
-    INTEGERS[config.__name__] = [(name, lambda config=config, **c: config(**c)) for name in names]
+    usual = {"num_samples": 10} if config is differentiable.EstimateConfig else {}
+    INTEGERS[config.__name__] = each(names, config, **usual)
 NUMBERS = {
-    "CertifyConfig": [("alpha", lambda **c: aj.CertifyConfig(**c))],
-    "predict": [("alpha", lambda **c: aj.predict(*these, **c))],
-    "RunConfig": [("theta", lambda **c: aj.RunConfig(**c)),
-                  ("leakage_limit", lambda **c: aj.RunConfig(method="ancer", **c))],
-    "SequentialConfig": [("tolerance", lambda **c: aj.SequentialConfig(**c)),
-                         ("radii", lambda radii: aj.SequentialConfig(radii=(radii,)))],
-    "AnisotropicConfig": [(name, lambda **c: aj.AnisotropicConfig(**c))
-                          for name in ("learning_rate", "theta_max", "leakage_weight", "kappa")],
-    "TrainConfig": [(name, lambda **c: TrainConfig(**c)) for name in ("theta", "learning_rate", "momentum")],
+    "CertifyConfig": each(["alpha"], smoothing.CertifyConfig),
+    "predict": each(["alpha"], smoothing.predict, *these),
+    "predict_batch": each(["alpha"], smoothing.predict_batch, *batch),
+    "RunConfig": [*each(["theta"], RunConfig), *each(["leakage_limit"], RunConfig, method="ancer")],
+    "SequentialConfig": [*each(["tolerance"], smoothing.SequentialConfig),
+                         ("radii", lambda radii: smoothing.SequentialConfig(radii=(radii,)))],
+    "AnisotropicConfig": each(["learning_rate", "theta_max", "leakage_weight", "kappa"], search.AnisotropicConfig),
+    "GuardConfig": each(["alpha", "leakage_limit"], search.GuardConfig),
+    "UniversalConfig": each(["learning_rate", "alpha", "theta_max"], search.UniversalConfig),
+    "EstimateConfig": each(["alpha"], differentiable.EstimateConfig, num_samples=10),
+    "TrainConfig": each(["theta", "learning_rate", "momentum"], TrainConfig),
 }
 warnings.simplefilter("ignore")
 for kind, functions, values in (
@@ -80,27 +87,27 @@ for kind, functions, values in (
     ("number", NUMBERS, ("0.1", True, 1j, np.ones(2) / 2)),
 ):
     for name, calls in functions.items():
-        for argument, call in calls:
-            optional = argument in ("devices", "batch_size", "chunk", "drop_every") and name in (
+        for argument, function in calls:
+            optional = argument == "ids" or argument in ("devices", "batch_size", "chunk", "drop_every") and name in (
                 "Execution", "TrainConfig", "device_mesh")
             for value in values:
                 if value is None and (optional or name == "select"):
                     continue
                 try:
-                    call(**{argument: value})
+                    function(**{argument: value})
                 except ValueError as error:
                     assert argument in str(error), (name, argument, value, error)
                 else:
                     raise SystemExit(f"{name} took {argument} = {value!r}")
             print(name, argument)
-print(aj.certify(*these, chunk=np.int64(333), config=aj.CertifyConfig(n=np.int32(1000))).count)
+print(smoothing.certify(*these, chunk=np.int64(333), config=smoothing.CertifyConfig(n=np.int32(1000))).count)
 """
 
 
 def test_the_public_api_takes_no_other_types():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) > 50
+    assert len(done.stdout.splitlines()) > 60
 
 
 @pytest.mark.parametrize("value", [1, np.int64(5), np.uint8(7), 2**40])
@@ -121,3 +128,10 @@ def test_intervals_have_their_ends_or_not(value, interval, inside):
     else:
         with pytest.raises(ValueError, match="theta must be in"):
             check_real("theta", value, interval)
+
+
+def test_a_choice_is_one_of_those_that_are_named():
+    check_choice("norm", "l2", Literal["l2", "l1"])
+    for value in ("linf", 2, None):
+        with pytest.raises(ValueError, match=f"norm must be one of l2, l1, got {value!r}"):
+            check_choice("norm", value, Literal["l2", "l1"])

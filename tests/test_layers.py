@@ -1,6 +1,7 @@
-"""The house rules that a reader relies on: who may import whom, and that public names are documented."""
+"""Rules that a reader relies on: who may import whom, what is decided where, that public names are documented."""
 
 import ast
+import graphlib
 import inspect
 import pathlib
 import re
@@ -17,22 +18,37 @@ PACKAGE = pathlib.Path(ancer_jax.__file__).parent
 ROOT = PACKAGE.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAYERS = {
-    "_checks": 0, "bounds": 0, "duals": 0, "regions": 0,
-    "certificates": 1, "classifiers": 1, "smoothing": 1, "leakage": 1,
-    "certification": 2, "optimize": 2,
-    "differentiable": 3, "memory": 3, "metrics": 3, "parallel": 3, "sequential": 3,
-    "storage": 4, "runs": 4, "results": 4, "config": 4, "counting": 4, "data": 4, "models": 4, "report": 4,
-    "training": 4,
-    "execution": 5,
-    "pipeline": 6,
-    "cli": 7,
-}  # fmt: skip
+# From low to high: a module imports from its own folder and from lines above that of its own.
+LAYERS = [
+    ["_checks", "_numerics"],
+    ["metrics", "storage"],
+    ["regions"],
+    ["smoothing"],
+    ["devices", "memory"],
+    ["differentiable"],
+    ["search"],
+    ["data"],
+    ["models"],
+    ["runs"],
+    ["training"],
+    ["report"],
+    ["cli"],
+]
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def module_of(path):
+    """Name of the folder or of the module at the top of the package."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def full_name(path):
+    """Name by which the module is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(tree):
@@ -43,21 +59,52 @@ def imports(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def names_in(node):
+    """Names and attributes in a piece of code."""
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)
+    }
+
+
+def conditions(tree):
+    """What the code branches on."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            yield node.test
+        elif isinstance(node, ast.BoolOp):
+            yield node
+        elif isinstance(node, ast.Match):
+            yield node.subject
+
+
+def test_every_module_has_one_layer():
+    assert set(LAYER) == {module_of(path) for path in FILES}
+    assert len(LAYER) == sum(map(len, LAYERS))
+
+
+@each_file
 def test_a_module_imports_only_from_lower_layers(path):
-    layer = LAYERS[module_of(path)]
-    for name in imports(ast.parse(path.read_text())):
+    for name in imports(TREES[path]):
         parts = name.split(".")
         if parts[0] == "ancer_jax":
             other = parts[1]
-            assert other == module_of(path) or LAYERS[other] < layer or (LAYERS[other] == layer and layer in (0, 1, 4))
+            assert other == module_of(path) or LAYER[other] < LAYER[module_of(path)], f"{name} is not below"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_imports_itself_by_way_of_others():
+    known = {full_name(path) for path in FILES}
+    graph = {}
+    for path, tree in TREES.items():
+        named = {name if name in known else name.rpartition(".")[0] for name in imports(tree)}
+        graph[full_name(path)] = named & known
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@each_file
 def test_outside_libraries_and_the_outside_world_stay_where_they_belong(path):
-    tree, module = ast.parse(path.read_text()), module_of(path)
+    tree, module = TREES[path], module_of(path)
     names = {name.split(".")[0] for name in imports(tree)}
-    assert "flax" not in names or module in ("classifiers", "models", "training")
+    assert "flax" not in names or module in ("models", "training") or path.name == "classifier.py"
     top_level = {
         name.split(".")[0]
         for name in imports(ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef)], []))
@@ -66,6 +113,50 @@ def test_outside_libraries_and_the_outside_world_stay_where_they_belong(path):
     calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert "print" not in calls or module == "cli"
     assert "open" not in calls
+
+
+@each_file
+def test_the_settings_of_a_run_are_read_in_two_places(path):
+    """`RunConfig.from_settings` gives them back: nobody else looks them up by name."""
+    if full_name(path) in ("ancer_jax.runs.directory", "ancer_jax.runs.config"):
+        return
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Subscript):
+            assert "settings" not in names_in(node.value), f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@each_file
+def test_a_public_function_has_at_most_six_parameters(path):
+    def check(body):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                check(node.body)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found = parameters(node)
+                assert len(found) <= 6, f"line {node.lineno}: {node.name}({', '.join(found)})"
+
+    check(TREES[path].body)
+
+
+def parameters(function):
+    """Names of all parameters but `self` and `cls`."""
+    of = function.args
+    found = [*of.posonlyargs, *of.args, *of.kwonlyargs, *filter(None, (of.vararg, of.kwarg))]
+    return [argument.arg for argument in found if argument.arg not in ("self", "cls")]
+
+
+@each_file
+def test_whether_draws_are_enumerable_is_the_answer_of_the_noise(path):
+    """The job of a run and its config ask for it; everybody else asks `RunConfig.enumerable`."""
+    if module_of(path) == "smoothing" or full_name(path) in ("ancer_jax.runs.job", "ancer_jax.runs.config"):
+        return
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "num_draws", f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and names_in(node.func) & {"isinstance", "issubclass", "type"}:
+            assert "Splitting" not in names_in(node), f"line {node.lineno}: {ast.unparse(node)}"
+    for condition in conditions(TREES[path]):
+        assert "exact" not in names_in(condition), f"line {condition.lineno}: {ast.unparse(condition)}"
 
 
 def test_importing_the_package_starts_no_heavy_library():

@@ -44,14 +44,14 @@ def table(folder):
     return [line.split("\t")[:5] + line.split("\t")[6:] for line in lines]  # less the time
 
 
-@pytest.mark.parametrize(("count", "devices", "split"), [(2, 1, "images"), (4, 2, "images"), (2, 4, "draws")])
-def test_processes_write_the_table_that_one_writes(tmp_path, count, devices, split):
+@pytest.mark.parametrize(("count", "devices", "shard"), [(2, 1, "images"), (4, 2, "images"), (2, 4, "draws")])
+def test_processes_write_the_table_that_one_writes(tmp_path, count, devices, shard):
     alone(tmp_path, "one")
-    processes = start_all(tmp_path, "all", count, "--split-devices", split, devices=devices)
+    processes = start_all(tmp_path, "all", count, "--shard-devices", shard, devices=devices)
     printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * count, printed
     assert table(tmp_path / "all") == table(tmp_path / "one")
-    assert all(f"process {i} of {count} has done its share" in out for i, (out, _) in enumerate(printed))
+    assert all(f"process {i} of {count} has finished" in out for i, (out, _) in enumerate(printed))
     assert "Certified accuracy at" in printed[0][0] and "Certified accuracy at" not in printed[1][0]
     assert sorted(i for shard in read_run(tmp_path / "all").shards() for i in shard["ids"]) == list(range(0, 5000, 500))
 
@@ -80,7 +80,7 @@ def test_processes_train_the_network_that_one_trains(tmp_path):
     processes = start_all(tmp_path, "all", 2, command=TRAIN, devices=2)
     printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
-    assert "of 50 test images" in printed[0][0] and "of 50 test images" not in printed[1][0]
+    assert "on 50 test images" in printed[0][0] and "on 50 test images" not in printed[1][0]
     (tmp_path / "all" / "network.json").unlink()
     alone(tmp_path, "all", command=TRAIN)  # nothing is left but to store the network
     one, several = load_network(tmp_path / "one"), load_network(tmp_path / "all")

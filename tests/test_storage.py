@@ -10,10 +10,10 @@ from etils import epath
 from etils.epath import gpath
 
 from ancer_jax import load_dataset, load_memory, storage
-from ancer_jax.runs import read_run
-from ancer_jax.storage import locked, locked_share, read_arrays, write_file
+from ancer_jax.runs.directory import read_run
+from ancer_jax.storage import locked, locked_shard, read_arrays, write_file
 from tests import bucket
-from tests.test_pipeline import CONFIG, SEARCH, run
+from tests.toy import CONFIG, SEARCH, run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_not_called_damaged(gs, tmp_path):
     opened = read_run("gs://b/run")
     gs(0.2)
     for _ in range(30):
-        for read in (opened.done, opened.read_memory, opened.memory_table):
+        for read in (opened.done, opened.read_memory, lambda: opened.results()[1]):
             with contextlib.suppress(OSError):
                 assert read() is not None
     gs(0)
@@ -104,12 +104,12 @@ def test_what_cannot_be_read_is_not_called_damaged(gs, tmp_path):
 
 
 def test_a_group_of_another_size_is_refused(tmp_path):
-    with locked_share(epath.Path(tmp_path), 1, 2), locked_share(epath.Path(tmp_path), 0, 2):
+    with locked_shard(epath.Path(tmp_path), 1, 2), locked_shard(epath.Path(tmp_path), 0, 2):
         with pytest.raises(ValueError, match="another process is writing"):
-            locked_share(epath.Path(tmp_path), 0, 1).__enter__()
+            locked_shard(epath.Path(tmp_path), 0, 1).__enter__()
         with pytest.raises(ValueError, match="another process is writing"):
-            locked_share(epath.Path(tmp_path), 2, 3).__enter__()
-    with locked_share(epath.Path(tmp_path), 0, 1):
+            locked_shard(epath.Path(tmp_path), 2, 3).__enter__()
+    with locked_shard(epath.Path(tmp_path), 0, 1):
         pass
 
 

@@ -10,9 +10,11 @@ from typing import NoReturn
 import jax
 import tyro
 
-from ancer_jax.cli.certify import Certify, Demo
-from ancer_jax.cli.networks import Convert, Train
+from ancer_jax.cli.certify import Certify
+from ancer_jax.cli.convert import Convert
+from ancer_jax.cli.demo import Demo
 from ancer_jax.cli.report import Report
+from ancer_jax.cli.train import Train
 
 _OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-size or --chunk, or for fewer samples"
 

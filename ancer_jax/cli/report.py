@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import tyro
 from etils import epath
@@ -11,7 +10,6 @@ from etils import epath
 from ancer_jax import report
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
-from ancer_jax.runs import read_run
 
 PAGE = "report.html"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -19,22 +17,22 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Compare runs: tables; curves and theta maps as PNG; and all of that, and more, as one HTML page."""
+    """Compare runs: tables, curves and theta maps as PNG, and one HTML page with all of these and more."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
     radii: tuple[str, ...] | None = None
-    """Radii at which to list certified accuracy, with commas or spaces between them."""
+    """Radii for the table of certified accuracy, separated by commas or spaces."""
     leakage_limit: float = report.LEAKAGE_LIMIT
-    """Leakage above which a theta counts as certifying nothing, in the figures that say so."""
+    """Leakage above which a theta counts as leaky, in the figures without leaky thetas."""
     orders: int = 0
-    """Put the runs with a memory through it in this many random orders, too, and show how far the figures move."""
+    """Insert the images into the memory in this many random orders, too, and show how far the figures move."""
     data: str = BUNDLED_SUBSET
-    """Data set of the runs, as in certify: the images beside their theta maps."""
+    """Data set of the runs, as in certify; its images are shown."""
     split: str = "test"
     """Part of that data set."""
     crop: Crop = "none"
-    """What was done to its pictures, as in certify."""
+    """Crop of its pictures, as in certify."""
     out: str = "report"
     """Folder of report.html and of the pictures."""
 
@@ -58,8 +56,7 @@ class Report:
             title = "In order of ids (and the range over random orders)"
             more.append((title, report.order_rows(with_memory, orders=self.orders)))
             print("", title, report.format_table(more[0][1]), sep="\n\n")
-        what = {"radii": radii, "leakage_limit": self.leakage_limit, "more": more}
-        draw(list(self.runs), results, dataset, self.out, **what)
+        draw(results, dataset, self.out, radii=radii, leakage_limit=self.leakage_limit, more=more)
 
 
 def parse_radii(texts: Sequence[str] | None) -> tuple[float, ...] | None:
@@ -73,7 +70,7 @@ def parse_radii(texts: Sequence[str] | None) -> tuple[float, ...] | None:
 def print_table(
     runs: list[str], radii: Sequence[float] = RADII, leakage_limit: float = report.LEAKAGE_LIMIT
 ) -> list[report.Results]:
-    """Print the table of the runs; return what it is of."""
+    """Print the tables of the runs; return their results."""
     results = [report.load_results(run) for run in runs]
     if len({r.name for r in results}) < len(runs):
         results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
@@ -82,35 +79,32 @@ def print_table(
 
 
 def draw(
-    runs: list[str],
     results: list[report.Results],
     dataset: Dataset,
     out: str,
     *,
     radii: Sequence[float] = RADII,
-    **options: Any,
+    leakage_limit: float = report.LEAKAGE_LIMIT,
+    more: Sequence[tuple[str, list[dict[str, str]]]] = (),
 ) -> None:
-    """Draw the curves of all runs and, beside the images of `dataset`, the theta maps of each; write the page, with
-    `options` of `report.write_page`; print what there is.
+    """Draw the curves of all runs and the theta maps of each run of `dataset`, write the page, print the names of these
+    files; the options are those of `report.write_page`.
     """
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = [folder / "certified_accuracy.png"], []
     report.plot_certified_accuracy(results, drawn[0])
-    for i, run in enumerate(runs):
-        if not epath.Path(run).is_dir():
+    for i, r in enumerate(results):
+        if r.run is None:
             continue
-        settings = read_run(run).settings
-        if "anisotropic" not in settings:
-            if settings["data"]["fingerprint"] != dataset.fingerprint:
-                missing.append(f"no images of {run}: {dataset.name} is not what it is of (--data, --split, --crop)")
-            continue
-        path = folder / f"theta_{epath.Path(run).name}.png"
-        if path in drawn:
-            path = folder / f"theta_{epath.Path(run).name}_{i}.png"
-        if report.plot_theta(read_run(run), dataset, path):
-            drawn.append(path)
-        else:
-            missing.append(f"no theta maps of {run}: {dataset.name} is not what it is of (--data, --split, --crop)")
-    report.write_page(results, folder / PAGE, radii=radii, datasets=[dataset], **options)
-    print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {folder / PAGE}", *missing, sep="\n")
+        maps = r.run.config.method == "ancer"
+        if not r.run.matches(dataset):
+            what = "theta maps" if maps else "images"
+            missing.append(f"no {what} of {r.run.path}: {dataset.name} is not its data set (--data, --split, --crop)")
+        elif maps:
+            path = folder / f"theta_{r.run.path.name}.png"
+            path = folder / f"theta_{r.run.path.name}_{i}.png" if path in drawn else path
+            drawn += [path] * report.plot_theta(r, dataset, path)
+    page = folder / PAGE
+    report.write_page(results, page, radii=radii, leakage_limit=leakage_limit, datasets=[dataset], more=more)
+    print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {page}", *missing, sep="\n")

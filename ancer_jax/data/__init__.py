@@ -1,6 +1,6 @@
-"""Data sets of images, by name, file or folder, and their batches."""
+"""Labelled image data sets, by name, file or folder, and their batches."""
 
-from ancer_jax.data.dataset import Dataset, batches, check_classes, pixel_hashes, select, share, take
+from ancer_jax.data.dataset import Dataset, batches, check_classes, pixel_hashes, select, shard, take
 from ancer_jax.data.loading import BUNDLED_SUBSET, load_dataset
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "load_dataset",
     "pixel_hashes",
     "select",
-    "share",
+    "shard",
     "take",
 ]

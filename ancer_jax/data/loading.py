@@ -17,7 +17,7 @@ from ancer_jax.data.tfds import load_tfds
 
 BUNDLED_SUBSET = "fashion-mnist-subset"
 _SPLITS = ("test", "train")
-_CIFAR_ROW = 1 + 3 * 32 * 32  # label, red, green and blue plane
+_CIFAR_RECORD = 1 + 3 * 32 * 32  # label, red, green and blue plane
 _IDX_PREFIX = {"test": "t10k", "train": "train"}
 
 
@@ -25,18 +25,18 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
     """The data set `source`, as float32 images in [0, 1].
 
     Args:
-      source: `"fashion-mnist-subset"` (ships with the package: every 20th test image, every 30th training image of
-        Fashion-MNIST); `"tfds:NAME"` or `"tfds:NAME@FOLDER"`, a prepared TensorFlow data set (`data.tfds`); the path of
+      source: `"fashion-mnist-subset"`, which is bundled: every 20th test image and every 30th training image of
+        Fashion-MNIST; `"tfds:NAME"` or `"tfds:NAME@FOLDER"`, a prepared TensorFlow data set (`data.tfds`); the path of
         an `.npz` file with `images` (uint8, or float in [0, 1]; [n, h, w] or [n, h, w, c]), `labels` [n] and optionally
-        `ids` [n]; or the path of a folder, with MNIST-style idx files (`t10k-images-idx3-ubyte[.gz]`, ...), with
+        `ids` [n]; or the path of a folder with MNIST-style idx files (`t10k-images-idx3-ubyte[.gz]`, ...), with
         CIFAR-10's binary files (`test_batch.bin`, ...), or with a folder of pictures for each class (`data.pictures`).
-      split: `"test"` or `"train"` (for TFDS and pictures any split that is there); an npz file has one split only and
-        ignores it. Ids are places in the split: those of the upstream data set.
-      crop: what is done to the pictures of class folders and TFDS: `"none"`, or `"imagenet"`: the shorter side to 256,
-        the central 224 x 224.
+      split: `"test"` or `"train"` (for TFDS and pictures any split that exists); an npz file has one split only and
+        ignores it. Ids are positions in the split, as in the upstream data set.
+      crop: how the pictures of class folders and TFDS are cropped: `"none"`, or `"imagenet"` for resizing the shorter
+        side to 256 and taking the central 224 x 224.
 
     Raises:
-      ValueError: if there is no such source, a file is damaged, or the arrays break `Dataset`'s rules.
+      ValueError: if there is no such source, a file is damaged, or the arrays do not meet the conditions of `Dataset`.
     """
     if crop not in get_args(Crop):
         raise ValueError(f"crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
@@ -61,9 +61,8 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
 def _load_bundled(split: str) -> Dataset:
     archive = importlib.resources.files("ancer_jax.data") / "fashion_mnist_subset.npz"
     with archive.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return _dataset(
-            BUNDLED_SUBSET, arrays[f"{split}_images"], arrays[f"{split}_labels"], arrays[f"{split}_ids"], 10
-        )
+        images, labels, ids = (arrays[f"{split}_{name}"] for name in ("images", "labels", "ids"))
+        return _dataset(BUNDLED_SUBSET, images, labels, ids, 10)
 
 
 def _load_npz(path: epath.Path) -> Dataset:
@@ -93,11 +92,11 @@ def _load_cifar(folder: epath.Path, split: str) -> Dataset:
         if not path.exists():
             raise ValueError(f"{folder}: there is no {path.name}")
         data = np.frombuffer(path.read_bytes(), np.uint8)
-        if data.size == 0 or data.size % _CIFAR_ROW:
-            raise ValueError(f"{path}: not a whole CIFAR-10 file, {data.size} bytes are no multiple of {_CIFAR_ROW}")
-        rows = data.reshape(-1, _CIFAR_ROW)
-        labels.append(rows[:, 0].astype(np.int64))
-        images.append(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        if data.size == 0 or data.size % _CIFAR_RECORD:
+            raise ValueError(f"{path}: not a whole CIFAR-10 file: {data.size} bytes, not a multiple of {_CIFAR_RECORD}")
+        records = data.reshape(-1, _CIFAR_RECORD)
+        labels.append(records[:, 0].astype(np.int64))
+        images.append(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return _dataset(folder.name, np.concatenate(images), np.concatenate(labels), None, 10)
 
 
@@ -118,7 +117,7 @@ def _load_idx(folder: epath.Path, split: str) -> Dataset:
 
 
 def parse_idx(data: bytes) -> np.ndarray:
-    """The uint8 array in the bytes of an idx file (the format of MNIST: magic, sizes, values)."""
+    """The uint8 array in the bytes of an idx file, the format of MNIST: magic number, sizes, values."""
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError("no idx header of unsigned bytes")
     shape = np.frombuffer(data, ">u4", data[3], 4)
@@ -136,17 +135,15 @@ def _dataset(name, images, labels, ids, num_classes) -> Dataset:
             images = images.astype(np.float32)
     else:
         raise ValueError(f"{name}: images must be uint8 or float, got {images.dtype}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: labels must be integers, got {labels.dtype}")
     if images.ndim not in (3, 4):
-        raise ValueError(
-            f"{name}: images must be [n, height, width] or [n, height, width, channels], got {list(images.shape)}"
-        )
+        shape = list(images.shape)
+        raise ValueError(f"{name}: images must be [n, height, width] or [n, height, width, channels], got {shape}")
     if images.ndim == 3:
         images = images[..., None]
+    ids = np.arange(len(images)) if ids is None else ids
+    for what, array in (("labels", labels), ("ids", ids)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name}: {what} must be integers, got {array.dtype}")
     if num_classes is None:
         num_classes = max(2, int(labels.max(initial=0)) + 1)
-    ids = np.arange(len(images)) if ids is None else ids
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}: ids must be integers, got {ids.dtype}")
     return Dataset(name, ids.astype(np.int64), images, labels.astype(np.int64), num_classes)

@@ -1,4 +1,4 @@
-"""Folders of pictures, one for each class, read one picture at a time."""
+"""Folders of pictures, one folder for each class; each picture is read when it is needed."""
 
 import hashlib
 import io
@@ -16,14 +16,14 @@ _RESIZED, _CROPPED = 256, 224
 
 
 def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
-    """The pictures in `folder/<class>/`, or in `folder/<split>/<class>/` if there is a folder of that name.
+    """The pictures in `folder/<split>/<class>/`, or in `folder/<class>/` if there is no folder of the split.
 
-    Classes are numbered by the alphabet, pictures by class and then by name: torchvision's `ImageFolder` gives the same
-    labels, and ImageNet's ids are those of the usual scripts. Names and sizes of the files make the fingerprint. A
-    class without a folder shifts the labels of those behind it: `classes` has the names.
+    Classes are numbered in alphabetical order, pictures by class and then by name. Labels are those of torchvision's
+    `ImageFolder`, and ids for ImageNet those of the usual scripts. The fingerprint is of names and sizes of the files.
+    A class without a folder shifts the labels of all later classes, which the names in `classes` reveal.
 
     Raises:
-      ValueError: if there are none, or of one class only, or not of one size and `crop` is "none".
+      ValueError: if there are no pictures, only one class, or several sizes and `crop` is "none".
     """
     root = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -33,68 +33,63 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
         files += here
         labels += [label] * len(here)
     if not files:
-        missing = (
-            "" if root != folder else f" (there is no folder {folder / split}; it has {', '.join(classes) or 'none'})"
-        )
+        found = ", ".join(classes) or "none"
+        missing = f" (there is no folder {folder / split}; folders: {found})" if root == folder else ""
         raise ValueError(f"{root}: neither idx files, nor CIFAR-10 files, nor pictures in folders of classes{missing}")
     if len(classes) < 2:
         raise ValueError(f"{root}: pictures of one class only, {classes[0]}")
     shape = read_picture(files[0], crop).shape
     if crop == "none":
         for file in files:
-            same_shape(_header_shape(file), shape, file)
+            check_shape(_header_shape(file), shape, file)
 
-    def read(row: int) -> np.ndarray:
-        image = read_picture(files[row], crop)
-        same_shape(image.shape, shape, files[row])
+    def read(position: int) -> np.ndarray:
+        image = read_picture(files[position], crop)
+        check_shape(image.shape, shape, files[position])
         return image
 
     digest = hashlib.sha256(crop.encode())
     for file in files:
         digest.update(f"{file.parent.name}/{file.name} {file.stat().length}\n".encode())
-    rows = np.arange(len(files))
-    images = LazyImages(read, rows, shape)
-    return Dataset(folder.name, rows, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
+    ids = np.arange(len(files))
+    images = LazyImages(read, ids, shape)
+    return Dataset(folder.name, ids, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
 
 
-def same_shape(found: tuple[int, ...], shape: tuple[int, ...], name) -> None:
-    """Refuse another shape."""
+def check_shape(found: tuple[int, ...], shape: tuple[int, ...], name) -> None:
+    """ValueError for a picture that has another shape than the first one."""
     if found != shape:
-        raise ValueError(f"{name} is {list(found)}, others are {list(shape)}: pictures of one size, or --crop imagenet")
+        raise ValueError(f"{name} is {list(found)}, others are {list(shape)}: use one size, or --crop imagenet")
 
 
 def _header_shape(file: epath.Path) -> tuple[int, int, int]:
-    """Height, width and 3, read from the first bytes of a picture."""
+    """Height, width and 3 channels, from the header of a picture."""
     import PIL.Image
 
     try:
         with file.open("rb") as opened, PIL.Image.open(opened) as picture:
             return (picture.height, picture.width, 3)
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file}: not a picture that can be read ({error})") from None
+        raise ValueError(f"{file}: not a readable picture ({error})") from None
 
 
 def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:
-    """uint8 [height, width, 3] of a picture in a file.
-
-    Raises:
-      ValueError: if it cannot be read.
-    """
+    """The picture in a file, uint8 [height, width, 3]; ValueError if it cannot be read."""
     try:
         return decode(file.read_bytes(), crop)
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file}: not a picture that can be read ({error})") from None
+        raise ValueError(f"{file}: not a readable picture ({error})") from None
 
 
 def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
-    """uint8 [height, width, channels] of a picture's bytes; as for ImageNet: the shorter side to 256 (bilinear), then
-    the central 224 x 224.
+    """The picture in the bytes of a file, uint8 [height, width, channels]; "imagenet" resizes the shorter side to 256
+    (bilinear) and takes the central 224 x 224.
     """
     import PIL.Image
 
     picture = PIL.Image.open(io.BytesIO(content))
     if picture.mode not in _MODES:
-        raise ValueError(f"pixels must have 8 bits a channel, these are of PIL's mode {picture.mode}")
+        raise ValueError(f"pixels must have 8 bits per channel, but the mode in PIL is {picture.mode}")
     picture = picture.convert("L" if channels == 1 else "RGB")
     if crop == "imagenet":
         width, height = (side * _RESIZED // min(picture.size) for side in picture.size)

@@ -1,4 +1,4 @@
-"""Prepared TensorFlow data sets; without TensorFlow where they are stored as ArrayRecord."""
+"""Prepared TensorFlow data sets, read without TensorFlow if they are stored as ArrayRecord."""
 
 import contextlib
 import hashlib
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from ancer_jax.data.dataset import Dataset, LazyImages
-from ancer_jax.data.pictures import Crop, decode, same_shape
+from ancer_jax.data.pictures import Crop, check_shape, decode
 
 
 def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
-    """The split of a TensorFlow data set with features image and label, in upstream order.
+    """A split of a TensorFlow data set with the features image and label, in upstream order.
 
-    Looked for in turn: prepared ArrayRecord files; prepared TFRecord files, which need TensorFlow; else it is
-    downloaded and prepared, which needs TensorFlow and the network. `NAME@FOLDER` looks in FOLDER, `NAME` in that of
-    the variable TFDS_DATA_DIR (default: `tensorflow_datasets` in the user's home).
+    Prepared ArrayRecord files are read if there are any, otherwise prepared TFRecord files, which need TensorFlow. If
+    neither exist, the data set is downloaded and prepared, which needs TensorFlow and internet access. `NAME@FOLDER` is
+    looked for in FOLDER, `NAME` in that of the environment variable TFDS_DATA_DIR (default: `~/tensorflow_datasets`).
 
-    Ids are the numbers at the end of the feature `id` or `file_name` (upstream indices), where these differ; else the
-    order of those names; else places on disk.
+    Ids are the numbers at the end of the feature `id` or `file_name`, which are upstream indices, if these are unique;
+    otherwise positions in the order of these names, or on disk if there is neither feature.
 
     Raises:
-      ValueError: if it is not there, or needs what is not installed.
+      ValueError: if the data set cannot be read, or needs a library that is not installed.
     """
     import tensorflow_datasets as tfds
 
@@ -33,18 +33,18 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
         builder: Any = tfds.builder(dataset, data_dir=folder or None)
         records = _records(tfds, builder, split, raw)
     if "image" not in builder.info.features or "label" not in builder.info.features:
-        raise ValueError(f"tfds:{name}: it has the features {', '.join(builder.info.features)}, not image and label")
+        raise ValueError(f"tfds:{name}: the features are {', '.join(builder.info.features)}, not image and label")
     with _one_line(what):
         meta = [{key: record[key] for key in ("label", "id", "file_name") if key in record} for record in records]
         order, ids = _order(meta)
-        labels = np.array([int(meta[row]["label"]) for row in order])
+        labels = np.array([int(meta[position]["label"]) for position in order])
         channels = builder.info.features["image"].shape[-1]
         shape = decode(records[int(order[0])]["image"], crop, channels).shape
 
-    def read(row: int) -> np.ndarray:
-        with _one_line(f"{what}, record {row}"):
-            image = decode(records[row]["image"], crop, channels)
-        same_shape(image.shape, shape, f"tfds:{name}, record {row}")
+    def read(position: int) -> np.ndarray:
+        with _one_line(f"{what}, record {position}"):
+            image = decode(records[position]["image"], crop, channels)
+        check_shape(image.shape, shape, f"tfds:{name}, record {position}")
         return image
 
     version = f"{builder.info.full_name} {split} {crop} {builder.info.splits[split].num_bytes}"
@@ -55,22 +55,22 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """What goes wrong in TFDS, of many kinds (unknown names, no network, half a file), as a ValueError of one line."""
+    """Turn errors of TFDS, which have many types (unknown names, no network, damaged files), into ValueErrors."""
     try:
         yield
     except ImportError as error:
         raise ValueError(
-            f"{what}: no prepared ArrayRecord files are there, and all else needs TensorFlow "
+            f"{what}: there are no prepared ArrayRecord files, and anything else needs TensorFlow "
             f"(pip install 'ancer-jax[tensorflow]'): {_line(error)}"
         ) from None
     except Exception as error:
-        raise ValueError(f"{what}: not to be had ({_line(error)})") from None
+        raise ValueError(f"{what}: cannot be read ({_line(error)})") from None
 
 
 def _records(tfds, builder, split: str, raw) -> Any:
-    """A sequence of records with undecoded images."""
+    """A sequence of records, with images that are not decoded."""
     if not builder.data_path.exists():
-        import tensorflow  # noqa: F401  (without it the download would be in vain)
+        import tensorflow  # noqa: F401  (fails before the download, not after it)
 
         builder.download_and_prepare()
     try:
@@ -80,7 +80,7 @@ def _records(tfds, builder, split: str, raw) -> Any:
 
 
 def _order(meta: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(places in upstream order, ids)."""
+    """Positions on disk in upstream order, and ids."""
     for feature in ("id", "file_name"):
         if feature in meta[0]:
             names = [_text(one[feature]) for one in meta]
@@ -97,5 +97,4 @@ def _text(value) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import flax.serialization
 
-from ancer_jax.classifiers import Classifier, from_linen
 from ancer_jax.models.cnn import SmallCNN
+from ancer_jax.smoothing.classifier import Classifier, from_linen
 
 _NORMS = ("l2", "l1")
 
@@ -18,8 +18,8 @@ class BundledModel(NamedTuple):
     Attributes:
       classifier: `SmallCNN` on images [28, 28, 1] in [0, 1].
       theta: noise parameter it was trained with: standard deviation (l2) or half-width (l1).
-      clean_accuracy, noisy_accuracy: on the 10,000 test images of Fashion-MNIST, without noise and with one draw of
-        the training noise each.
+      clean_accuracy, noisy_accuracy: on the 10,000 test images of Fashion-MNIST, without noise and under one draw of
+        the training noise per image.
     """
 
     classifier: Classifier
@@ -32,7 +32,7 @@ def load_bundled(norm: str) -> BundledModel:
     """The bundled classifier for `"l2"` (trained with Gaussian noise) or `"l1"` (uniform noise).
 
     Raises:
-      ValueError: for another norm.
+      ValueError: if the norm is another one.
     """
     if norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")

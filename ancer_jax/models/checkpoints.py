@@ -1,6 +1,4 @@
-"""Networks by name, and trained ones on disk: a folder with orbax's variables and a `network.json` that says what they
-are.
-"""
+"""Networks by name, and trained networks on disk: a folder with the variables (orbax) and their description."""
 
 import dataclasses
 import difflib
@@ -16,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ancer_jax.classifiers import Classifier, from_linen
 from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
+from ancer_jax.smoothing.classifier import Classifier, from_linen
 from ancer_jax.storage import absolute, write_file
 
 NETWORKS: dict[str, Any] = {
@@ -37,13 +35,15 @@ NETWORKS: dict[str, Any] = {
 }
 _IMAGE_SHAPES = {"small_cnn": (28, 28, 1), "imagenet_resnet50": (224, 224, 3), "efficientnet_lite0": (224, 224, 3)}
 _INFO, _VARIABLES = "network.json", "variables"
+# In a folder without `network.json`: a training that is not finished, which stores its network there at the end.
+TRAINING_SETTINGS = "training.json"
 
 
 def make_network(name: str, **changes: Any) -> Any:
-    """The network of that name, with other attributes if asked (`num_classes`, `mean`, `std`, `compute_dtype`).
+    """The network of that name, with changed attributes (`num_classes`, `mean`, `std`, `compute_dtype`, ...).
 
     Raises:
-      ValueError: if there is no such network or attribute.
+      ValueError: if there is no such network or attribute, or a value is out of range.
     """
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, NETWORKS, n=1, cutoff=0.3)
@@ -64,21 +64,21 @@ def make_network(name: str, **changes: Any) -> Any:
 
 
 def image_shape(name: str) -> tuple[int, int, int]:
-    """Height, width and channels of the images that the network of that name is usually given."""
+    """Height, width and channels of the images in the usual data set of the network of that name."""
     return _IMAGE_SHAPES.get(name, (32, 32, 3))
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained network, as it is stored.
+class Checkpoint:
+    """A trained network and what is known of its training.
 
     Attributes:
-      name, attributes: of the network (`make_network`).
-      variables: its parameters and batch statistics.
-      image_shape: height, width, channels of the images it takes.
-      norm, theta: the noise it was trained with: "l2" or "l1" and its noise parameter; theta None if it is not known.
-      history: anything else worth knowing (how it was trained, where it was converted from); JSON values.
-      classes: names of the classes in order, where they are known.
+      name, attributes: the arguments of `make_network`.
+      variables: parameters and batch statistics.
+      image_shape: height, width and channels of the images that the network takes.
+      norm, theta: the noise it was trained with: "l2" or "l1", and the noise parameter, None if it is not known.
+      history: how it was trained or where it was converted from, as JSON values.
+      classes: names of the classes in the order of their labels; () if they are not known.
     """
 
     name: str
@@ -101,39 +101,39 @@ class Trained:
         return from_linen(self.network, self.variables, num_classes=self.network.num_classes)
 
 
-def save_network(trained: Trained, path: epath.PathLike, *, new: bool = True) -> None:
-    """Store a network in a new folder; with `new=False` beside what is there.
+def save_network(checkpoint: Checkpoint, path: epath.PathLike, *, new: bool = True) -> None:
+    """Store a network in a new folder, or with `new=False` in one that may hold other files.
 
     Raises:
-      ValueError: if there is something in a folder that should be new, or theta cannot be a noise parameter.
-      OSError: if it cannot be written.
+      ValueError: if a folder that must be new is not empty, or theta is not a noise parameter.
+      OSError: if the folder cannot be written.
     """
     import orbax.checkpoint as ocp
 
     path = absolute(path)
-    if trained.theta is not None and not 0 < trained.theta < math.inf:
-        raise ValueError(f"theta must be positive and finite, got {trained.theta}")
+    if checkpoint.theta is not None and not 0 < checkpoint.theta < math.inf:
+        raise ValueError(f"theta must be positive and finite, got {checkpoint.theta}")
     if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: a network goes into a new folder")
+        raise ValueError(f"{path} exists already: a network is stored in a new folder")
     path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / _VARIABLES, trained.variables, force=True)
-    info = dataclasses.asdict(dataclasses.replace(trained, variables=None))
-    info["variables"] = _hash(trained.variables)
+        checkpointer.save(path / _VARIABLES, checkpoint.variables, force=True)
+    info = dataclasses.asdict(dataclasses.replace(checkpoint, variables=None))
+    info["variables"] = _hash(checkpoint.variables)
     if jax.process_index() == 0:
         write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
 
 
 def is_network(path: epath.PathLike) -> bool:
-    """Whether there is a folder of that name with a network in it."""
+    """Whether there is a network in the folder."""
     return (epath.Path(path) / _INFO).exists()
 
 
-def load_network(path: epath.PathLike) -> Trained:
-    """The network that `save_network` stored.
+def load_network(path: epath.PathLike) -> Checkpoint:
+    """The network that `save_network` stored in a folder.
 
     Raises:
-      ValueError: if there is none, or its variables do not fit.
+      ValueError: if there is none, or its files are damaged.
     """
     import orbax.checkpoint as ocp
 
@@ -146,41 +146,40 @@ def load_network(path: epath.PathLike) -> Trained:
         info |= {name: tuple(info[name]) for name in ("image_shape", "classes")}
         info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
         fingerprint = info.pop("variables")
-        trained = Trained(variables=None, **info)
-        network = trained.network
+        checkpoint = Checkpoint(variables=None, **info)
+        network = checkpoint.network
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: not the description of a network ({error})") from None
-    inputs = jax.ShapeDtypeStruct((1, *trained.image_shape), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((1, *checkpoint.image_shape), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
     try:
         if not (path / _VARIABLES / "manifest.ocdbt").exists():
             raise ValueError("files are missing")
         with ocp.StandardCheckpointer() as checkpointer:
             _check_shapes(checkpointer.metadata(path / _VARIABLES).item_metadata, shapes)
-            variables = checkpointer.restore(path / _VARIABLES, shapes)
-    except Exception as error:  # orbax raises many kinds
+            variables = jax.tree.map(np.asarray, checkpointer.restore(path / _VARIABLES, shapes))
+        if _hash(variables) != fingerprint:
+            raise ValueError(f"its values are not those that {_INFO} describes")
+    except Exception as error:  # orbax raises many types
         raise ValueError(
             f"{path / _VARIABLES}: damaged, or of another network ({str(error).splitlines()[0][:200]})"
         ) from None
-    variables = jax.tree.map(np.asarray, variables)
-    if _hash(variables) != fingerprint:
-        raise ValueError(f"{path / _VARIABLES}: damaged, or of another network (its numbers are not those of {_INFO})")
-    return dataclasses.replace(trained, variables=variables)
+    return dataclasses.replace(checkpoint, variables=variables)
+
+
+def _leaves(tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _hash(variables) -> str:
     digest = hashlib.sha256()
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-    for name in sorted(named):
-        digest.update(name.encode() + np.ascontiguousarray(named[name]).tobytes())
+    for name, leaf in sorted(_leaves(variables).items()):
+        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
 def _check_shapes(stored, shapes) -> None:
-    there, here = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (stored, shapes)
-    )
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
-            raise ValueError(f"{name} has the shape {there.get(name)}, the network's is {here.get(name)}")
+    found, wanted = ({name: leaf.shape for name, leaf in _leaves(tree).items()} for tree in (stored, shapes))
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(f"{name} has the shape {found.get(name)}, the network's is {wanted.get(name)}")

@@ -6,20 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ancer_jax.models.convolution import convolution
+from ancer_jax.models._convolution import convolution
 
 
 class SmallCNN(nn.Module):
     """Three convolutions and one hidden layer for small images; about 115,000 parameters on 28x28x1.
 
-    The normalisation `(x - mean) / std` is part of the network, so that noise and radii are in the units of
-    the image (pixels in [0, 1]). There is no batch norm and no dropout: one mode only, rows independent.
+    The normalisation `(x - mean) / std` is part of the network, so that noise and radii are in units of the image
+    (pixels in [0, 1]). Without batch norm and dropout, training and evaluation mode give the same logits.
 
     Attributes:
       num_classes: number of logits.
       features: channels of the three convolutions.
       hidden: width of the hidden layer.
-      mean, std: of each channel, or of all (defaults: Fashion-MNIST's).
+      mean, std: for each channel or for all (default: those of Fashion-MNIST).
       compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
     """
 
@@ -32,7 +32,7 @@ class SmallCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits [n, num_classes] of images [n, height, width, channels]; `train` changes speed only."""
+        """Logits [n, num_classes] of images [n, height, width, channels]; `train` affects speed only."""
         conv = functools.partial(
             nn.Conv, dtype=self.compute_dtype, conv_general_dilated=functools.partial(convolution, in_loop=not train)
         )

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 (Tan and Le 2019; the variant without squeeze-and-excitation, with ReLU6).
 
-Submodules have the names of the PyTorch package efficientnet-lite-pytorch, less the underscores in front.
+Submodules have their names in the PyTorch package efficientnet-lite-pytorch, without leading underscores.
 """
 
 import functools
@@ -24,7 +24,7 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 for images of about 224 x 224, with its normalisation `(x - mean) / std` inside.
+    """EfficientNet-Lite0 for images of about 224 x 224; the normalisation `(x - mean) / std` is part of the network.
 
     Attributes:
       num_classes: number of logits.
@@ -44,7 +44,7 @@ class EfficientNetLite0(nn.Module):
             nn.BatchNorm, use_running_average=not train, momentum=0.99, epsilon=1e-3, dtype=self.compute_dtype
         )
 
-        def conv(features, size, stride, *, groups=1, name):  # padding as TensorFlow's "SAME"
+        def conv(features, size, stride, *, groups=1, name):  # TensorFlow's padding "SAME"
             return nn.Conv(
                 features, (size, size), (stride, stride), "SAME", feature_group_count=groups, use_bias=False,
                 dtype=self.compute_dtype, kernel_init=he_normal, name=name,
@@ -64,7 +64,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class MobileBlock(nn.Module):
-    """Inverted bottleneck: 1x1 expansion, depthwise convolution, 1x1 projection, and a shortcut where shapes agree."""
+    """Inverted bottleneck: 1x1 expansion, depthwise convolution, 1x1 projection; a shortcut where shapes agree."""
 
     features: int
     size: int

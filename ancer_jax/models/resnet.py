@@ -1,6 +1,6 @@
-"""Residual networks (He et al. 2015), as the randomized-smoothing literature uses them.
+"""Residual networks (He et al. 2015), as the literature on randomized smoothing uses them.
 
-Submodules have PyTorch's names with `_` for `.`, so that `torch_import` can find them.
+Submodules have their PyTorch names, with `_` for `.`: `torch_import` relies on that.
 """
 
 import functools
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ancer_jax.models.convolution import convolution
+from ancer_jax.models._convolution import convolution
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,14 +63,14 @@ def _shortcut(block, x, y):
 
 
 class ResNet(nn.Module):
-    """A ResNet with its normalisation `(x - mean) / std` inside, so that noise and radii are in units of [0, 1] pixels.
+    """A ResNet that contains its normalisation `(x - mean) / std`: noise and radii are in units of [0, 1] pixels.
 
     Attributes:
-      stage_sizes: blocks of each stage; every stage but the first halves the size.
+      stage_sizes: blocks of each stage; every stage but the first halves height and width.
       block: `BasicBlock` or `Bottleneck`.
-      width: channels of the first stage, doubled by each further one.
+      width: channels of the first stage; each later stage doubles them.
       stem: "imagenet" (7x7, stride 2, and max pooling) or "cifar" (3x3).
-      stem_norm: whether the stem has a batch norm (the ResNet-18 of ANCER's code has none).
+      stem_norm: whether the stem has batch norm (the ResNet-18 of ANCER's code has none).
       num_classes: number of logits.
       mean, std: of each channel.
       compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
@@ -95,9 +95,8 @@ class ResNet(nn.Module):
         x = conv(self.width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x) if self.stem_norm else x)
         if imagenet:
-            x = nn.max_pool(
-                jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2)
-            )  # of numbers that are not negative
+            padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # x >= 0: zeros do not change a maximum
+            x = nn.max_pool(padded, (3, 3), (2, 2))
         for i, size in enumerate(self.stage_sizes):
             for j in range(size):
                 stride = 2 if i > 0 and j == 0 else 1
@@ -106,11 +105,7 @@ class ResNet(nn.Module):
 
 
 def normalise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """`(x - mean) / std` for each channel.
-
-    Raises:
-      ValueError: at trace time, if x has another number of channels.
-    """
+    """`(x - mean) / std` in each channel; ValueError, at trace time, for another number of channels."""
     if x.ndim != 4 or x.shape[-1] != len(mean):
         raise ValueError(f"the network takes images [n, height, width, {len(mean)}], got {list(x.shape)}")
     return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
@@ -119,7 +114,7 @@ def normalise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions.
 
-    Derivatives inside loops are those of theta searches; a training step is none.
+    Only theta searches differentiate inside `lax.scan`; training keeps XLA's convolution.
     """
 
     def conv(features, size, stride, *, name):
@@ -135,5 +130,5 @@ def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[
 
 
 def dense(num_classes: int, x: jax.Array) -> jax.Array:
-    """The last layer "fc", in float32."""
+    """The last layer, "fc", in float32."""
     return nn.Dense(num_classes, name="fc")(x.astype(jnp.float32))

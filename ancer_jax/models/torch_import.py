@@ -1,4 +1,4 @@
-"""PyTorch checkpoints as variables of our networks, by an explicit table of names; nothing in a file is executed."""
+"""Conversion of PyTorch checkpoints by an explicit table of names. Nothing in a file is executed."""
 
 import pickle
 import re
@@ -16,17 +16,17 @@ from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import ResNet
 from ancer_jax.models.wide_resnet import WideResNet
 
-# Module names: ours, as a pattern, and PyTorch's.
+# Patterns of our module names, and PyTorch's names.
 _MODULES: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
     ResNet: ((r"layer(\d+)_(\d+)", r"layer\1.\2"), (r"downsample_(\d)", r"downsample.\1")),
     WideResNet: ((r"block(\d+)_layer_(\d+)", r"block\1.layer.\2"),),
     EfficientNetLite0: ((r"blocks_(\d+)\.", r"blocks.\1."), (r"(^|\.)([a-z])", r"\1_\2")),
 }
-# Their tensors: ours and PyTorch's.
+# Our names of tensors, and PyTorch's.
 _TENSORS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# What other authors call the same modules.
+# Other authors' names of the same modules.
 _SYNONYMS = ((r"\bshortcut\.", "downsample."), (r"\blinear\.", "fc."))
-# The constants of normalisation layers, as various authors store them, and how they give ours.
+# The constants of normalisation layers, under the names that various authors use, and how to compute ours from them.
 _NORMALISATION = {
     **dict.fromkeys(("means", "mean", "mu"), ("mean", np.asarray)),
     **dict.fromkeys(("sds", "std", "sigma"), ("std", np.asarray)),
@@ -36,7 +36,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def torch_names(network: nn.Module, variables: Any) -> dict[tuple[str, ...], str]:
-    """The table of names: path of each leaf of `variables` -> PyTorch's name of it.
+    """The table of names: path of each leaf of `variables` -> its PyTorch name.
 
     Raises:
       ValueError: if there is no table for this network.
@@ -57,17 +57,17 @@ def convert_torch(
 ) -> dict[str, Any]:
     """Variables of `network` from the tensors of a PyTorch checkpoint (`read_torch`).
 
-    Prefixes that wrappers add (DataParallel's `module.`, the `1.` behind a normalisation layer) are found and taken
-    off. The constants of a normalisation layer must be those of `network`, if the checkpoint has them
-    (`stored_normalisation`); Cohen's and ANCER's do not, and MACER's networks do not normalise at all.
+    Prefixes that wrappers add (DataParallel's `module.`, the `1.` behind a normalisation layer) are removed. If the
+    checkpoint has the constants of a normalisation layer (`stored_normalisation`), they must be those of `network`.
+    Cohen's and ANCER's checkpoints have none, and MACER's networks do not normalise at all.
 
     Args:
-      network: one of ours, with the checkpoint's number of classes.
+      network: a network of this package, with the checkpoint's number of classes.
       tensors: name -> array.
       image_shape: height, width, channels.
 
     Raises:
-      ValueError: naming the tensor and the shapes, if one is missing, left over or of another shape, or if the
+      ValueError: naming the tensor and the shapes, if a tensor is missing, unused or of another shape, or if the
         normalisation differs.
     """
     inputs = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
@@ -84,30 +84,27 @@ def convert_torch(
     leaves = {}
     for path, name in table.items():
         if prefix + name not in renamed:
-            raise ValueError(f"this is no checkpoint of a {_describe(network)}: there is no tensor {prefix + name}")
-        leaf = _leaf(path, renamed.pop(prefix + name))
-        if leaf.shape != shapes[path].shape:
-            raise ValueError(
-                f"{prefix + name} does not fit a {_describe(network)}: its shape, in our order, is {list(leaf.shape)}, "
-                f"the network's {list(shapes[path].shape)}"
-            )
+            raise ValueError(f"not a checkpoint of a {_describe(network)}: there is no tensor {prefix + name}")
+        leaf, shape = _leaf(path, renamed.pop(prefix + name)), list(shapes[path].shape)
+        if list(leaf.shape) != shape:
+            both = f"{list(leaf.shape)} in Flax's order of axes, the network's {shape}"
+            raise ValueError(f"{prefix + name} does not fit a {_describe(network)}: its shape is {both}")
         if not np.isfinite(leaf).all():
             raise ValueError(f"{prefix + name} has values that are not finite")
         leaves[path] = leaf
     constants = stored_normalisation(renamed, len(network.mean))
     for attribute, (name, value) in constants.items():
-        if not np.allclose(value, getattr(network, attribute), atol=1e-4):
-            wanted = list(getattr(network, attribute))
+        if not np.allclose(value, wanted := list(getattr(network, attribute)), atol=1e-4):
             raise ValueError(f"the checkpoint's {attribute} ({name}) is {value.tolist()}, the network's {wanted}")
     known = {name for name, _ in constants.values()}
     for name in renamed:
         if name not in known and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"this is no checkpoint of a {_describe(network)}: it has no place for the tensor {name}")
+            raise ValueError(f"not a checkpoint of a {_describe(network)}, which has no tensor {name}")
     return unflatten_dict(leaves)
 
 
 def stored_normalisation(tensors: Mapping[str, np.ndarray], channels: int) -> dict[str, tuple[str, np.ndarray]]:
-    """The "mean" and "std" of a normalisation layer in a checkpoint, each with its tensor's name, if they are there."""
+    """The "mean" and "std" of a normalisation layer, each with its tensor's name, as far as a checkpoint has them."""
     found = {}
     for name, tensor in tensors.items():
         last = name.rpartition(".")[-1]
@@ -118,7 +115,7 @@ def stored_normalisation(tensors: Mapping[str, np.ndarray], channels: int) -> di
 
 
 def _leaf(path, tensor) -> np.ndarray:
-    """A tensor in our order: kernels have their output features last."""
+    """A tensor with Flax's order of axes: output features of kernels are last."""
     tensor = np.asarray(tensor, np.float32)
     if path[-1] == "kernel":
         return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
@@ -130,13 +127,13 @@ def _describe(network) -> str:
 
 
 def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch checkpoint (`.pt`, `.pth`, `.tar`: needs torch) or of a safetensors file, as float32.
+    """The tensors of a PyTorch checkpoint (`.pt`, `.pth`, `.tar`; needs torch) or of a safetensors file, as float32.
 
-    Files are read with `weights_only`: one that holds code, or any object but tensors and plain containers, is
-    refused, and nothing of it is executed.
+    PyTorch files are read with `weights_only`: a file with any object but tensors and plain containers is refused, and
+    no code in it is executed.
 
     Raises:
-      ValueError: if the file cannot be read or holds no tensors.
+      ValueError: if the file cannot be read or has no tensors.
       ImportError: if torch is needed and is not installed.
     """
     path = epath.Path(path)
@@ -149,7 +146,7 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
             break
     tensors = {str(name): value for name, value in found.items() if isinstance(value, np.ndarray)}
     if not tensors:
-        raise ValueError(f"{path}: there are no tensors in it")
+        raise ValueError(f"{path}: the file has no tensors")
     return tensors
 
 
@@ -162,7 +159,7 @@ def _read_safetensors(path) -> dict[str, Any]:
     except KeyError as error:
         raise ValueError(f"{path}: tensors of type {error} cannot be read; store them as float32") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from None
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def _read_pickled(path) -> dict[str, Any]:
@@ -180,13 +177,11 @@ def _read_pickled(path) -> dict[str, Any]:
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             found = to_numpy(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused, it holds more than tensors and plain containers (nothing in it was run)"
-        ) from None
-    except Exception as error:  # garbage raises many kinds
-        raise ValueError(
-            f"{path}: not a PyTorch file that can be read ({(str(error).splitlines() or ['empty'])[0]})"
-        ) from None
+        what = "it has more than tensors and plain containers (nothing in it was executed)"
+        raise ValueError(f"{path}: refused, because {what}") from None
+    except Exception as error:  # damaged files raise many types
+        line = (str(error).splitlines() or ["empty"])[0]
+        raise ValueError(f"{path}: not a readable PyTorch file ({line})") from None
     if not isinstance(found, Mapping):
-        raise ValueError(f"{path}: there are no tensors in it")
+        raise ValueError(f"{path}: the file has no tensors")
     return dict(found)

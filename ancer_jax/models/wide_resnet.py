@@ -1,6 +1,6 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016), as RS4A and ANCER use them.
 
-Submodules have PyTorch's names with `_` for `.`, so that `torch_import` can find them.
+Submodules have their PyTorch names, with `_` for `.`: `torch_import` relies on that.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ancer_jax.models.resnet import CIFAR10_MEAN, CIFAR10_STD, dense, layers, no
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm, ReLU, 3x3 convolution, twice; where the width changes the shortcut takes the activated input."""
+    """Batch norm, ReLU and 3x3 convolution, twice; where the width changes, the shortcut is of the activated input."""
 
     features: int
     stride: int
@@ -30,11 +30,11 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A WRN with its normalisation `(x - mean) / std` inside, so that noise and radii are in units of [0, 1] pixels.
+    """A WRN that contains its normalisation `(x - mean) / std`: noise and radii are in units of [0, 1] pixels.
 
     Attributes:
       depth: 6 n + 4.
-      widen_factor: width of the first stage in units of 16 channels.
+      widen_factor: channels of the first stage, in units of 16.
       num_classes: number of logits.
       mean, std: of each channel.
       compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.

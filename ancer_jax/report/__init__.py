@@ -1,20 +1,11 @@
-"""Tables and pictures, made from results only."""
+"""Tables and pictures of results."""
 
-from ancer_jax.report.orders import order_figures, order_rows
+from ancer_jax.report.notes import NOT_RECONCILED, TWO_CLAIMS, UNKNOWN
+from ancer_jax.report.orders import order_rows
 from ancer_jax.report.page import write_page
 from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_training
-from ancer_jax.report.tables import (
-    LEAKAGE_LIMIT,
-    NOT_RECONCILED,
-    TWO_CLAIMS,
-    UNKNOWN,
-    Results,
-    compare_proxy_radius,
-    format_table,
-    load_results,
-    summary,
-    summary_table,
-)
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results, load_results
+from ancer_jax.report.tables import compare_proxy_radius, format_table, summary, summary_table
 
 __all__ = [
     "LEAKAGE_LIMIT",
@@ -25,7 +16,6 @@ __all__ = [
     "compare_proxy_radius",
     "format_table",
     "load_results",
-    "order_figures",
     "order_rows",
     "plot_certified_accuracy",
     "plot_theta",

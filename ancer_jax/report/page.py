@@ -5,29 +5,23 @@ import datetime
 import importlib.metadata
 import importlib.resources
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tabulate
 from etils import epath
 
 from ancer_jax.data import Dataset
-from ancer_jax.metrics import average_certified_radius, round_down, round_up
-from ancer_jax.report import plots, tables
-from ancer_jax.report.tables import LEAKAGE_LIMIT, Results
-from ancer_jax.runs import Run, flatten
+from ancer_jax.metrics import round_down, round_up
+from ancer_jax.report import notes, plots, tables
+from ancer_jax.report.notes import mark, shortest
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+from ancer_jax.runs import Run, RunConfig
+from ancer_jax.runs.settings import flatten
+from ancer_jax.smoothing import ABSTAIN
 
-_CARDS, _PIXELS = 6, 96  # regions of a kind that are shown; longer side of a picture
-
-
-class Card(NamedTuple):
-    """One image's region on the page: its pictures (data URIs, "" where there are none), and lines of text."""
-
-    title: str
-    image: str
-    theta: str
-    lines: list[str]
+_CARDS, _PIXELS = 6, 96  # regions shown of each kind; longer side of a picture
 
 
 def write_page(
@@ -39,14 +33,14 @@ def write_page(
     datasets: Sequence[Dataset] = (),
     more: Sequence[tuple[str, list[dict[str, str]]]] = (),
 ) -> None:
-    """Write the report of runs as one self-contained HTML page: no script, no other file, nothing from a network.
+    """Write the report of runs as one self-contained HTML page: no script, no other file, no network access.
 
     Args:
-      results: of runs or tables (`load_results`), with names of their own. What only a run directory knows (images,
-        theta, settings) is left out for tables.
+      results: of runs or tables (`load_results`), each with a different name. Images, theta and settings are only shown
+        for run directories.
       path: the file.
-      radii, leakage_limit: as in `tables.summary`.
-      datasets: data sets whose images are shown, where a run is of one of them.
+      radii, leakage_limit: as in `summary`.
+      datasets: data sets of the runs; runs of other data sets are shown without their images.
       more: further tables with their titles.
 
     Raises:
@@ -61,15 +55,15 @@ def write_page(
     environment = jinja2.Environment(**options)
     bounded = [r for r in results if "p_lower" in r.columns]
     page = environment.from_string(template).render(
-        runs=[tables.mark(r) for r in results],
+        runs=[mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
-        facts=_facts([r.run.settings for r in results if r.run]),
-        notes=tables.notes(results),
+        facts=_facts([r.run for r in results if r.run]),
+        notes=notes.notes(results),
         curves=_curves(results),
-        bounds=_uri("svg+xml", plots.p_lower_figure(bounded)) if bounded else "",
-        compute=_compute(results),
+        bounds=_svg(bounded, plots.draw_p_lower) if bounded else "",
+        cost=_cost(results),
         regions=[_regions(r, r.run, datasets) for r in results if r.run],
-        settings=_settings({tables.mark(r): r.run for r in results if r.run}),
+        settings=_settings({mark(r): r.run for r in results if r.run}),
         version=importlib.metadata.version("ancer-jax"),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         leakage_limit=leakage_limit,
@@ -79,139 +73,127 @@ def write_page(
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    """An HTML table; tabulate escapes what is in it."""
+    """An HTML table; tabulate escapes its cells."""
     return tabulate.tabulate(rows, headers="keys", tablefmt="html", disable_numparse=True)
 
 
-def _uri(kind: str, content: str | bytes) -> str:
-    content = content.encode() if isinstance(content, str) else content
+def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _facts(settings: Sequence[Mapping[str, Any]]) -> str:
-    """What one has to know of all runs before their figures mean anything."""
-    values = [
-        (", ".join(dict.fromkeys(s["data"]["name"] for s in settings)), ""),
-        (", ".join(dict.fromkeys(s["norm"] for s in settings)), ""),
-        (", ".join(dict.fromkeys(f"{s['certify']['n']:,}" for s in settings)), "n = "),
-        (
-            ", ".join(dict.fromkeys("0" if s.get("exact") else repr(s["certify"]["alpha"]) for s in settings)),
-            "alpha = ",
-        ),
-    ]
-    return "; ".join(f"{name}{value}" for value, name in values)
+def _svg(results: list[Results], draw, *arguments: str) -> str:
+    return _uri("svg+xml", plots.svg(results, draw, *arguments).encode())
+
+
+def _facts(runs: Sequence[Run]) -> str:
+    """The settings without which the figures of these runs mean nothing."""
+    configs: list[RunConfig] = [run.config for run in runs]
+    facts = (
+        ("", [run.data.name for run in runs]),
+        ("", [config.norm for config in configs]),
+        ("n = ", [f"{config.certify.n:,}" for config in configs]),
+        ("alpha = ", [shortest(config.alpha) for config in configs]),
+    )
+    return "; ".join(name + ", ".join(dict.fromkeys(values)) for name, values in facts)
 
 
 def _curves(results: list[Results]) -> list[tuple[str, str]]:
-    """Curves by radius and, where it is another one, by proxy radius, each with its description."""
-    both = any((r["radius"] != r["radius_proxy"]).any() for r in results)
-    return [
-        (_uri("svg+xml", plots.certified_accuracy_figure(results, column)), name)
-        for column, name in (("radius", "radius"), ("radius_proxy", "proxy radius"))
-        if both or column == "radius"
-    ]
+    """Curves by radius and, if it differs from the radius, by proxy radius, each with the name of its axis."""
+    both = [("radius", "radius"), ("radius_proxy", "proxy radius")][: 1 if all(r.only_balls for r in results) else 2]
+    return [(_svg(results, plots.draw_accuracy, column), name) for column, name in both]
 
 
-def _compute(results: list[Results]) -> dict[str, Any] | None:
-    """Sizes against cost, as a table and as pictures; None where no cost is known."""
-    if not any(r.seconds is not None or r.passes for r in results):
-        return None
+def _cost(results: list[Results]) -> dict[str, Any] | None:
+    """Figures against cost, as a table and as pictures; None where no cost is known."""
     rows, figures = [], []
     for r in results:
         forward, backward, leakage = (f"{count:,.0f}" for count in r.passes) if r.passes else "---"
-        rows.append(
-            {
-                "run": tables.mark(r),
-                "s/image": "-" if r.seconds is None else f"{r.seconds:.3g}",
-                "forward passes": forward,
-                "backward passes": backward,
-                "for leakage": leakage,
-                "ACR": round_down(average_certified_radius(r["radius"], r.correct), 3),
-                "ACR-tilde": round_down(average_certified_radius(r["radius_proxy"], r.correct), 3),
-            }
-        )
-    for x, name, known in (
+        row = {"run": mark(r), "s/image": "-" if r.seconds is None else f"{r.seconds:.3g}"}
+        row |= {"forward passes": forward, "backward passes": backward, "for leakage": leakage}
+        acr = {"ACR": round_down(r.acr("radius"), 3), "ACR-tilde": round_down(r.acr("radius_proxy"), 3)}
+        rows.append(row | acr)
+    for cost, name, known in (
         ("seconds", "seconds", [r for r in results if r.seconds]),
-        ("passes", "passes through the network, forward and backward", [r for r in results if r.passes]),
+        ("passes", "passes through the network, forward and backward,", [r for r in results if r.passes]),
     ):
         if known:
-            figures.append((_uri("svg+xml", plots.compute_figure(known, x)), name))
-    return {"table": _table(rows), "figures": figures}
+            figures.append((_svg(known, plots.draw_cost, cost), name))
+    known = any(r.seconds is not None or r.passes for r in results)
+    return {"table": _table(rows), "figures": figures} if known else None
+
+
+def _groups(results: Results) -> list[tuple[str, list[int]]]:
+    """The regions of a run that are shown, as rows of its results: those that the memory changed, the largest, the
+    smallest and the first; all of them if they are few.
+    """
+    size, groups = results["radius_proxy"], []
+    if "changed" in results.columns and (changed := np.flatnonzero(results["changed"] == 1)).size:
+        lost = results.own["radius_proxy"][changed] - size[changed]
+        title = f"Changed by the memory: {len(changed)}, largest losses first"
+        groups.append((title, changed[np.argsort(-lost, kind="stable")][:_CARDS]))
+    if len(size) <= _CARDS:
+        groups.append(("All images, largest proxy radius first", np.argsort(-size, kind="stable")))
+    else:
+        certified = np.flatnonzero(size > 0)
+        order = certified[np.argsort(size[certified], kind="stable")]
+        groups.append(("Largest regions (proxy radius)", order[::-1][:_CARDS]))
+        groups.append(("Smallest regions", order[:_CARDS]))
+        groups.append(("First images", np.argsort(results["idx"])[:_CARDS]))
+    return [(title, rows.tolist()) for title, rows in groups if rows.size]
 
 
 def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[str, Any]:
-    """The largest and the smallest certified regions of a run, its first ones, and those that the memory changed."""
-    dataset = next((d for d in datasets if d.fingerprint == run.settings["data"].get("fingerprint")), None)
-    size, ids = results["radius_proxy"], results["idx"].astype(int)
-    certified = np.flatnonzero(size > 0)
-    order = certified[np.argsort(size[certified], kind="stable")]
-    groups = [("All images, largest proxy radius first", np.argsort(-size, kind="stable"))]
-    if len(ids) > _CARDS:
-        groups = [
-            ("Largest regions (proxy radius)", order[::-1][:_CARDS]),
-            ("Smallest regions", order[:_CARDS]),
-            ("First images", np.argsort(ids)[:_CARDS]),
-        ]
-    if "changed" in results.columns and (changed := np.flatnonzero(results["changed"] == 1)).size:
-        lost = (results.before or results.columns)["radius_proxy"][changed] - size[changed]
-        title = f"Changed by the memory: {len(changed)}, those that lost most first"
-        groups.insert(0, (title, changed[np.argsort(-lost, kind="stable")][:_CARDS]))
-    groups = [(title, rows.tolist()) for title, rows in groups]
-    wanted = {int(ids[row]) for _, rows in groups for row in rows}
-    thetas = {
-        int(i): np.array(theta)  # not a part of its shard, which would stay
-        for shard in run.shards(["theta"])
-        for i, theta in zip(shard["ids"], shard["theta"], strict=True)
-        if int(i) in wanted
-    }
+    """What the page shows of the regions of a run."""
+    dataset = next((d for d in datasets if run.matches(d)), None)
+    groups, ids = _groups(results), results["idx"]
+    thetas = results.thetas({int(ids[row]) for _, rows in groups for row in rows})
     shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3]
-    maps, (scale, logarithmic) = bool(shown), plots.color_scale(shown or [np.ones(1)])
+    scale, logarithmic = plots.color_scale(shown or [np.ones(1)])
     cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
     return {
-        "name": tables.mark(results),
-        "note": "; ".join(tables.legend_of_marks([results])),
-        "maps": maps,
-        "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if maps else "",
+        "name": mark(results),
+        "note": "; ".join(notes.legend_of_marks([results])),
+        "maps": bool(shown),
+        "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
         "logarithmic": logarithmic,
         "images": dataset is not None,
-        "data": run.settings["data"]["name"],
-        "groups": [(title, [cards[row] for row in rows]) for title, rows in groups if rows],
+        "data": run.data.name,
+        "groups": [(title, [cards[row] for row in rows]) for title, rows in groups],
     }
 
 
-def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset | None) -> Card:
-    line = {name: column[row] for name, column in results.columns.items()}
+def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset | None) -> dict[str, Any]:
+    """One image's region: pictures of the image and of its theta ("" for none), and lines of text."""
+    line, own = ({name: column[row] for name, column in part.items()} for part in (results.columns, results.own))
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
-    own = answer if results.before is None else int(results.before["predict"][row])  # p_lower is of that
     image = ""
     if dataset is not None and i in dataset.ids:
         image = _picture((np.clip(dataset.images[np.searchsorted(dataset.ids, i)], 0, 1) * 255).astype(np.uint8))
     spread = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (theta.min(), theta.max())))
-    said = "abstains" if answer == -1 else f"answers {answer}" + ("" if answer == label else " (wrong)")
+    said = "abstains" if answer == ABSTAIN else f"answers {answer}" + ("" if answer == label else " (wrong)")
+    overruled = own["predict"] != answer  # p_lower is of the image's own class
     lines = [
         f"label {label}, {said}",
         f"radius {round_down(line['radius'], 3)}",
         f"proxy radius {round_down(line['radius_proxy'], 3)}",
         f"gap {round_down(line['gap'], 3)}",
-        f"p_lower {round_down(line['p_lower'], 4)}" + (f" of {own}, its own answer" if own != answer else ""),
+        f"p_lower {round_down(line['p_lower'], 4)}" + f" of {int(own['predict'])}, its own answer" * bool(overruled),
         f"theta {spread}",
     ]
-    if results.data_dependent and np.isfinite(line["leakage"]):
+    if results.data_dependent and line["leakage"] == line["leakage"]:
         lines.append(f"leakage {round_up(line['leakage'], 3)}, soft {round_up(line['soft_leakage'], 3)}")
-    if line.get("changed") == 1 and results.before is not None:
-        was = {name: column[row] for name, column in results.before.items()}
-        before = f"proxy radius {round_down(was['radius_proxy'], 3)}"
-        before += f", answer {int(was['predict'])}" if was["predict"] != answer else ""
-        lines.append(f"before memory: {before}")
+    if line.get("changed") == 1:
+        before = f"before memory: proxy radius {round_down(own['radius_proxy'], 3)}"
+        lines.append(before + f", answer {int(own['predict'])}" * bool(overruled))
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
-    picture = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if theta.ndim == 3 else ""
-    return Card(f"#{i}", image, picture, lines)
+    heat_map = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if theta.ndim == 3 else ""
+    return {"title": f"#{i}", "image": image, "theta": heat_map, "lines": lines}
 
 
 def _picture(pixels: np.ndarray) -> str:
-    """A small PNG: uint8 [height, width, channels], of 1 or 3 channels."""
+    """A small PNG of uint8 [height, width, channels], with 1 or 3 channels, as a data URI."""
     import PIL.Image
 
     picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
@@ -222,21 +204,21 @@ def _picture(pixels: np.ndarray) -> str:
 
 
 def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
-    """Settings and versions, a row for each: those that differ between the runs, and the others."""
+    """Tables of settings and versions: one of those that differ between the runs, one of the others."""
     columns = []
     for run in runs.values():
-        made = {f"made with {name}": value for name, value in run.made().items()}
-        columns.append(dict(flatten(run.settings)) | made)
-    names = list(dict.fromkeys(name for column in columns for name in column))
+        made_with = {f"made with {name}": value for name, value in run.made_with_all().items()}
+        columns.append(dict(flatten(run.settings)) | made_with)
+    names = dict.fromkeys(name for column in columns for name in column)
     rows = {name: [column.get(name) for column in columns] for name in names}
-    tables = []
-    for title, differs in (("What differs between the runs", True), ("The same for all", False)):
+    found = []
+    for title, differs in (("Different between the runs", True), ("The same in all runs", False)):
         part = {name: row for name, row in rows.items() if any(value != row[0] for value in row) == differs}
         shown = [(name, [_short(value) for value in (row if differs else row[:1])]) for name, row in part.items()]
-        tables.append({"title": title, "open": differs, "runs": list(runs) if differs else ["value"], "rows": shown})
+        found.append({"title": title, "open": differs, "runs": list(runs) if differs else ["value"], "rows": shown})
     if len(runs) == 1:
-        tables[1] |= {"title": "Of this run", "open": True}
-    return [table for table in tables if table["rows"]]
+        found[1] |= {"title": "Of this run", "open": True}
+    return [table for table in found if table["rows"]]
 
 
 def _short(value: Any) -> str:

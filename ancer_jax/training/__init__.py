@@ -1,5 +1,6 @@
-"""Training base classifiers for smoothing: pure losses, and one linear loop."""
+"""Training base classifiers for randomized smoothing: settings and losses of the methods, and a training loop."""
 
-from ancer_jax.training.loop import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
+from ancer_jax.training.config import METHODS, PRESETS, TrainConfig, TrainingMethod
+from ancer_jax.training.loop import HISTORY, TrainState, train
 
-__all__ = ["HISTORY", "PRESETS", "TrainConfig", "TrainState", "TrainingMethod", "train"]
+__all__ = ["HISTORY", "METHODS", "PRESETS", "TrainConfig", "TrainState", "TrainingMethod", "train"]

@@ -1,6 +1,6 @@
-"""Losses of the training methods of randomized smoothing, each for one image: pure functions of its noisy logits.
+"""Losses of the training methods, each for one image: pure functions of the logits of its noisy copies.
 
-`logits` are float [m, K], of m noisy copies of one image; `label` is its class. Means over a batch are `jax.vmap`.
+`logits` are float [m, K], of m noisy copies of one image, and `label` is its class; `jax.vmap` gives those of a batch.
 """
 
 import jax
@@ -9,8 +9,10 @@ import optax
 from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from ancer_jax import bounds
-from ancer_jax.certificates import Certificate
+from ancer_jax.smoothing import bounds
+from ancer_jax.smoothing.noise import Noise
+
+_ALPHA = 0.5  # of the bound in `volume`, which is the median of its beta distribution then
 
 
 def augmentation(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
@@ -31,11 +33,11 @@ def macer(
     inverse_temperature: float = 16.0,
     margin: float = 8.0,
 ) -> Float[Array, ""]:
-    """MACER: cross-entropy of the mean probability, and a hinge on the soft l2 radius where the answer is right.
+    """MACER: cross-entropy of the mean probability, and a hinge on the soft l2 radius of correctly classified images.
 
     `-log p_label + weight * theta / 2 * max(margin - xi, 0) [right]`, with `p` the mean softmax of the logits and
     `xi = Phi^-1(q_1) - Phi^-1(q_2)` of the two largest entries of q, the mean softmax of the logits times
-    `inverse_temperature`. Where xi is not finite or above the margin there is no second term.
+    `inverse_temperature`. The second term is 0 where xi is not finite or exceeds the margin.
 
     References: Zhai et al. 2020 (arXiv 2001.02378), section 4, and its code (defaults for CIFAR-10).
     """
@@ -65,7 +67,7 @@ def consistency(
 
 
 def stability(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""], *, weight: float = 6.0) -> Float[Array, ""]:
-    """Stability training: `CE(p_1) + weight * mean_{i>1} KL(p_1 || p_i)`, both noisy.
+    """Stability training: `CE(p_1) + weight * mean_{i>1} KL(p_1 || p_i)`, where p_1 is of a noisy copy, too.
 
     References: Li et al. 2019 (arXiv 1809.03113); Yang et al. 2020 (arXiv 2002.08118) and its code (m = 2, weight 6).
     """
@@ -78,58 +80,51 @@ def volume(
     logits: Float[ArrayLike, "m K"],
     label: Int[ArrayLike, ""],
     theta: Float[ArrayLike, ""],
-    certificate: Certificate,
+    noise: Noise,
     *,
     weight: float = 8.0,
     inverse_temperature: float = 4.0,
-    alpha: float = 0.5,
 ) -> Float[Array, ""]:
-    """Certified volume: `-log p_label - weight * r`, with `p` the mean softmax of the logits and r the proxy radius.
+    """Certified volume: `-log p_label - weight * theta * gap(p_lower)`, with p the mean softmax of the logits.
 
-    `r = theta * gap(p_lower)` is the radius of the ball that has the volume of the region that the m copies would
-    certify, if `q_label` were a share of votes, with q the mean softmax of the logits times `inverse_temperature`: 0,
-    and without a slope, where `p_lower`, the Clopper-Pearson bound, is at most 1/2. Its mean over images estimates
-    ACR-tilde. The bound keeps one image from winning by an endless radius.
-
-    Args:
-      theta: noise parameter.
-      certificate: of the noise.
-      weight: of the radius, in units of [0, 1] pixels.
-      alpha: of the bound; 1/2 is the median.
+    `theta * gap`, in units of [0, 1] pixels, is the proxy radius of the region that the m copies would certify: that of
+    the ball of the same volume. `p_lower` is the Clopper-Pearson bound, with alpha 1/2, for m draws and a share of
+    `q_label` of the votes, where q is the mean softmax of the logits times `inverse_temperature`. The gap is 0, without
+    a slope, where `p_lower` is at most 1/2. The mean proxy radius over images estimates ACR-tilde. The bound keeps one
+    image from gaining an unbounded radius.
 
     References: ours; `differentiable.estimated_region` with the soft estimate.
     """
     sharp = jax.nn.softmax(inverse_temperature * jnp.asarray(logits))
     share = sharp.mean(axis=0)[label]
-    p_lower = bounds.clopper_pearson_lower_traced(share * len(sharp), len(sharp), alpha)
+    p_lower = bounds.clopper_pearson_lower_traced(share * len(sharp), len(sharp), _ALPHA)
     mean = jax.nn.softmax(logits).mean(axis=0)[label]
-    return -jnp.log(mean + 1e-10) - weight * theta * certificate.gap(p_lower)
+    return -jnp.log(mean + 1e-10) - weight * theta * noise.gap(p_lower)
 
 
 def smoothed_loss(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """`-log mean_i softmax(logits_i)_label`: what SmoothAdv's attack increases (Salman et al. 2019, eq. 6)."""
+    """`-log mean_i softmax(logits_i)_label`, the loss that SmoothAdv's attack increases (Salman et al. 2019, eq. 6)."""
     log_each = jax.nn.log_softmax(logits)[:, label]
     return -(jax.nn.logsumexp(log_each) - jnp.log(len(log_each)))
 
 
 def attack(apply, x, label, noise, *, epsilon, steps: int):
-    """SmoothAdv's projected gradient ascent of `smoothed_loss` around one image, through fixed noise.
+    """SmoothAdv's attack on one image: projected gradient ascent of `smoothed_loss` through fixed noise.
 
-    Steps of length `2 epsilon / steps` along the normalised gradient, projected to the l2 ball and to pixels in [0, 1].
+    Each step has length `2 epsilon / steps` along the normalised gradient, and is projected to the l2 ball and then to
+    pixels in [0, 1].
 
     Args:
       apply: noisy images [m, *d] -> logits [m, K], in evaluation mode.
-      x: [*d] in [0, 1].
-      label: its class.
-      noise: [m, *d], the same draws that the network is then trained on.
-      epsilon: radius of the l2 ball.
-      steps: how many.
+      x, label: image [*d] in [0, 1], and its class.
+      noise: [m, *d], the draws that the network is then trained on.
+      epsilon, steps: radius of the l2 ball, and number of steps.
 
     Returns:
       The adversarial image [*d].
 
-    References: Salman et al. 2019 (arXiv 1906.04584), section 3. Its code clips to [0, 1] before it projects, and goes
-    anywhere where the gradient is 0.
+    References: Salman et al. 2019 (arXiv 1906.04584), section 3. Its code clips to [0, 1] before it projects, and takes
+    a random direction where the gradient is 0.
     """
     loss = lambda y: smoothed_loss(apply(y[None] + noise), label)
 

@@ -1,0 +1,142 @@
+"""`ancer-jax train`: train a network that certify takes as its classifier."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tqdm
+import tyro
+from etils import epath
+
+from ancer_jax import report
+from ancer_jax.cli.runtime import Runtime
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.data.pictures import Crop
+from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
+from ancer_jax.smoothing.registry import NoiseName
+from ancer_jax.training import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a network for smoothing; started again, it continues. Settings that are None by default are those of the
+    published code of each method for CIFAR-10. They are printed at the start."""
+
+    out: str
+    """Folder of the network, for certify --classifier; it also stores the state that training resumes from."""
+    data: str = BUNDLED_SUBSET
+    """Data set, as in certify; its split train is trained on. An npz file has one split: name another file with
+    --test-data."""
+    test_data: str | None = None
+    """Data set on which the network is evaluated after every epoch; default: --data."""
+    test_split: str = "test"
+    """Split of that data set."""
+    network: str = "small_cnn"
+    """small_cnn, cifar_resnet20, cifar_resnet110, cifar_resnet18, ancer_resnet18, wrn_40_2, imagenet_resnet50 or
+    efficientnet_lite0."""
+    method: TrainingMethod = "augmentation"
+    """augmentation (Cohen et al. 2019), smoothadv (Salman et al. 2019), macer (Zhai et al. 2020), consistency (Jeong &
+    Shin 2020), stability (Yang et al. 2020) or volume (ours)."""
+    norm: Literal["l2", "l1"] = "l2"
+    """l2: Gaussian noise; l1: uniform noise, or --noise."""
+    noise: NoiseName | None = None
+    """For l1: uniform, or splitting (Levine & Feizi 2021)."""
+    sigma: float = 0.25
+    """Noise theta, in units of [0, 1] pixels: standard deviation of Gaussian noise, half-width of uniform noise, half
+    the distance between cuts of splitting noise."""
+    epochs: int | None = None
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images per step, not counting noisy copies."""
+    copies: int | None = None
+    """Noisy copies of each image (m)."""
+    lr: float | None = None
+    """Initial learning rate of SGD."""
+    weight_decay: float | None = None
+    """Weight decay, of all parameters."""
+    drop_every: int | None = None
+    """The learning rate is divided by 10 every so many epochs; 0 is a cosine schedule to 0."""
+    weight: float | None = None
+    """Weight of the second term of the loss (macer, consistency, stability, volume)."""
+    epsilon: float | None = None
+    """SmoothAdv: l2 radius of its attack, in units of [0, 1] pixels."""
+    attack_steps: int | None = None
+    """SmoothAdv: steps of its attack."""
+    warmup: int | None = None
+    """SmoothAdv: epochs in which the radius grows."""
+    shift: int | None = None
+    """Largest random shift of an image, in pixels."""
+    flip: bool = True
+    """Mirror images at random."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in the network's normalisation; default: that of its usual data set. 0 and 1: none."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel."""
+    crop: Crop = "none"
+    """Crop of pictures, as in certify."""
+    max: int | None = None
+    """Train on at most this many images."""
+    test_max: int | None = None
+    """Evaluate at most this many test images."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the network's layers."""
+    seed: int = 0
+    """Seed of all random draws."""
+    devices: int | None = None
+    """Devices of each process over which every batch is sharded; default all. On CPUs: one, which uses all cores."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
+
+    def run(self) -> None:
+        """Train, store the network, plot the training curves."""
+        self.runtime.start(survive=False)
+        datasets, config = self._datasets(), self._config()
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("--mean and --std go together")
+        attributes = {"num_classes": datasets[0].num_classes, "compute_dtype": self.compute_dtype}
+        attributes |= {} if self.mean is None else {"mean": self.mean, "std": self.std}
+        print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
+        state = self._train(attributes, datasets, config)
+        figures: dict[str, np.ndarray] = dict(zip(HISTORY, state.history.T, strict=True))
+        accuracy = float(figures["test_accuracy"][-1])
+        if not is_network(self.out):
+            history = dataclasses.asdict(config) | {"data": self.data, "test_accuracy": accuracy}
+            what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, self.sigma
+            save_network(Checkpoint(*what, history=history, classes=datasets[0].classes), self.out, new=False)
+        if jax.process_index() == 0:
+            report.plot_training(figures, epath.Path(self.out) / "training.png")
+            print(f"{self.out}: accuracy {accuracy:.4f} on {len(datasets[1]):,} test images under one noise draw each")
+
+    def _datasets(self) -> tuple[Dataset, Dataset]:
+        """The training set and the test set."""
+        train_set = load_dataset(self.data, split="train", crop=self.crop)
+        test_set = load_dataset(self.test_data or self.data, split=self.test_split, crop=self.crop)
+        if train_set.fingerprint == test_set.fingerprint:
+            raise ValueError(f"the training images of {self.data} are the test images, too: name others (--test-data)")
+        return select(train_set, max_images=self.max), select(test_set, max_images=self.test_max)
+
+    def _config(self) -> TrainConfig:
+        """The method's preset with the settings that were asked for."""
+        names = ("epochs", "batch_size", "copies", "weight_decay", "weight", "epsilon", "attack_steps", "shift")
+        asked = {name: getattr(self, name) for name in names}
+        asked |= {"learning_rate": self.lr, "warmup_epochs": self.warmup}
+        changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        if self.drop_every is not None:
+            changes["drop_every"] = self.drop_every or None
+        changes |= {name: getattr(self, name) for name in ("norm", "noise", "flip", "seed")}
+        return dataclasses.replace(PRESETS[self.method], theta=self.sigma, **changes)
+
+    def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
+        """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
+        total = config.epochs * (len(datasets[0]) // config.batch_size)
+        with tqdm.tqdm(total=total, unit="step", desc=f"{self.network}, {self.method}", smoothing=0, delay=1e-6) as bar:
+
+            def progress(steps: int, figures: dict[str, float]) -> None:
+                if bar.delay:  # the first call: steps of an earlier process say nothing about speed
+                    bar.delay, bar.initial = 0, steps
+                bar.update(steps)
+                if figures:
+                    bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
+
+            network = make_network(self.network, **attributes)
+            return train(network, datasets, config, out=self.out, devices=self.devices, progress=progress)

@@ -1,0 +1,70 @@
+"""An attack on a certified region: empirical evidence beside the proof."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax._checks import check_integer
+from ancer_jax.differentiable.estimates import check_labels
+from ancer_jax.regions.region import Region
+from ancer_jax.smoothing.noise import noise_dtype
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
+
+
+def attack(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    region: Region,
+    label: Int[ArrayLike, ""],
+    *,
+    steps: int = 50,
+    num_samples: int = 64,
+) -> Float[Array, "*d"]:
+    """The point of a region that projected gradient ascent through the noise finds least like `label`.
+
+    Increases `-log mean_i softmax(f(noisy copy i of y))_label` over y, with fresh draws at every step, in the
+    coordinates `(y - center) / theta`, where the region is a ball: steps along the normalised gradient, of
+    `2.5 gap / steps`, projected to the ball. It is an expectation-over-transformation attack (Athalye et al. 2018), and
+    SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Pixels may leave [0, 1], as the certificate
+    allows it.
+
+    Args:
+      key: typed key of the draws; another one than that of the certificate.
+      smoothed: the smoothed classifier that is attacked.
+      region: one region in which to look. A gap larger than the certified one shows how strong the attack is.
+      label: [] the class that the region has.
+      steps, num_samples: of the ascent, and draws of each step (static).
+
+    Returns:
+      y [*d], inside the region (`Region.contains`). What the smoothed classifier answers there, `certify` says.
+
+    Raises:
+      ValueError: if region and noise have different norms; outside jit, if `label` is not a class.
+    """
+    if region.norm != smoothed.noise.norm:
+        raise ValueError(f"the region is of norm {region.norm}, the noise certifies norm {smoothed.noise.norm}")
+    check_labels(label, smoothed.classifier)
+    check_integer("steps", steps)
+    key = stage_key(key, Stage.DIFFERENTIABLE)
+    center = jnp.asarray(region.center, noise_dtype(region.center))
+    theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
+    norm = lambda values: jnp.sqrt((values**2).sum()) if region.norm == 2 else jnp.abs(values).sum()
+    # What rounding may add to the distance of center + theta * scaled.
+    slack = 4 * float(jnp.finfo(center.dtype).eps) * norm(jnp.abs(center) / theta + region.gap)
+    gap = jnp.maximum(jnp.asarray(region.gap, center.dtype) * (1 - 1e-5) - slack, 0.0)
+    project = optax.projections.projection_l2_ball if region.norm == 2 else optax.projections.projection_l1_ball
+
+    def loss(scaled, key):
+        probs = smoothed_probs(key, smoothed, center + theta * scaled, num_samples=num_samples)
+        return -jnp.log(probs[label] + 1e-12)
+
+    def step(scaled, i):
+        gradient = jax.grad(loss)(scaled, jax.random.fold_in(key, i))
+        length = jnp.sqrt((gradient**2).sum())
+        scaled += 2.5 * gap / steps * gradient / jnp.where(length > 0, length, 1.0)
+        return jnp.where(gap > 0, project(scaled, jnp.where(gap > 0, gap, 1.0)), 0.0), None
+
+    scaled, _ = jax.lax.scan(step, jnp.zeros_like(center), jnp.arange(steps))
+    return center + theta * scaled

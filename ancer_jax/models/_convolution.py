@@ -1,0 +1,108 @@
+"""Convolutions that are fast on CPUs, for `flax.linen.Conv(conv_general_dilated=...)`.
+
+XLA's CPU backend has fast code for a convolution in its usual layout, but not for maps of at most 2 x 2 pixels, for the
+layout in which the gradient of a convolution comes, or for the gradient of a strided one. Inside a loop, as in every
+theta search, these take ten times as long (`benchmarks/convolution.py`), so each is computed in another way here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+_USUAL = ("NHWC", "HWIO", "NHWC")
+_FEW = 4
+
+
+def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
+    """`jax.lax.conv_general_dilated` in NHWC, with fast code for itself and for its derivatives on CPUs.
+
+    Other backends, and convolutions with options (dilated, grouped, of another precision), use XLA's convolution. So
+    does a convolution that is not `in_loop`, as in a training step, unless its input is at most 2 x 2: outside of loops
+    only the smallest inputs are slow.
+    """
+    strides, pads = tuple(window_strides), padding
+    if isinstance(padding, str):
+        pads = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    pads = tuple(pads)
+    plain = all(value in (None, 1, (1, 1)) for name, value in options.items() if name != "dimension_numbers")
+    small_pads = all(0 <= pad < size for side, size in zip(pads, rhs.shape, strict=False) for pad in side)
+    if not (plain and small_pads and jax.default_backend() == "cpu"):
+        return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    if max(lhs.shape[1:3]) <= 2 and all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2)):
+        return _by_taps(lhs, rhs, strides, pads)
+    return (_convolve if in_loop else _xla)(lhs, rhs, strides, pads)
+
+
+def _xla(lhs, rhs, strides, pads):
+    return jax.lax.conv_general_dilated(lhs, rhs, strides, pads, dimension_numbers=_USUAL)
+
+
+def _xla_swapped(lhs, rhs, strides, pads):
+    """The same, from a kernel with input and output features exchanged, which JAX exchanges again to transpose it: the
+    gradient, which is the transpose of this tangent, gets a kernel in the usual layout, for which XLA has fast code.
+    """
+    swapped = rhs.swapaxes(2, 3)
+    return jax.lax.conv_general_dilated(lhs, swapped, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC"))
+
+
+def _by_taps(lhs, rhs, strides, pads):
+    """A sum of matrix products, one for each entry (tap) of the kernel, with the pixels that the entry meets.
+
+    On at most 2 x 2 pixels most entries of a padded kernel meet padding only: they are left out here, while XLA's code,
+    slow for so few pixels, multiplies them by the padding.
+    """
+    sizes = [(lhs.shape[1 + i] + sum(pads[i]) - rhs.shape[i]) // strides[i] + 1 for i in range(2)]
+    products = []
+    for tap in range(rhs.shape[0] * rhs.shape[1]):
+        entry, read, border = divmod(tap, rhs.shape[1]), [], [(0, 0)]
+        for i in range(2):
+            offset = entry[i] - pads[i][0]
+            # Output pixels first, ..., stop - 1 meet pixels of the input; the others meet padding.
+            first = max(0, -(offset // strides[i]))
+            stop = min(sizes[i], (lhs.shape[1 + i] - 1 - offset) // strides[i] + 1)
+            read.append(slice(first * strides[i] + offset, max(stop - 1, 0) * strides[i] + offset + 1, strides[i]))
+            border.append((first, sizes[i] - stop))
+            if first >= stop:
+                break
+        else:
+            products.append(jnp.pad(lhs[:, *read] @ rhs[entry], (*border, (0, 0))))
+    return functools.reduce(jnp.add, products)
+
+
+def _by_slices(lhs, rhs, strides, pads):
+    """One matrix product of all patches, cut out by strided slices, and the kernel.
+
+    Their transposes are padding and a matrix product, whatever the stride: the gradient needs none of the convolutions
+    for which XLA has no fast code.
+    """
+    height, width, _, features = rhs.shape
+    lhs = jnp.pad(lhs, ((0, 0), *pads, (0, 0)))
+    stops = [(lhs.shape[1 + i] - rhs.shape[i]) // strides[i] * strides[i] + 1 for i in range(2)]
+    patches = [
+        lhs[:, i : i + stops[0] : strides[0], j : j + stops[1] : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ rhs.reshape(-1, features)
+
+
+_convolve = jax.custom_jvp(_xla, nondiff_argnums=(2, 3))
+
+
+def _jvp(strides, pads, primals, tangents):
+    """The usual convolution, with a tangent whose transpose, the gradient, is fast."""
+    (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
+    out = _convolve(lhs, rhs, strides, pads)
+    out_dot = jnp.zeros_like(out)
+    if not isinstance(lhs_dot, SymbolicZero):
+        # With few input channels, slices are about as fast or faster; with more, the patches take too much memory.
+        linear = _xla_swapped if strides == (1, 1) and lhs.shape[-1] > _FEW else _by_slices
+        out_dot += linear(lhs_dot, rhs, strides, pads)
+    if not isinstance(rhs_dot, SymbolicZero):
+        out_dot += _by_slices(lhs, rhs_dot, strides, pads)
+    return out, out_dot
+
+
+_convolve.defjvp(_jvp, symbolic_zeros=True)

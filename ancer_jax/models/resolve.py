@@ -1,0 +1,81 @@
+"""The base classifier of a name: the bundled one, a network in a folder, or the result of a function."""
+
+import difflib
+import importlib
+import sys
+import warnings
+
+from etils import epath
+
+from ancer_jax.data import Dataset, check_classes
+from ancer_jax.models.bundled import load_bundled
+from ancer_jax.models.checkpoints import TRAINING_SETTINGS, Checkpoint, is_network, load_network
+from ancer_jax.smoothing.classifier import Classifier
+
+
+def resolve_classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, Checkpoint | None]:
+    """The base classifier of a name, its noise parameter theta, and its checkpoint (None for that of a function).
+
+    The name is "bundled", the folder of a network (`save_network`), or "module:function", of a function without
+    arguments that returns a `Classifier`. Theta is sigma or, if that is None, the theta of the training.
+
+    Raises:
+      ValueError: if there is no such classifier, or sigma is needed, because theta is unknown or of another norm.
+    """
+    if name == "bundled":
+        bundled = load_bundled(norm)
+        checkpoint = Checkpoint("small_cnn", {}, bundled.classifier.variables, (28, 28, 1), norm, bundled.theta)
+        return bundled.classifier, bundled.theta if sigma is None else sigma, checkpoint
+    if is_network(name):
+        checkpoint = load_network(name)
+        return checkpoint.classifier, _theta(name, checkpoint, norm, sigma), checkpoint
+    if epath.Path(name).is_file():
+        raise ValueError(f"--classifier {name} is a file: ancer-jax convert makes the folder of a network from it")
+    if (epath.Path(name) / TRAINING_SETTINGS).exists():
+        raise ValueError(f"--classifier {name}: its training is not finished; the same ancer-jax train continues it")
+    if ":" not in name:
+        near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
+        hint = "; did you mean 'bundled'?" if near else ""
+        what = f"neither bundled, nor the folder of a network, nor module:function{hint}"
+        raise ValueError(f"--classifier {name!r} is {what}")
+    if sigma is None:
+        raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")
+    return _call(name), sigma, None
+
+
+def _theta(name: str, checkpoint: Checkpoint, norm: str, sigma: float | None) -> float:
+    theta = checkpoint.theta
+    if checkpoint.norm != norm and theta is not None:
+        trained = f"{name} was trained with {checkpoint.norm} noise of {theta:g}"
+        if sigma is None:
+            raise ValueError(f"{trained}: --sigma is needed to certify it under {norm} noise")
+        warnings.warn(f"{trained}, not with {norm} noise", stacklevel=3)
+    sigma = theta if sigma is None else sigma
+    if sigma is None:
+        raise ValueError(f"--sigma is needed: {name} does not say what noise it was trained with")
+    return sigma
+
+
+def _call(name: str) -> Classifier:
+    """The classifier that the function named "module:function" returns; modules of the working directory come first."""
+    module, _, function = name.partition(":")
+    try:
+        sys.path.insert(0, "")
+        classifier = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--classifier {name!r}: {error}") from error
+    if not isinstance(classifier, Classifier):
+        raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
+    return classifier
+
+
+def check_fit(name: str, checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """ValueError if images or labels are not like those that the network called `name` was trained on."""
+    shape = tuple(dataset.images.shape[1:])
+    if shape != checkpoint.image_shape:
+        sizes = (" x ".join(map(str, sizes)) for sizes in (checkpoint.image_shape, shape))
+        raise ValueError("{} takes images {}, the data are {} (--classifier, --data, --crop)".format(name, *sizes))
+    check_classes(dataset, checkpoint.classes)
+    if 2 * dataset.num_classes <= checkpoint.network.num_classes:
+        known = f"{name} knows {checkpoint.network.num_classes}"
+        warnings.warn(f"{dataset.name} has labels of {dataset.num_classes} classes, {known}", stacklevel=2)

@@ -1,0 +1,91 @@
+"""A certified region and its size."""
+
+import dataclasses
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from ancer_jax._numerics import Leaf, Values, array_library, geometric_mean
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """`{y : ||(y - center) / theta||_norm <= gap}`: an ellipsoid (norm 2) or a cross-polytope (norm 1); a pytree.
+
+    `gap * theta` are its semi-axes. One region, or many: leading axes `...` are those of `gap`, and sizes have them,
+    too. Sizes are computed on the host in float64; under jit, vmap and grad they stay traced.
+
+    Attributes:
+      center: [..., *d], the certified input.
+      theta: [...] or [..., *d], positive noise parameter, in the units of the input.
+      gap: [...], size in units of theta; 0 is the single point `center`.
+      norm: 2 or 1 (static).
+
+    Raises:
+      ValueError: if `norm` is something else; when a size is asked for, if the shapes do not fit.
+
+    >>> region = Region(center=[0.0, 0.0], theta=[1.0, 4.0], gap=0.5, norm=2)
+    >>> float(region.radius), float(region.proxy_radius)
+    (0.5, 1.0)
+    """
+
+    center: Leaf = dataclasses.field(repr=False)
+    theta: Leaf = dataclasses.field(repr=False)
+    gap: Leaf
+    norm: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        if self.norm not in (2, 1):
+            raise ValueError(f"norm must be 2 or 1, got {self.norm!r}")
+
+    @property
+    def radius(self) -> Values:
+        """`min(theta) * gap` [...]: radius of the largest l_norm ball around the center inside the region."""
+        xnp, _, theta, gap, axes = parts_of(self)
+        return xnp.min(theta, axis=axes) * gap
+
+    @property
+    def proxy_radius(self) -> Values:
+        """`geometric_mean(theta) * gap` [...]: radius of the l_norm ball with the region's volume."""
+        _, _, theta, gap, axes = parts_of(self)
+        return geometric_mean(theta, axes) * gap
+
+    @property
+    def log_volume(self) -> Values:
+        """Natural logarithm of the volume [...]; `-inf` for a single point.
+
+        Norm 2: `d log(gap) + (d/2) log(pi) - lgamma(d/2 + 1) + sum(log theta)`;
+        norm 1: `d log(2 gap) - lgamma(d + 1) + sum(log theta)`.
+        """
+        xnp, center, theta, gap, axes = parts_of(self)
+        d = math.prod(center.shape[axis] for axis in axes)
+        unit_ball = {
+            2: d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1),
+            1: d * math.log(2) - math.lgamma(d + 1),
+        }[self.norm]
+        log_gap = xnp.where(gap > 0, xnp.log(xnp.where(gap > 0, gap, 1.0)), -xnp.inf)
+        return d * log_gap + unit_ball + xnp.sum(xnp.log(theta), axis=axes)
+
+    def contains(self, point: ArrayLike) -> Values:
+        """Whether `point` [*d] lies in the region, boundary included: bool [...]."""
+        xnp, center, theta, gap, axes = parts_of(self)
+        scaled = xnp.abs((xnp.asarray(point, dtype=float) - center) / theta)
+        powers = xnp.sum(scaled**self.norm, axis=axes)
+        return (xnp.sqrt(powers) if self.norm == 2 else powers) <= gap
+
+
+def parts_of(region: Region) -> tuple[ModuleType, Any, Any, Any, tuple[int, ...]]:
+    """(library, center, theta of the shape of center, gap, axes of one input), as floats of that library."""
+    xnp = array_library(region.center, region.theta, region.gap)
+    center, theta, gap = (xnp.asarray(value, dtype=float) for value in (region.center, region.theta, region.gap))
+    axes = tuple(range(gap.ndim, center.ndim))
+    if theta.shape not in (gap.shape, center.shape) or center.shape[: gap.ndim] != gap.shape:
+        shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap))
+        raise ValueError(f"center, theta and gap do not fit together: their shapes are {shapes}")
+    if theta.ndim == gap.ndim:
+        theta = theta.reshape(*gap.shape, *(1 for _ in axes))
+    return xnp, center, xnp.broadcast_to(theta, center.shape), gap, axes

@@ -1,0 +1,48 @@
+"""What a run spends on each image, counted in passes through the network."""
+
+from typing import NamedTuple
+
+from ancer_jax.runs import RunConfig
+
+
+class Passes(NamedTuple):
+    """Passes through the network per image.
+
+    Attributes:
+      forward, backward: of search, guard and certificate.
+      leakage: further forward passes, which only measure leakage.
+    """
+
+    forward: float
+    backward: float
+    leakage: float
+
+
+def passes(config: RunConfig, draws: float | None = None) -> Passes:
+    """Passes per image of a run with this config.
+
+    Every noisy copy counts as one pass. Derivatives are taken with respect to the noise only. Leakage is counted for as
+    many probes as the config asks for; a small data set has fewer. Two costs that arise once per run are left out: the
+    smoothed classes of the probes, and the optimization of a universal theta.
+
+    Args:
+      config: the settings of the run.
+      draws: mean number of draws per certificate; None: `n0 + n`.
+    """
+    forward = config.certify.n0 + config.certify.n if draws is None else draws
+    if not config.searches:
+        return Passes(forward, 0, 0)
+    leakage, backward = config.leakage, 0
+    for search in config.searches.values():
+        probes = min(search.leakage_batch, leakage.num_probes) if leakage and search.leakage_weight > 0 else 0
+        backward += search.steps * (search.num_samples + probes)
+    forward += backward
+    limited = config.leakage_limit is not None
+    measured = leakage.num_probes * leakage.num_samples if leakage else 0
+    held_out = leakage.num_probes * leakage.held_out_samples if leakage else 0
+    for guard in ("off", config.guard)[
+        : len(config.searches)
+    ]:  # isotropic against fixed, anisotropic against isotropic
+        compared = 2 if guard != "off" else int(limited)
+        forward += compared * config.guard_samples + measured * limited
+    return Passes(forward, backward, measured + held_out)

@@ -1,0 +1,75 @@
+"""What must be said beside figures and pictures: marks of runs, and notes on what their certificates promise."""
+
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+
+NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
+UNKNOWN = "the table does not say whether theta was chosen for each image; if it was, these are " + NOT_RECONCILED
+TWO_CLAIMS = (
+    "With one theta for all images, a certificate speaks of any input in its region. With memory, a certificate speaks "
+    "of inputs that are served after its image (in the order of ids), and inside a stored region the memory answers by "
+    "rule. These are two threat models: a larger figure does not mean that its classifier is more robust."
+)
+_TWO_CLAIMS_IN_SHORT = "Two threat models: one theta for all images, any input; with memory, inputs served later."
+_MARKS = {"*": NOT_RECONCILED, "?": UNKNOWN}
+
+
+def mark(results: Results) -> str:
+    """The name of a run, marked if its certificates are not of one classifier, or not known to be."""
+    return results.name + _mark(results)
+
+
+def _mark(results: Results) -> str:
+    return "" if results.reconciled else "?" if results.data_dependent is None else "*"
+
+
+def legend_of_marks(results: list[Results]) -> list[str]:
+    """What the marks of these runs mean."""
+    return [f"{mark} {why}" for mark, why in _MARKS.items() if mark in map(_mark, results)]
+
+
+def two_claims(results: list[Results]) -> list[str]:
+    """`TWO_CLAIMS`, if theta is chosen per image in some of these runs, and not, or not known to be, in others."""
+    kinds = {r.data_dependent for r in results}
+    return [TWO_CLAIMS] if True in kinds and len(kinds) > 1 else []
+
+
+def footnotes(results: list[Results]) -> list[str]:
+    """The lines below a picture of these runs: in short that there are two threat models, and the marks."""
+    return ([_TWO_CLAIMS_IN_SHORT] if two_claims(results) else []) + legend_of_marks(results)
+
+
+def notes(results: list[Results]) -> list[str]:
+    """The notes below a table of these runs."""
+    said, configs = [], [(r.name, r.config) for r in results if r.config]
+    if any(sorted(r["idx"]) != sorted(results[0]["idx"]) for r in results):
+        said.append("These runs are not of the same images: their figures cannot be compared.")
+    if len({r.norm for r in results if r.norm}) > 1:
+        said.append("These runs are of different norms: their figures cannot be compared.")
+    said += two_claims(results)
+    with_memory = [r for r in results if r.data_dependent and r.reconciled]
+    if any(r.alpha != 0 for r in with_memory):
+        said.append(
+            "A certificate by itself fails with probability at most alpha. After memory, a line holds if its own "
+            "certificate and those of all earlier images hold: the i-th line with probability at least 1 - i alpha."
+        )
+    if any(r.leaks_at_most(LEAKAGE_LIMIT) is not None for r in with_memory):
+        said.append(
+            "Figures without leaky thetas count an image as 0 if its theta is leaky, or its leakage is not known. Its "
+            "region stays in the memory, and may have changed other regions."
+        )
+    sequential = [(name, config.sampling.radii) for name, config in configs if config.sampling]
+    if decided := [f"{name}: {', '.join(map(shortest, radii))}" for name, radii in sequential if radii]:
+        said.append(
+            f"Sampling stopped as soon as these radii were decided ({'; '.join(decided)}). At other radii, and in "
+            "means and medians, regions may be larger than these figures show."
+        )
+    if names := [name for name, config in configs if config.enumerable]:
+        said.append(f"Exact certificates, without alpha, for images of 8 bits: {', '.join(names)}.")
+    if names := [name for name, config in configs if config.noise == "splitting"]:
+        said.append(f"Splitting noise: {', '.join(names)}.")
+    return said + legend_of_marks(results)
+
+
+def shortest(number: float) -> str:
+    """The shortest text that is this number and no other one."""
+    return text if float(text := f"{number:g}") == number else repr(float(number))

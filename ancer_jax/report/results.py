@@ -1,0 +1,155 @@
+"""The results of one run, as arrays."""
+
+import dataclasses
+import fractions
+from collections.abc import Iterable
+
+import numpy as np
+from etils import epath
+
+from ancer_jax.metrics import average_certified_radius
+from ancer_jax.report.cost import Passes, passes
+from ancer_jax.runs import Run, RunConfig, read_run, read_table
+from ancer_jax.smoothing import ABSTAIN
+
+LEAKAGE_LIMIT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The results of one run.
+
+    Attributes:
+      name: name of the run in tables and legends.
+      columns: one array for each column of a results table, one row for each input. If the run has a memory, they are
+        of the classifier with memory. Those of a run directory are exact (`Run.results`); those of a file are rounded
+        (`read_table`).
+      norm: "l2" or "l1"; "" where a table does not say.
+      before: the columns before memory, if `columns` are those after memory and both are known.
+      run: the run directory, if the results come from one.
+    """
+
+    name: str
+    columns: dict[str, np.ndarray]
+    norm: str = ""
+    before: dict[str, np.ndarray] | None = None
+    run: Run | None = None
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The settings of the run; None where they are not known."""
+        return self.run.config if self.run else None
+
+    @property
+    def own(self) -> dict[str, np.ndarray]:
+        """The columns of each input's own certificate: those before memory, where these are known."""
+        return self.before or self.columns
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the answer to each input is its label."""
+        return self["correct"] == 1
+
+    @property
+    def abstained(self) -> np.ndarray:
+        """Whether the answer to each input is an abstention."""
+        return self["predict"] == ABSTAIN
+
+    @property
+    def data_dependent(self) -> bool | None:
+        """Whether theta was chosen per input; None where a table does not say.
+
+        Our tables say so in the column `method`. In tables of others, a sigma that varies or regions that are not balls
+        show that it was chosen per input. Nothing there can show that it was not.
+        """
+        if "method" in self.columns:
+            return bool((~np.isin(self["method"], ("fixed", "universal", "shared"))).any())  # "shared" is the old name
+        sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
+        if (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas):
+            return True
+        return None
+
+    @property
+    def reconciled(self) -> bool:
+        """Whether the columns are known to be of one classifier: theta does not depend on the input, or a memory was
+        used.
+        """
+        return "changed" in self.columns or self.data_dependent is False
+
+    @property
+    def only_balls(self) -> bool:
+        """Whether radius and proxy radius agree up to rounding: all regions are balls, or cross-polytopes."""
+        return np.allclose(self["radius_proxy"], self["radius"], rtol=1e-6, atol=2e-6)  # a file has six decimals
+
+    @property
+    def alpha(self) -> fractions.Fraction | None:
+        """Error probability of each certificate, 0 for exact ones; None where the settings are not known."""
+        return decimal(self.config.alpha) if self.config else None
+
+    @property
+    def passes(self) -> Passes | None:
+        """Passes through the network per image; None where the settings are not known."""
+        return passes(self.config, float(self["draws"].mean())) if self.config else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean seconds per image; None where they are not known."""
+        return float(self["seconds"].mean()) if "seconds" in self.columns else None
+
+    @property
+    def mean_proxy_radius(self) -> float:
+        """Mean over all inputs, right or wrong; an abstention counts as 0."""
+        return float(self["radius_proxy"].mean())
+
+    def acr(self, column: str, kept: np.ndarray | bool = True) -> float:
+        """ACR (`column` is "radius") or ACR-tilde ("radius_proxy"); an input that is not `kept` counts as 0."""
+        return average_certified_radius(self[column], self.correct & kept)
+
+    def leakages(self, column: str = "leakage") -> list[fractions.Fraction]:
+        """The measured values of `leakage` or `soft_leakage` of the inputs that were answered."""
+        values = self.columns[column][~self.abstained] if column in self.columns else ()
+        return [value for value in values if value == value]  # NaN is not
+
+    def leaks_at_most(self, limit: float) -> np.ndarray | None:
+        """Whether the theta of each input is known to leak at most `limit`; None if no leakage was measured."""
+        values, most = self.columns.get("leakage", ()), decimal(limit)
+        known = any(value == value for value in values)
+        return np.array([bool(value <= most) for value in values]) if known else None  # NaN is not
+
+    def thetas(self, ids: Iterable[int]) -> dict[int, np.ndarray]:
+        """The thetas of these inputs of a run directory, read on demand: all of them may not fit into memory."""
+        wanted, found = {int(i) for i in ids}, {}
+        for shard in self.run.shards(["theta"]) if self.run else ():
+            rows = [row for row, i in enumerate(shard["ids"]) if int(i) in wanted]
+            found |= {int(shard["ids"][row]): np.array(shard["theta"][row]) for row in rows}  # a view keeps the shard
+            if len(found) == len(wanted):
+                break
+        return dict(sorted(found.items()))
+
+
+def load_results(path: epath.PathLike) -> Results:
+    """The results of a run directory, finished or not, or of a TSV file: ours, Cohen's or ANCER's.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such run or file")
+    if not path.is_dir():
+        return Results(path.stem, read_table(path))
+    run = read_run(path)
+    before, after = run.results()
+    if not before:
+        raise ValueError(f"{path}: there are no results yet")
+    if after is None:
+        return Results(path.name, before, run.config.norm, run=run)
+    return Results(path.name, after, run.config.norm, before, run)
+
+
+def decimal(number: float) -> fractions.Fraction:
+    """The decimal number that is written for a float: 1/10 for 0.1."""
+    return fractions.Fraction(repr(float(number)))

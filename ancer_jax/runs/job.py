@@ -1,0 +1,312 @@
+"""One run's work on the devices. `Job.launch` sends a batch to them, `Job.collect` waits for its votes.
+
+Where theta is decided: in `_find_theta` for the methods isotropic and ancer, one for each image; in `pipeline._start`
+for fixed and universal, one for all.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ancer_jax import devices
+from ancer_jax.data import Dataset
+from ancer_jax.runs.config import Execution, RunConfig, Shard
+from ancer_jax.runs.votes import Launch, Program, VoteCounter
+from ancer_jax.search.ascent import optimize_anisotropic, optimize_isotropic
+from ancer_jax.search.guard import guarded_choice
+from ancer_jax.search.leakage import LeakageCounts, Probes, ProbeSets, leakage, smoothed_classes, vote_leakage
+from ancer_jax.smoothing.certificate import (
+    Certificate,
+    Evidence,
+    certificate_from_evidence,
+    enumerated_evidence,
+    random_evidence,
+)
+from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.sequential import UNIT, certificate_from_sequential, sample_until_decided, scales_of
+from ancer_jax.smoothing.smoothed import Smoothed, Stage
+
+# Images for each device, and noisy copies of each, where nothing is asked for and memory allows it.
+_USUAL, _USUAL_ON_CPU = (32, 128), (10, 100)
+
+
+class Pending(NamedTuple):
+    """A batch whose votes are being counted.
+
+    Attributes:
+      batch: from `data.batches`: id, image, label and mask [batch].
+      indices: of the images in the batch that are not padding.
+      theta: on the host; [batch] for fixed and isotropic, [batch, *d] for universal and ancer.
+      leakage: what was counted for the leakage of each image; zeros where it is not measured.
+      counter: the vote counter.
+      selection: launches of the draws that select the class; of enumerable noise, of all draws there are.
+      estimation: launches of the draws of the certificate; none where sampling is sequential or the noise enumerable.
+    """
+
+    batch: Mapping[str, np.ndarray]
+    indices: np.ndarray
+    theta: np.ndarray
+    leakage: LeakageCounts
+    counter: VoteCounter
+    selection: list[Launch]
+    estimation: list[Launch]
+
+
+class Collected(NamedTuple):
+    """The results of a batch, without its padding: columns on the host.
+
+    Attributes:
+      certificate: batched.
+      evidence: the integers it follows from.
+      draws: how many draws each took in all, those that selected the class and those of a pilot included.
+      leakage: what was counted for its leakage.
+    """
+
+    certificate: Certificate
+    evidence: Evidence
+    draws: np.ndarray
+    leakage: LeakageCounts
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that one run computes with (`make_job`).
+
+    Attributes:
+      classifier: base classifier, on all devices of the mesh.
+      config: the settings of the run.
+      start: theta of all images, [] or [*d], or where its search starts.
+      probes: leakage probes; None if leakage is not measured.
+      mesh: the devices.
+      shard: what they share in searches and leakage.
+      chunk: noisy copies of each image at a time.
+    """
+
+    classifier: Classifier
+    config: RunConfig
+    start: np.ndarray
+    probes: ProbeSets | None
+    mesh: Mesh
+    shard: Shard
+    chunk: int
+
+    def launch(self, batch: Mapping[str, np.ndarray]) -> Pending:
+        """Find the theta of each image of a batch, and launch the counting of its votes.
+
+        Returns while the votes are being counted. Waits only for the search of theta and, if leakage is measured, for
+        the selected classes.
+        """
+        config, noise = self.config, self.config.certified_noise
+        indices = np.flatnonzero(batch["mask"])
+        noise.check_inputs(batch["image"], batch["id"])
+        ids, images = batch["id"].astype(np.uint32), batch["image"]
+        theta = np.asarray(self.search(ids, images).run()) if config.data_dependent else self.thetas(len(ids))
+        counter = self.counter(ids, images, theta)
+        if noise.enumerable:
+            selection, estimation = counter.launch(Stage.ESTIMATE, indices, 0, _num_draws(noise, theta)[indices]), []
+        else:
+            selection = counter.launch(Stage.SELECT, indices, 0, config.certify.n0)
+            estimation = [] if config.sampling else counter.launch(Stage.ESTIMATE, indices, 0, config.certify.n)
+        leaked = LeakageCounts(*(np.zeros(len(ids), np.int32) for _ in LeakageCounts._fields))
+        if self.probes is not None:
+            predictions = counter.collect(selection).argmax(axis=1).astype(np.int32)
+            leaked = LeakageCounts(*map(np.asarray, self.measure_leakage(images, theta, predictions).run()))
+        return Pending(batch, indices, theta, leaked, counter, selection, estimation)
+
+    def collect(self, pending: Pending) -> Collected:
+        """Wait for the votes of a batch, and make its certificates from them."""
+        config, noise, indices = self.config, self.config.certified_noise, pending.indices
+        votes = pending.counter.collect(pending.selection)[indices]
+        theta, images = pending.theta[indices], pending.batch["image"][indices]
+        smoothed = Smoothed(self.classifier, noise, theta)
+        leaked = LeakageCounts(*(np.asarray(column)[indices] for column in pending.leakage))
+        if noise.enumerable:
+            selected, evidence = enumerated_evidence(votes, _num_draws(noise, theta))
+            certificate, draws = certificate_from_evidence(selected, evidence, smoothed, images), evidence.n
+            return Collected(certificate, evidence, draws, leaked)
+        selected = votes.argmax(axis=1).astype(np.int32)
+        if config.sampling is None:
+            counts = pending.counter.collect(pending.estimation)[indices, selected]
+            evidence = random_evidence(counts, config.certify)
+            certificate = certificate_from_evidence(selected, evidence, smoothed, images)
+            return Collected(certificate, evidence, config.certify.n0 + evidence.n, leaked)
+
+        def votes_in(stage, some, first, stop):
+            return pending.counter(stage, indices[some], first, stop)[np.arange(len(some)), selected[some]]
+
+        found = sample_until_decided(
+            votes_in, selected, scales_of(theta), noise=noise, config=config.certify, sequential=config.sampling
+        )
+        certificate = certificate_from_sequential(selected, found, smoothed, images)
+        return Collected(certificate, found.evidence, config.certify.n0 + found.pilot + found.n, leaked)
+
+    def with_probes(self, dataset: Dataset) -> "Job":
+        """The job with leakage probes chosen from a data set by the seed, if leakage is measured.
+
+        They should come from the whole of the data set, whatever part of it is certified.
+        """
+        return dataclasses.replace(self, probes=_find_probes(self, dataset))
+
+    def thetas(self, count: int) -> np.ndarray:
+        """The starting theta, once for each of `count` images."""
+        return np.repeat(self.start[None], count, axis=0)
+
+    def search(self, ids: np.ndarray, images: np.ndarray) -> Program:
+        """The program that finds the theta of each image."""
+        in_search = None if self.probes is None else self.probes.in_search
+        arguments = self._place((ids, images, self.thetas(len(ids))))
+        return Program(_find_theta, (*arguments, self._searched_classifier, in_search), self._static)
+
+    def measure_leakage(self, images: np.ndarray, theta: np.ndarray, predictions: np.ndarray) -> Program:
+        """The program that counts for the leakage of each image, of its theta and class."""
+        arguments = self._place((images, theta, predictions))
+        return Program(_measure_leakage, (*arguments, self._searched_classifier, self.probes), self._static)
+
+    def counter(self, ids: np.ndarray, images: np.ndarray, theta: np.ndarray) -> VoteCounter:
+        """The vote counter of a batch."""
+        config, chunk, per_image = self.config, self.chunk, 1
+        if config.sampling is not None and chunk > UNIT:
+            chunk, per_image = UNIT, chunk // UNIT  # looks are multiples of UNIT draws: larger chunks would waste some
+        elif config.sampling is None and not config.enumerable:
+            chunk = math.ceil(config.certify.n / math.ceil(config.certify.n / chunk))  # equal chunks: the last is full
+        items = math.ceil(len(ids) * per_image / self.mesh.size) * self.mesh.size
+        on_all = devices.replicate((ids, images, theta), self.mesh)
+        smoothed = Smoothed(self.classifier, config.certified_noise, on_all[2])
+        return VoteCounter(example_keys(config.seed, on_all[0]), on_all[1], smoothed, chunk, items, self.mesh)
+
+    @property
+    def _searched_classifier(self) -> Classifier:
+        return self.classifier if self.shard == "images" else devices.shard_classifier(self.classifier, self.mesh)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {"config": self.config, "shard": self.shard, "chunk": self.chunk, "mesh": self.mesh}
+
+    def _place(self, tree: Any) -> Any:
+        """Arrays of a batch, where searches and leakage want them."""
+        return (devices.shard_rows if self.shard == "images" else devices.replicate)(tree, self.mesh)
+
+
+def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execution: Execution, mesh: Mesh) -> Job:
+    """The job of a run, with the chunk that is asked for or usual; `Job.with_probes` is needed to measure leakage."""
+    chunk = execution.chunk or usual_sizes(mesh)[1]
+    return Job(classifier, config, start, None, mesh, execution.shard, chunk)
+
+
+def usual_sizes(mesh: Mesh) -> tuple[int, int]:
+    """Images for each device, and noisy copies of each at a time, where nothing is asked for."""
+    return _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
+
+
+def _find_probes(job: Job, dataset: Dataset) -> ProbeSets | None:
+    """The leakage probes of a run, chosen by its seed; None if leakage is not measured."""
+    config, mesh = job.config, job.mesh
+    if config.leakage is None or not config.data_dependent:
+        return None
+    settings, chunk = config.leakage, min(job.chunk, _USUAL_ON_CPU[1])
+    count, rng = min(settings.num_probes, len(dataset)), np.random.default_rng(config.seed)
+    in_search = rng.choice(len(dataset), count, replace=False)
+    others = np.setdiff1d(np.arange(len(dataset)), in_search)
+    held_out = rng.choice(others, min(count, len(others)), replace=False)
+
+    def probes(rows: np.ndarray) -> Probes:
+        rows = np.sort(rows)
+        padded = np.resize(rows, math.ceil(len(rows) / mesh.size) * mesh.size)
+        sharded = devices.shard_rows((dataset.ids[padded].astype(np.uint32), dataset.images[padded]), mesh)
+        classes = _classes(*sharded, job.classifier, np.float32(config.theta), config=config, chunk=chunk, mesh=mesh)
+        classes = np.asarray(classes)[: len(rows)]
+        ids, images, classes = devices.replicate(
+            (dataset.ids[rows].astype(np.uint32), dataset.images[rows], classes), mesh
+        )
+        return Probes(example_keys(config.seed, ids), images, classes, settings.num_samples)
+
+    return ProbeSets(probes(in_search), probes(held_out) if len(held_out) else None)
+
+
+def _num_draws(noise: Noise, theta: np.ndarray) -> np.ndarray:
+    """How many draws of enumerable noise there are for the theta of each image: int64 [batch]."""
+    return np.array([noise.num_draws(one) for one in theta], np.int64)
+
+
+@jax.jit
+def example_keys(seed, ids):
+    """The key of each example: `fold_in(key(seed), id)`."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "mesh"))
+def _classes(ids, images, classifier: Classifier, theta, *, config: RunConfig, chunk: int, mesh: Mesh):
+    """The smoothed classes of images under the starting theta: int32 [m]."""
+    settings, noise = config.leakage, config.certified_noise.for_search
+    assert settings is not None
+
+    def classes(keys, images, classifier, theta):
+        smoothed = Smoothed(classifier, noise, theta)
+        return smoothed_classes(keys, smoothed, images, num_samples=settings.num_samples, chunk=chunk)
+
+    on_rows = devices.on_own_rows(classes, mesh, [True, True, False, False])
+    return on_rows(example_keys(config.seed, ids), images, classifier, theta)
+
+
+def _for_each(function: Callable[..., Any], shard: Shard, mesh: Mesh) -> Callable[..., Any]:
+    """`function` of one image, over a batch: three arguments have an entry for each image, two are the same for all.
+
+    Each device does it for its images; or all devices do it together, for one image after another.
+    """
+    if shard == "images":
+        on_each = jax.vmap(function, (0, 0, 0, None, None))
+        return devices.on_own_rows(on_each, mesh, [True, True, True, False, False])
+    return lambda *arguments: jax.lax.map(lambda one: function(*one, *arguments[3:]), arguments[:3])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shard", "chunk", "mesh"))
+def _find_theta(ids, images, theta, classifier, probes, *, config: RunConfig, shard: Shard, chunk: int, mesh: Mesh):
+    """theta of each image, found from the one given: [batch] for isotropic, [batch, *d] for ancer."""
+    noise = config.certified_noise
+
+    def per_image(key, x, theta, classifier, probes: Probes | None):
+        smoothed = Smoothed(classifier, noise.for_search, theta)
+        theta, _ = optimize_isotropic(key, smoothed, x, config=config.isotropic, probes=probes)
+        if config.leakage_limit is not None:
+            guard = config.guard_config(anisotropic=False, chunk=chunk)
+            chosen, _ = guarded_choice(key, smoothed, x, theta, config=guard, probes=probes)
+            theta = chosen.reshape(-1)[0]  # all coordinates are one number
+        if config.method == "ancer":
+            smoothed = smoothed.with_theta(theta)
+            found, _ = optimize_anisotropic(key, smoothed, x, config=config.anisotropic, probes=probes)
+            guard = config.guard_config(anisotropic=True, chunk=chunk)
+            theta, _ = guarded_choice(key, smoothed, x, found, config=guard, probes=probes)
+        return noise.admissible(theta)
+
+    of_all = _for_each(per_image, shard, mesh)
+    return of_all(example_keys(config.seed, ids), images, theta, classifier, probes)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shard", "chunk", "mesh"))
+def _measure_leakage(
+    images, theta, predictions, classifier, probes, *, config: RunConfig, shard: Shard, chunk: int, mesh: Mesh
+) -> LeakageCounts:
+    """What is counted for the leakage of each image: int32 [batch] each."""
+    settings, noise = config.leakage, config.certified_noise.for_search
+    assert settings is not None
+
+    def per_image(x, theta, prediction, classifier, probes: ProbeSets) -> LeakageCounts:
+        smoothed = Smoothed(classifier, noise, theta)
+        counted = leakage(probes.in_search, smoothed, x, prediction, chunk=chunk)
+        if probes.held_out is None:
+            return LeakageCounts(*counted, jnp.int32(0), jnp.int32(0))
+        samples = settings.held_out_samples
+        votes = vote_leakage(probes.held_out, smoothed, x, prediction, num_samples=samples, chunk=chunk)
+        return LeakageCounts(*counted, *votes)
+
+    of_all = _for_each(per_image, shard, mesh)
+    return of_all(images, theta, predictions, classifier, probes)

@@ -1,0 +1,212 @@
+"""The main job: find theta for every image of a data set, certify it, store it, and put all images through a memory."""
+
+import contextlib
+import itertools
+import time
+import warnings
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import ArrayLike, Float
+
+from ancer_jax import devices
+from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
+from ancer_jax.memory import Memory
+from ancer_jax.regions.region import Region
+from ancer_jax.runs.config import Execution, RunConfig
+from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS, Run, open_run
+from ancer_jax.runs.job import Collected, Job, Pending, make_job
+from ancer_jax.runs.plan import choose_batch
+from ancer_jax.runs.settings import describe_run, made_with
+from ancer_jax.smoothing.certificate import Certificate
+from ancer_jax.smoothing.certify import warn_if_undecidable
+from ancer_jax.smoothing.classifier import Classifier, check_classifier
+
+
+def certify_dataset(
+    classifier: Classifier,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    out: epath.PathLike,
+    theta_map: Float[ArrayLike, "*d"] | None = None,
+    execution: Execution = Execution(),
+) -> epath.Path:
+    """Certify every image of `dataset` into the run directory `out`, continuing what is there.
+
+    Where JAX runs as several processes (`jax.distributed`), each calls this with the same arguments and certifies its
+    own images (`data.shard`) on its local devices, without waiting for the others; the one that finishes last writes
+    the tables. What a process has not done, the next call does, with any number of processes.
+
+    Data-dependent certificates (method "isotropic" or "ancer") then go through a memory, in order of ids, unless
+    `config.memory` is False. A stored memory that these images do not continue (lower ids came in, or it was saved
+    there by hand) is kept under another name, with a warning.
+
+    Args:
+      classifier: base classifier; checked first (`check_classifier`).
+      dataset: images in [0, 1] with labels.
+      config: what to compute.
+      out: run directory, new or unfinished. More images may be added to a run, other settings may not.
+      theta_map: with method "universal" (and no other), the theta of all images, say of `optimize_universal`.
+      execution: how to compute it, and whom to tell about progress.
+
+    Returns:
+      Path of the table that is written when all processes have finished: `results.tsv`, whose lines are of one
+      classifier; or, for data-dependent noise without memory, `results_before_memory.tsv`.
+
+    Guarantee: each certificate holds with probability at least 1 - alpha, as one of `certify`. With method "fixed" or
+    "universal" all lines speak of one smoothed classifier, for any y in the region.
+
+    With "isotropic" or "ancer" each certificate speaks of the smoothed classifier of the theta found for its image, and
+    the lines of `results.tsv` speak of the classifier with memory, for inputs that come later in the order of ids. Such
+    a line holds if one smoothed classifier answers with the line's class everywhere in the line's region: that of this
+    image's theta, or of an earlier image's whose class it was given. It does if its own certificate and those of all
+    earlier images hold: for the i-th line with probability at least 1 - i alpha. (Terms can be left out only for images
+    that cannot reach this one whatever the draws.)
+
+    With every method the first m lines hold together with probability at least 1 - m alpha. So `alpha = A / number of
+    images` gives a table that holds as a whole with probability at least 1 - A.
+
+    Whatever is chosen by looking at certified figures, a `theta_map` or the best of several thetas by a finished run,
+    is to be certified with another seed.
+
+    Raises:
+      ValueError: if the classifier or the data cannot be certified, `theta_map` is missing, not wanted or not a theta
+        of these images, several CPU devices are to share draws, or `out` holds something else: other settings, another
+        platform or precision, or the work of a classifier that calls back to the host, which cannot be continued.
+      OSError: if `out` cannot be written.
+    """
+    _check_labels(classifier, dataset)
+    start = _start(config, theta_map, dataset.images.shape[1:])
+    mesh = devices.device_mesh(execution.devices)
+    if execution.shard == "draws" and config.data_dependent:
+        devices.refuse_collectives(mesh, "shard the draws of a search")
+    if not config.enumerable:
+        warn_if_undecidable(config.certify, config.certified_noise)
+    asked = config.precision != "default"
+    with jax.default_matmul_precision(config.precision) if asked else contextlib.nullcontext():
+        check_classifier(classifier, dataset.images[0])
+        settings = describe_run(classifier, dataset, config, start, mesh)
+        job = make_job(devices.replicate(classifier, mesh), config, start, execution, mesh)
+        processes = {"process": jax.process_index(), "processes": jax.process_count()}
+        with open_run(out, settings, made_with(), **processes) as run:
+            _certify_missing(run, job, dataset, execution)
+            if {*dataset.ids.tolist()} <= run.done():
+                with run.exporting() as ours:
+                    if ours:  # no other process has finished, too, and was first
+                        if config.memory and config.data_dependent:
+                            _remember(run, dataset.whole, execution)
+                        return run.export()
+            return run.path / (RESULTS if config.memory or not config.data_dependent else BEFORE_MEMORY)
+
+
+def _check_labels(classifier: Classifier, dataset: Dataset) -> None:
+    if dataset.num_classes > classifier.num_classes:
+        raise ValueError(
+            f"{dataset.name} has {dataset.num_classes} classes, the classifier only {classifier.num_classes}"
+        )
+    if dataset.classes and dataset.num_classes < classifier.num_classes:
+        raise ValueError(
+            f"{dataset.name} has folders of {dataset.num_classes} classes, the classifier knows "
+            f"{classifier.num_classes}: labels are places in the list of folders, so all must be there"
+        )
+
+
+def _start(config: RunConfig, theta_map: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The theta of all images, [] or [*d], or where their search starts."""
+    if (theta_map is None) == (config.method == "universal"):
+        raise ValueError(
+            f"method universal needs a theta_map (--theta-map), and no other takes one: got method {config.method}"
+        )
+    theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
+    if theta_map is not None and theta.shape != shape:
+        raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")
+    if not (np.isfinite(theta) & (theta >= np.finfo(np.float32).tiny)).all():
+        raise ValueError(f"theta_map must be positive and finite, got {theta.min()} to {theta.max()}")
+    return theta if config.data_dependent else np.asarray(config.certified_noise.admissible(theta))
+
+
+def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution) -> None:
+    """Certify and store those of this process's images that are not stored yet, batch after batch.
+
+    Batches are as large as those of the whole data set: one that is made again gives the same bits.
+    """
+    mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
+    done = run.done()
+    missing = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
+    execution.progress("certified", 0 if mine is None else len(mine) - len(missing))
+    if mine is None or not missing:
+        return
+    if run.calls_the_host:
+        _warn_or_refuse(run, begun=bool(done))
+    job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
+
+    ended, pending = time.perf_counter(), None
+    for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
+        launched = None if batch is None else job.launch(batch)  # before waiting for the last: devices stay busy
+        if pending is not None:
+            _store(run, pending, job.collect(pending), ended)
+            ended = time.perf_counter()
+            execution.progress("certified", len(pending.indices))
+        pending = launched
+
+
+def _warn_or_refuse(run: Run, *, begun: bool) -> None:
+    """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
+    what = "the classifier calls code on the host (by pure_callback or the like): what it computes there has no hash"
+    if jax.process_count() > 1:
+        raise ValueError(f"{what}, so several processes cannot know that theirs is the same")
+    if begun:
+        raise ValueError(f"{what}, so {run.path} cannot be continued: it may have been another classifier")
+    warnings.warn(f"{what}, so this run cannot be continued once it is stopped", stacklevel=4)
+
+
+def _store(run: Run, pending: Pending, collected: Collected, began: float) -> None:
+    """Write the shard of a batch."""
+    certificate, indices, batch = collected.certificate, pending.indices, pending.batch
+    run.write_shard(
+        {
+            "ids": batch["id"][indices],
+            "labels": batch["label"][indices],
+            "pixels": pixel_hashes(batch["image"][indices]),
+            "predictions": np.asarray(certificate.prediction),
+            "counts": np.asarray(certificate.count),
+            "n": np.asarray(certificate.n),
+            "draws": collected.draws,
+            "p_lower": np.asarray(certificate.p_lower),
+            "gap": np.asarray(certificate.gap),
+            "theta": pending.theta[indices],
+            **{f"bound_{name}": column for name, column in collected.evidence._asdict().items()},
+            **{f"leakage_{name}": np.asarray(column) for name, column in collected.leakage._asdict().items()},
+            "seconds": np.full(len(indices), (time.perf_counter() - began) / len(indices)),
+        }
+    )
+
+
+def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
+    """Put every finished image through the memory in order of ids, continuing a memory that is stored."""
+    columns = run.columns("pixels", "predictions", "gap", "theta")
+    stored = run.read_memory()
+    if stored is None and (names := run.set_memory_aside()):
+        warnings.warn(
+            f"{names[0]} is not of the first images of this run as they are now (images with lower ids were added, "
+            f"say): it was renamed to {names[1].name}, and a new one was made, whose answers may differ",
+            stacklevel=3,
+        )
+    norm = run.config.certified_noise.norm
+    memory, ids, inside = stored or (Memory.empty(norm), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    new = {name: column[len(ids) :] for name, column in columns.items()}
+    if not len(new["ids"]):
+        return
+    images = dataset.images[np.searchsorted(dataset.ids, new["ids"])]
+    if (other := pixel_hashes(images) != new["pixels"]).any():
+        raise ValueError(f"{dataset.name}: image {new['ids'][other][0]} is no longer the one that was certified")
+    region, unused = Region(images, new["theta"], new["gap"], norm), np.zeros(len(images))
+    certificates = Certificate(new["predictions"], region, unused, unused, unused)
+    memory, answers = memory.insert_batch(
+        certificates, progress=lambda images: execution.progress("remembered", images)
+    )
+    places = np.asarray(answers.inside)
+    inside_id = np.where(places < 0, -1, columns["ids"][places])
+    run.write_memory(memory, columns["ids"], np.concatenate([inside, inside_id]))

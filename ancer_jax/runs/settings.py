@@ -1,0 +1,132 @@
+"""The settings of a run: what makes another base classifier, other data, or other results, and what made it."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from ancer_jax.data import Dataset
+from ancer_jax.runs.config import RunConfig
+from ancer_jax.smoothing.classifier import Classifier, calls_the_host, fingerprint
+from ancer_jax.storage import read_text
+
+# To be raised whenever the same settings give other draws, bounds, regions or counts, or are written differently.
+RESULTS_VERSION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a run knows of its data set."""
+
+    name: str
+    fingerprint: str
+    image_shape: tuple[int, ...]
+    num_classes: int
+
+
+def describe_run(
+    classifier: Classifier, dataset: Dataset, config: RunConfig, theta: np.ndarray, mesh: Mesh
+) -> dict[str, Any]:
+    """All settings of a run, which are hashed: the config's, and fingerprints of classifier, data and arithmetic."""
+    device, image = mesh.devices.flat[0], dataset.images[0]
+    data = DataInfo(dataset.name, dataset.fingerprint, dataset.images.shape[1:], dataset.num_classes)
+    of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
+    return {
+        **config.settings(),
+        **of_theta,
+        "classifier": fingerprint(classifier, image),
+        "calls_the_host": calls_the_host(classifier, image),
+        # Accelerators of one platform differ: float32 products are TF32 on some GPUs only.
+        "platform": "cpu" if device.platform == "cpu" else f"{device.platform}, {device.device_kind}",
+        "precision": getattr(jax.config, "jax_default_matmul_precision") or "default",  # noqa: B009
+        "data": dataclasses.asdict(data),
+    }
+
+
+def made_with() -> dict[str, str]:
+    """Versions and device of this process, which are stored with its shards and not compared."""
+    device = jax.local_devices()[0]
+    names = ("ancer-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return versions | {"python": platform.python_version(), "device": device.device_kind, "platform": device.platform}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: numbers of numpy and tuples made plain; with `RESULTS_VERSION`."""
+    text = json.dumps(settings, default=lambda number: number.item())
+    return {"results_version": RESULTS_VERSION, **json.loads(text)}
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Hash of the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def read_settings(path: epath.PathLike) -> dict[str, Any]:
+    """The settings of the run in the directory `path`.
+
+    Raises:
+      ValueError: if there is no `config.json`, or it is another file.
+      OSError: if it cannot be read.
+    """
+    config = epath.Path(path) / "config.json"
+    try:
+        if (text := read_text(config)) is None:
+            raise FileNotFoundError
+        settings = json.loads(text)["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError(f"settings are {settings!r}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not a run directory: there is no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
+    return settings
+
+
+def refuse_other_version(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
+    """Refuse the run in the directory `path`, with these settings, if its results mean something else than today's.
+
+    Raises:
+      ValueError: saying so.
+    """
+    if settings.get("results_version") != RESULTS_VERSION:
+        raise ValueError(
+            f"{path} was made by another version of ancer_jax (results_version {settings.get('results_version')}, not "
+            f"{RESULTS_VERSION}): certify again into a new directory, or report its tables (*.tsv)"
+        )
+
+
+def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on in the directory `path`, made with the settings `there`, if these are not those `asked` for.
+
+    Raises:
+      ValueError: naming the settings that differ, and both values.
+    """
+    flat = [dict(flatten(settings)) for settings in (there, asked)]
+    differ = [name for name in sorted({*flat[0], *flat[1]}) if flat[0].get(name) != flat[1].get(name)]
+    if differ:
+        text = "; ".join(
+            f"{name} is {_short(flat[0].get(name))} there, {_short(flat[1].get(name))} here" for name in differ
+        )
+        raise ValueError(f"{path} was made with other settings ({text}); a new run needs a new directory")
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) < 40 else f"{text[:12]}..."
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings under dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

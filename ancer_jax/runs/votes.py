@@ -1,0 +1,114 @@
+"""Votes of a batch of images, counted on all devices by work items, each a range of draws of one image.
+
+Whichever images want draws, and how many, all devices have work; how it is distributed changes no draw.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from ancer_jax import devices
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts_between, stage_key
+
+
+class Program(NamedTuple):
+    """A jitted function and its arguments: to run, or to learn what memory it would take."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    static: dict[str, Any]
+
+    def run(self) -> Any:
+        """Start the program; nothing waits for it."""
+        return self.function(*self.arguments, **self.static)
+
+    def plan(self) -> tuple[int, Any]:
+        """Bytes on one device that the program takes, and shapes and types of its results."""
+        lowered = self.function.lower(*self.arguments, **self.static)
+        sizes = lowered.compile().memory_analysis()
+        needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+        return needed, lowered.out_info
+
+
+class Launch(NamedTuple):
+    """Work items that are being counted: the image of each, and its votes, still on the devices."""
+
+    indices: np.ndarray
+    votes: jax.Array
+
+
+class VoteCounter(NamedTuple):
+    """Counts the votes of noisy copies of a batch of images, on all devices of the mesh.
+
+    Attributes:
+      keys, images: an entry for each image, on every device.
+      smoothed: smoothed classifier of the theta of each image, [batch] or [batch, *d], on every device.
+      chunk: noisy copies at a time of each work item.
+      items: work items of each launch, a multiple of the devices.
+      mesh: the devices.
+    """
+
+    keys: Key[Array, " batch"]
+    images: jax.Array
+    smoothed: Smoothed
+    chunk: int
+    items: int
+    mesh: Mesh
+
+    def __call__(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> np.ndarray:
+        """Votes for each class of each of the images `indices` [m] in its draws first, ..., stop - 1 of a stage, [m] or
+        one range for all: int64 [m, K].
+        """
+        return self.collect(self.launch(stage, indices, first, stop))[indices]
+
+    def launch(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> list[Launch]:
+        """Launch the counting without waiting for it."""
+        ranges = np.broadcast_arrays(indices, first, stop)
+        wanted = [(int(index), int(a), int(b)) for index, a, b in zip(*ranges, strict=True) if a < b]
+        launches = []
+        while wanted:
+            # Every item of a launch runs the same number of chunks (steps), as one compiled program. With this number,
+            # one launch holds about all that is wanted; what is left is cut again, smaller, for the next launch.
+            steps = max(1, sum(math.ceil((b - a) / self.chunk) for _, a, b in wanted) // self.items)
+            size = steps * self.chunk
+            cut = [(index, i, min(i + size, b)) for index, a, b in wanted for i in range(a, b, size)]
+            now, wanted = cut[: self.items], cut[self.items :]
+            now += [(0, 0, 0)] * (self.items - len(now))  # padding, of no draws
+            launches.append(Launch(np.array(now)[:, 0], self.program(stage, np.array(now, np.int32), steps).run()))
+        return launches
+
+    def program(self, stage: Stage, items: np.ndarray, steps: int) -> Program:
+        """The program that counts work items (index, first, stop), int32 [items, 3], of so many chunks."""
+        arguments = devices.shard_rows(items, self.mesh), np.int32(steps), np.int32(stage)
+        return Program(
+            _count_items, (self.keys, self.images, self.smoothed, *arguments), {"chunk": self.chunk, "mesh": self.mesh}
+        )
+
+    def collect(self, launches: list[Launch]) -> np.ndarray:
+        """Wait for the votes that were launched: int64 [batch, K], for all images of the batch."""
+        votes = np.zeros((len(self.images), self.smoothed.classifier.num_classes), np.int64)
+        for launch in launches:
+            np.add.at(votes, launch.indices, np.asarray(launch.votes))
+        return votes
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "mesh"))
+def _count_items(keys, images, smoothed: Smoothed, items, steps, stage, *, chunk: int, mesh: Mesh):
+    """Votes for each class in each of the work items (index, first, stop) [m, 3], of so many chunks: int32 [m, K].
+
+    Each device counts the items that it has. Sums over devices are left to the host.
+    """
+
+    def count(keys, images, smoothed, steps, stage, item):
+        index, first, stop = item
+        of_image = smoothed.with_theta(smoothed.theta[index])
+        key = stage_key(keys[index], stage)
+        return class_counts_between(key, of_image, images[index], (first, stop), steps=steps, chunk=chunk)
+
+    count_all = devices.on_own_rows(jax.vmap(count, (*[None] * 5, 0)), mesh, [*[False] * 5, True])
+    return count_all(keys, images, smoothed, steps, stage, items)

@@ -1,0 +1,33 @@
+"""Searches for theta: isotropic and anisotropic for one input, universal for all; the guarded choice; leakage."""
+
+from ancer_jax.search.ascent import SearchTrace, optimize_anisotropic, optimize_isotropic
+from ancer_jax.search.config import (
+    AnisotropicConfig,
+    GuardConfig,
+    IsotropicConfig,
+    LeakageConfig,
+    SearchConfig,
+    UniversalConfig,
+)
+from ancer_jax.search.guard import guarded_choice
+from ancer_jax.search.leakage import Probes, leakage, make_probes, soft_leakage, vote_leakage
+from ancer_jax.search.universal import optimize_universal
+
+__all__ = [
+    "AnisotropicConfig",
+    "GuardConfig",
+    "IsotropicConfig",
+    "LeakageConfig",
+    "Probes",
+    "SearchConfig",
+    "SearchTrace",
+    "UniversalConfig",
+    "guarded_choice",
+    "leakage",
+    "make_probes",
+    "optimize_anisotropic",
+    "optimize_isotropic",
+    "optimize_universal",
+    "soft_leakage",
+    "vote_leakage",
+]

@@ -1,0 +1,173 @@
+"""Sample-wise noise parameters: gradient ascent on the size of the certifiable region (the method of ANCER).
+
+Both searches work on one input and are meant to be vmapped. What they return is a choice of theta, not a certificate:
+theta is then certified with fresh draws.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from ancer_jax._numerics import geometric_mean
+from ancer_jax.search.config import THETA_MAX_FACTOR, AnisotropicConfig, IsotropicConfig, SearchConfig
+from ancer_jax.search.leakage import Probes, soft_leakage
+from ancer_jax.smoothing.noise import noise_dtype
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
+
+# A soft gap of 0 has no logarithm; the gradient of the "log_volume" objective is bounded by 1 / _SMALLEST_GAP.
+_SMALLEST_GAP = 1e-3
+
+
+class SearchTrace(NamedTuple):
+    """Soft estimates at the theta before each step; float [steps] each."""
+
+    gap: Float[Array, " steps"]
+    proxy_radius: Float[Array, " steps"]
+
+
+def optimize_isotropic(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    *,
+    config: IsotropicConfig,
+    probes: Probes | None = None,
+) -> tuple[Float[Array, ""], SearchTrace]:
+    """One noise level for this input: gradient ascent of `theta * soft_gap(theta)` over a scalar theta.
+
+    With `objective="log_volume"`: `log(soft_gap) + log(theta)`. The soft gap is that of the mean softmax output
+    (`Noise.proxy_gap`).
+
+    Args:
+      key: the example's key (the stage is folded in here).
+      smoothed: smoothed classifier of the theta [] where the search starts: the noise level that the base classifier
+        was trained with.
+      x: [*d] one input.
+      config: search settings.
+      probes: leakage probes; needed if `config.leakage_weight` is above 0.
+
+    Returns:
+      theta [], in [start / 100, theta_max], and the trace. Where a step is not finite, the last finite theta is kept.
+
+    Raises:
+      ValueError: outside jit, if the start is not positive and finite; at trace time, if probes are needed and missing.
+
+    References: Alfarra et al. 2022 (arXiv 2012.04351).
+    """
+    check_start(smoothed.theta)
+    x = jnp.asarray(x)
+    start = jnp.asarray(smoothed.theta, noise_dtype(x))
+    problem = _Problem(lambda theta, gap: theta * gap, start / 100, optax.sgd(config.learning_rate), config)
+    return _climb(stage_key(key, Stage.ISOTROPIC), smoothed.with_theta(start), x, problem, probes)
+
+
+def optimize_anisotropic(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    *,
+    config: AnisotropicConfig,
+    probes: Probes | None = None,
+) -> tuple[Float[Array, "*d"], SearchTrace]:
+    """One noise parameter per coordinate: projected gradient ascent.
+
+    Maximises `soft_gap * (geometric_mean(theta) + kappa * min(theta))` (or, with `objective="log_volume"`,
+    `log(soft_gap) + mean(log theta)`) subject to `start <= theta <= theta_max`, projecting after every step.
+
+    Arguments and errors as in `optimize_isotropic`, but the theta where the search starts, which is also its lower
+    bound, is [] or [*d]: the isotropic theta.
+
+    Returns:
+      theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= start` alone does
+      not make the certified region larger, because the class probability can fall: see `guarded_choice`.
+
+    References: Eiras et al. 2022 (arXiv 2107.04570).
+    """
+    check_start(smoothed.theta)
+    x = jnp.asarray(x)
+    start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(x)), x.shape)
+    objective = lambda theta, gap: gap * (geometric_mean(theta) + config.kappa * theta.min())
+    problem = _Problem(objective, start, optax.adam(config.learning_rate), config)
+    return _climb(stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start), x, problem, probes)
+
+
+def check_start(theta: ArrayLike) -> None:
+    """Refuse a start, or a bound, that is not positive and finite, outside jit."""
+    if not isinstance(theta, jax.core.Tracer):
+        theta = np.asarray(theta)
+        if not ((theta > 0) & np.isfinite(theta)).all():
+            raise ValueError(f"the theta where the search starts must be positive and finite, got {theta.min()}")
+
+
+class _Problem(NamedTuple):
+    """What a search maximises.
+
+    Attributes:
+      objective: of theta and the soft gap at it; "log_volume" replaces it.
+      lower: lower bound of theta.
+      published: optimizer of theta in the papers' code; the "log" ascent has its own, of log(theta).
+      config: search settings.
+    """
+
+    objective: Callable[[jax.Array, jax.Array], jax.Array]
+    lower: jax.Array
+    published: optax.GradientTransformation
+    config: SearchConfig
+
+
+def _climb(
+    key: Key[Array, ""], smoothed: Smoothed, x: jax.Array, problem: _Problem, probes: Probes | None
+) -> tuple[jax.Array, SearchTrace]:
+    """theta and the trace, from `smoothed.theta`: projected gradient ascent with fresh draws at every step."""
+    config, lower, start = problem.config, problem.lower, jnp.asarray(smoothed.theta)
+    if config.leakage_weight > 0 and probes is None:
+        raise ValueError(f"leakage_weight = {config.leakage_weight} needs leakage probes, got None")
+    upper = THETA_MAX_FACTOR * start if config.theta_max is None else config.theta_max
+    upper = jnp.maximum(upper, start)
+    if config.ascent == "log":
+        # Searches are short: b2 = 0.99 averages squared gradients over a hundred steps, not over a thousand.
+        optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), b2=0.99)
+        to_position, to_theta = jnp.log, jnp.exp
+    else:
+        optimizer, to_position, to_theta = problem.published, jnp.asarray, jnp.asarray
+
+    def loss(position, key):
+        return _loss(key, smoothed.with_theta(to_theta(position)), x, problem, probes)
+
+    def step(carry, i):
+        position, state = carry
+        gradient, trace = jax.grad(loss, has_aux=True)(position, jax.random.fold_in(key, i))
+        updates, new_state = optimizer.update(gradient, state)
+        new_position = jnp.clip(position + updates, to_position(lower), to_position(upper))
+        finite = jnp.isfinite(to_theta(new_position)).all()
+        keep = lambda new, old: jnp.where(finite, new, old)
+        return jax.tree.map(keep, (new_position, new_state), (position, state)), trace
+
+    carry = to_position(start), optimizer.init(to_position(start))
+    (position, _), trace = jax.lax.scan(step, carry, jnp.arange(config.steps))
+    theta = jnp.where(position >= to_position(upper), upper, to_theta(position))  # exp may round the bound
+    return jnp.clip(theta, lower, upper), trace
+
+
+def _loss(key: Key[Array, ""], smoothed: Smoothed, x: jax.Array, problem: _Problem, probes: Probes | None):
+    """What a step decreases, and the trace. The leakage penalty is of the class that x has at this step."""
+    config, theta = problem.config, jnp.asarray(smoothed.theta)
+    probs = smoothed_probs(key, smoothed, x, num_samples=config.num_samples)
+    gap = smoothed.noise.proxy_gap(probs)
+    if config.objective == "log_volume":
+        value = jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
+    else:
+        value = problem.objective(theta, gap)
+    if config.leakage_weight > 0 and probes is not None:
+        # The draws of x have the indices below num_samples.
+        key = jax.random.fold_in(key, config.num_samples)
+        leaked = soft_leakage(key, probes, smoothed, x, probs.argmax(), batch=config.leakage_batch)
+        value -= config.leakage_weight * leaked
+    return -value, SearchTrace(gap, gap * geometric_mean(theta))

@@ -1,0 +1,81 @@
+"""The guarded choice between two thetas of one input."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Key
+
+from ancer_jax.regions.pairs import is_superset
+from ancer_jax.regions.region import Region
+from ancer_jax.search.config import GuardConfig
+from ancer_jax.search.leakage import Probes, leakage
+from ancer_jax.smoothing import bounds
+from ancer_jax.smoothing.noise import noise_dtype
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts, stage_key
+
+
+def guarded_choice(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    candidate: Float[ArrayLike, "..."],
+    *,
+    config: GuardConfig,
+    probes: Probes | None = None,
+) -> tuple[Float[Array, "*d"], Bool[Array, ""]]:
+    """Choose between two thetas of one input, say the isotropic and the anisotropic, on draws that certify nothing.
+
+    Both thetas get a Clopper-Pearson gap from the same `config.num_samples` draws. The candidate is taken if it has the
+    same class and, with the criterion "volume", the larger proxy radius, or with "superset", a region that contains the
+    other one; with "off", always. With a leakage limit it must also keep `leakage` to the class it votes for at or
+    below the limit.
+
+    Args:
+      key: the example's key (the stage is folded in here).
+      smoothed: smoothed classifier of the theta [] or [*d] that stays otherwise.
+      x: [*d] one input.
+      candidate: theta [] or [*d] that may replace it.
+      config: criterion and draws (static).
+      probes: leakage probes; needed with a limit.
+
+    Returns:
+      theta [*d], and whether it is the candidate.
+
+    Raises:
+      ValueError: at trace time, if a limit lacks probes.
+    """
+    if config.leakage_limit is not None and probes is None:
+        raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
+    x = jnp.asarray(x)
+    stays, candidate = (
+        jnp.broadcast_to(jnp.asarray(theta, noise_dtype(x)), x.shape) for theta in (smoothed.theta, candidate)
+    )
+
+    def class_and_region(theta: jax.Array) -> tuple[jax.Array, Region]:
+        counts = class_counts(
+            stage_key(key, Stage.GUARD),
+            smoothed.with_theta(theta),
+            x,
+            num_samples=config.num_samples,
+            chunk=config.chunk,
+        )
+        p_lower = bounds.clopper_pearson_lower_traced(counts.max(), config.num_samples, config.alpha)
+        return counts.argmax(), Region(x, theta, smoothed.noise.gap(p_lower), smoothed.noise.norm)
+
+    if config.criterion == "off" and config.leakage_limit is None:
+        return candidate, jnp.asarray(True)
+    class_candidate, wanted = class_and_region(candidate)
+    taken = jnp.asarray(True)
+    if config.criterion != "off":
+        class_stays, present = class_and_region(stays)
+        if config.criterion == "volume":
+            taken = jnp.asarray(wanted.proxy_radius > present.proxy_radius)
+        else:
+            taken = jnp.asarray(is_superset(wanted, present) & (wanted.gap > 0))
+        taken &= class_candidate == class_stays
+    if config.leakage_limit is not None and probes is not None:
+        num_leaked, num_eligible = leakage(
+            probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk
+        )
+        taken &= num_leaked / jnp.maximum(num_eligible, 1) <= config.leakage_limit
+    return jnp.where(taken, candidate, stays), taken

@@ -1,0 +1,202 @@
+"""Leakage: how many other images the noise alone sends to an input's class.
+
+A search for theta can paint a pattern that the network reads as the class of x. The certificate is then true of the
+smoothed classifier of this theta and says little about x. Other images tell: under this theta they get x's class, too.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ancer_jax._checks import check_integer
+from ancer_jax._numerics import Leaf
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts, probs_of_each, stage_key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Leakage probes: images on which leakage is measured; a pytree that all inputs share.
+
+    Attributes:
+      keys: [m] the images' own example keys. Their draws are the same for every input and every theta.
+      images: [m, *d].
+      classes: int32 [m], their smoothed classes at the theta where the search starts.
+      num_samples: draws for each probe that decide its class (static).
+    """
+
+    keys: Leaf
+    images: Leaf
+    classes: Leaf
+    num_samples: int = dataclasses.field(metadata={"static": True})
+
+
+class ProbeSets(NamedTuple):
+    """The leakage probes of a run.
+
+    Attributes:
+      in_search: those of `leakage`, and of the penalty and the limit of a search.
+      held_out: others, that no search sees; None if the data set has no more images.
+    """
+
+    in_search: Probes
+    held_out: Probes | None
+
+
+class LeakageCounts(NamedTuple):
+    """What was counted, for each input of a batch: int32 [batch] each.
+
+    Attributes:
+      num_leaked, num_eligible: how many of the eligible probes have the input's class under its theta, of how many.
+      votes, draws: how many draws of the eligible held-out probes vote for that class, of how many.
+    """
+
+    num_leaked: np.ndarray | jax.Array
+    num_eligible: np.ndarray | jax.Array
+    votes: np.ndarray | jax.Array
+    draws: np.ndarray | jax.Array
+
+
+def make_probes(
+    keys: Key[Array, " m"], smoothed: Smoothed, images: Float[ArrayLike, "m *d"], *, num_samples: int, chunk: int
+) -> Probes:
+    """Leakage probes, of the theta where the search starts. Arguments and errors as in `smoothed_classes`."""
+    check_integer("num_samples", num_samples)
+    images = jnp.asarray(images)
+    classes = smoothed_classes(keys, smoothed, images, num_samples=num_samples, chunk=chunk)
+    return Probes(keys, images, classes, num_samples)
+
+
+def smoothed_classes(
+    keys: Key[Array, " m"], smoothed: Smoothed, images: Float[ArrayLike, "m *d"], *, num_samples: int, chunk: int
+) -> Int[Array, " m"]:
+    """Smoothed class of every image: the majority of few draws, ties to the lowest class.
+
+    Memory is that of `chunk` noisy copies (`num_samples`, if that is less), whatever the number of images.
+
+    Args:
+      keys: [m] typed keys, one per image; the stage is folded in here.
+      smoothed: smoothed classifier.
+      images: [m, *d].
+      num_samples: draws for each image (static).
+      chunk: how many draws at a time (static); changes speed and memory, never the draws.
+
+    Returns:
+      int32 [m]; -1 for an image all of whose draws give NaN.
+
+    Raises:
+      ValueError: at trace time, as in `class_counts`.
+    """
+    counts = _counts(Stage.LEAKAGE, keys, smoothed, images, num_samples, chunk)
+    return jnp.where(counts.any(axis=1), counts.argmax(axis=1), -1).astype(jnp.int32)
+
+
+def _counts(stage: Stage, keys, smoothed: Smoothed, images, num_samples: int, chunk: int) -> Int[Array, "m K"]:
+    """Votes for each class of the draws of every image, of that stage."""
+
+    def count(one):
+        key, image = one
+        return class_counts(stage_key(key, stage), smoothed, image, num_samples=num_samples, chunk=chunk)
+
+    return jax.lax.map(count, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
+
+
+def leakage(
+    probes: Probes, smoothed: Smoothed, x: Float[ArrayLike, "*d"], prediction: Int[ArrayLike, ""], *, chunk: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many leakage probes the smoothed classifier sends to the class of `x`, and out of how many.
+
+    `leakage(x) = #{eligible r : g_theta(r) = prediction} / #{eligible r}`, where a probe r is eligible if its class at
+    the starting theta is not `prediction` and it differs from `x` in some pixel.
+
+    Args:
+      probes: from `make_probes`.
+      smoothed: smoothed classifier of the theta found for x.
+      x: [*d] one input.
+      prediction: [] class of x; negative is an abstention, to which nothing can leak.
+      chunk: as in `smoothed_classes`.
+
+    Returns:
+      int32 [] leaked, int32 [] eligible; both 0 for an abstention.
+
+    Guarantee: none is needed, nothing is certified by it. At the starting theta every probe has the same draws and the
+    same class again, so that none leaks.
+
+    Raises:
+      ValueError: at trace time, if `x` has another shape than the probes; as in `class_counts`.
+    """
+    eligible = _eligible(probes, x, prediction)
+    classes = smoothed_classes(
+        jnp.asarray(probes.keys), smoothed, jnp.asarray(probes.images), num_samples=probes.num_samples, chunk=chunk
+    )
+    count = lambda mask: mask.sum(dtype=jnp.int32)
+    return count(eligible & (classes == prediction)), count(eligible)
+
+
+def vote_leakage(
+    probes: Probes,
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    prediction: Int[ArrayLike, ""],
+    *,
+    num_samples: int,
+    chunk: int,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many draws of the eligible leakage probes vote for the class of `x`, and out of how many.
+
+    The soft form of `leakage`, without its threshold at a majority. Arguments and errors as there; `num_samples` draws
+    are counted of each probe (static). The probes should be held out from the search, so that no search could fit them.
+
+    Returns:
+      int32 [] votes, int32 [] draws; both 0 for an abstention.
+    """
+    eligible = _eligible(probes, x, prediction)
+    counts = _counts(Stage.SOFT_LEAKAGE, probes.keys, smoothed, probes.images, num_samples, chunk)
+    votes = jnp.where(eligible, counts[:, prediction], 0).sum(dtype=jnp.int32)
+    return votes, eligible.sum(dtype=jnp.int32) * num_samples
+
+
+def soft_leakage(
+    key: Key[Array, ""],
+    probes: Probes,
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    prediction: Int[ArrayLike, ""],
+    *,
+    batch: int,
+) -> Float[Array, ""]:
+    """Mean softmax output for the class of `x` over a random batch of eligible leakage probes, one draw each.
+
+    A noisy, differentiable `leakage`: the penalty of a search.
+
+    Args:
+      key: typed key of the batch and of its draws.
+      probes, smoothed, x, prediction: as in `leakage`.
+      batch: how many probes (static), drawn without replacement; all that are eligible, if there are fewer.
+
+    Returns:
+      float [] in [0, 1]; 0 if no probe is eligible.
+
+    Raises:
+      ValueError: at trace time, if `x` has another shape than the probes.
+    """
+    batch_key, draw_key = jax.random.split(key)
+    eligible = _eligible(probes, x, prediction)
+    order = jnp.where(eligible, jax.random.uniform(batch_key, eligible.shape), -1.0)
+    chosen = jax.lax.top_k(order, min(batch, len(order)))[1]
+    probs = probs_of_each(draw_key, smoothed, jnp.asarray(probes.images)[chosen])[:, prediction]
+    return jnp.where(eligible[chosen], probs, 0.0).sum() / jnp.maximum(eligible[chosen].sum(), 1)
+
+
+def _eligible(probes: Probes, x: ArrayLike, prediction: ArrayLike) -> Bool[Array, " m"]:
+    """Which probes can leak to the class `prediction` of `x`."""
+    images, classes = jnp.asarray(probes.images), jnp.asarray(probes.classes)
+    if jnp.shape(x) != images.shape[1:]:
+        raise ValueError(f"x must have the leakage probes' shape {list(images.shape[1:])}, got {list(jnp.shape(x))}")
+    other = (images != x).reshape(len(images), -1).any(axis=1)
+    return other & (classes != prediction) & (jnp.asarray(prediction) >= 0)

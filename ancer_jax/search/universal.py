@@ -1,0 +1,84 @@
+"""One theta map for all inputs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax.differentiable.estimates import EstimateConfig, check_labels, estimated_region
+from ancer_jax.search.ascent import check_start
+from ancer_jax.search.config import THETA_MAX_FACTOR, UniversalConfig
+from ancer_jax.smoothing.noise import noise_dtype
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, stage_key
+
+
+def optimize_universal(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    images: Float[ArrayLike, "images *d"],
+    labels: Int[ArrayLike, " images"],
+    *,
+    config: UniversalConfig = UniversalConfig(),
+) -> tuple[Float[Array, "*d"], Float[Array, " steps"]]:
+    """A universal theta: one value for each coordinate, the same for all inputs.
+
+    Adam ascent of the mean estimated proxy radius: ACR-tilde with estimated regions (`estimated_region`, soft, of the
+    images' labels), where an image that the smoothed classifier gets wrong counts 0. It ascends `log theta`, with a
+    rate that falls to 0 along a cosine, in `[start / 10, theta_max]`. The upper bound is needed here, too: noise that
+    erases every image leaves a constant classifier, right on the images of one class, with regions as large as the
+    noise.
+
+    Args:
+      key: typed key of the draws and of the choice of images.
+      smoothed: smoothed classifier of the theta [] or [*d] where the ascent starts.
+      images, labels: of the training data. Theta must not depend on the draws of the certificates that use it. On test
+        images, it must be learned with another seed than that of the run that certifies, and would flatter the
+        accuracy.
+      config: settings of the ascent (static).
+
+    Returns:
+      theta [*d], and the objective at each step [steps]. Where a step is not finite, the last finite theta is kept.
+
+    Guarantee: none of size. A certificate with this theta is one of the single smoothed classifier `g_theta`, for
+    whatever input: it needs no memory.
+
+    Raises:
+      ValueError: if there is not a label for each image; outside jit, if one is not a class, or the start is not
+        positive and finite.
+    """
+    if len(np.shape(labels)) != 1 or np.shape(labels) != np.shape(images)[:1]:
+        raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
+    check_labels(labels, smoothed.classifier)
+    check_start(smoothed.theta)
+    key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    start = jnp.log(jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:]))
+    upper = start + math.log(THETA_MAX_FACTOR)
+    if config.theta_max is not None:
+        upper = jnp.maximum(jnp.log(config.theta_max), start)
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    estimate = EstimateConfig(config.num_samples, config.alpha)
+
+    def size(log_theta, key, x, label):
+        region = estimated_region(key, smoothed.with_theta(jnp.exp(log_theta)), x, label, config=estimate)
+        return jnp.asarray(region.proxy_radius)
+
+    def step(carry, i):
+        log_theta, state = carry
+        of_choice, of_noise = jax.random.split(jax.random.fold_in(key, i))
+        chosen = jax.random.randint(of_choice, (config.batch_size,), 0, len(images))
+        batch = jax.random.split(of_noise, config.batch_size), images[chosen], labels[chosen]
+        loss = lambda log_theta: -jax.vmap(size, (None, 0, 0, 0))(log_theta, *batch).mean()
+        value, gradient = jax.value_and_grad(loss)(log_theta)
+        updates, new_state = optimizer.update(gradient, state)
+        new = jnp.clip(log_theta + updates, start - math.log(10.0), upper)
+        finite = jnp.isfinite(new).all()
+        keep = lambda new, old: jnp.where(finite, new, old)
+        return jax.tree.map(keep, (new, new_state), (log_theta, state)), -value
+
+    (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
+    return jnp.exp(log_theta), trace

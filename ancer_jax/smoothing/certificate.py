@@ -1,0 +1,157 @@
+"""Certificates, and the integers from which they follow."""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax._numerics import HostValues, Leaf, Values
+from ancer_jax.regions.region import Region
+from ancer_jax.smoothing import bounds
+from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.smoothed import Smoothed
+
+ABSTAIN = -1
+_One = TypeVar("_One", bound="WithRegion")
+
+
+@dataclasses.dataclass(frozen=True)
+class CertifyConfig:
+    """Settings that change a certificate (defaults: Cohen et al. 2019).
+
+    Attributes:
+      n0: draws that select the class.
+      n: fresh draws that estimate its probability; at most 2^31 - 1.
+      alpha: probability that a certificate fails, for each input; in [1e-200, 1).
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+
+    def __post_init__(self):
+        for name in ("n0", "n"):
+            check_integer(name, getattr(self, name), 1, 2**31 - 1)
+            object.__setattr__(self, name, int(getattr(self, name)))
+        check_real("alpha", self.alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+        object.__setattr__(self, "alpha", float(self.alpha))
+
+
+class WithRegion:
+    """Mixin: the sizes [...] of `region`, and indexing into a batch."""
+
+    region: Region
+
+    @property
+    def gap(self) -> Leaf:
+        """Size of the region in units of theta [...]."""
+        return self.region.gap
+
+    @property
+    def radius(self) -> Values:
+        """Certified radius [...]: of the largest ball inside the region."""
+        return self.region.radius
+
+    @property
+    def proxy_radius(self) -> Values:
+        """Radius [...] of the ball with the region's volume."""
+        return self.region.proxy_radius
+
+    @property
+    def log_volume(self) -> Values:
+        """Natural logarithm of the region's volume [...]."""
+        return self.region.log_volume
+
+    def __len__(self) -> int:
+        return len(np.asarray(self.region.gap))
+
+    def __getitem__(self: _One, index: Any) -> _One:
+        """One of a batch, or some of them."""
+        return jax.tree.map(lambda values: values[index], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Certificate(WithRegion):
+    """What was certified of one input, or of many (leading axes `...`); on the host, rounded towards zero.
+
+    Attributes:
+      prediction: int [...], the class, or `ABSTAIN` (-1).
+      region: where the smoothed classifier gives this class; of gap 0 where it abstains.
+      p_lower: float64 [...], lower bound of the selected class's probability.
+      count: int [...], how many of the n draws voted for the selected class.
+      n: int [...], number of draws.
+    """
+
+    prediction: Leaf
+    region: Region
+    p_lower: Leaf
+    count: Leaf
+    n: Leaf
+
+
+class Evidence(NamedTuple):
+    """The integers from which a certificate follows, [...] each: what a run stores beside its gaps, to check them.
+
+    Attributes:
+      votes, n: votes for the class, and number of draws, behind the bound: all n draws, or those of the look of
+        sequential sampling that has the largest bound.
+      alpha: error probability of that bound; 0 for enumerable noise.
+      runner_up: votes for the second class, of enumerable noise; otherwise `n - votes`, the most that it can have.
+    """
+
+    votes: HostValues
+    n: HostValues
+    alpha: HostValues
+    runner_up: HostValues
+
+    def bound_and_gap(self, noise: Noise) -> tuple[HostValues, HostValues]:
+        """`p_lower` and gap, float64 [...]."""
+        if noise.enumerable:
+            return self.votes / self.n, np.asarray(noise.exact_gap(self.votes, self.runner_up, self.n))
+        p_lower = bounds.clopper_pearson_lower(self.votes, self.n, self.alpha)
+        return p_lower, np.asarray(noise.gap(p_lower))
+
+
+def random_evidence(count: ArrayLike, config: CertifyConfig) -> Evidence:
+    """The evidence of `count` [...] votes among `config.n` random draws."""
+    count = np.asarray(count)
+    return Evidence(count, np.full(count.shape, config.n), np.full(count.shape, config.alpha), config.n - count)
+
+
+def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostValues, Evidence]:
+    """The top class, ties to the lowest, and the evidence of the votes of all draws there are, integers [..., K]."""
+    counts, num_draws = np.asarray(counts), np.asarray(num_draws)
+    second, first = np.partition(counts, -2, axis=-1)[..., -2:].transpose(-1, *range(counts.ndim - 1))
+    return counts.argmax(axis=-1), Evidence(first, num_draws, np.zeros(num_draws.shape), second)
+
+
+def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed: Smoothed, x: ArrayLike) -> Certificate:
+    """The certificates of the classes `selected` [...] for the inputs x [..., *d], in float64 on the host.
+
+    Args:
+      selected: int [...].
+      evidence: [...] each.
+      smoothed: the smoothed classifier of theta [], [*d], [...] or [..., *d].
+      x: [..., *d].
+
+    Guarantee: as in `certify`, if the evidence comes from draws that did not choose `selected`. Of enumerable noise it
+      holds without alpha, for the inputs that the noise speaks of (`Noise.check_inputs`).
+    """
+    p_lower, gap = evidence.bound_and_gap(smoothed.noise)
+    x, theta = np.asarray(x), np.asarray(smoothed.theta)
+    input_shape = x.shape[gap.ndim :]
+    if gap.ndim and theta.shape == gap.shape == input_shape:
+        shapes = f"{list(theta.shape)} may be one map or a number for each input: give it shape {list(x.shape)}"
+        raise ValueError(f"theta of shape {shapes}")
+    if theta.shape in ((), input_shape):  # one theta for all inputs
+        theta = np.broadcast_to(theta, gap.shape + theta.shape)
+    columns = (np.where(gap > 0, np.asarray(selected), ABSTAIN), p_lower, evidence.votes, evidence.n)
+    prediction, p_lower, count, n = (np.asarray(column)[()] for column in columns)
+    return Certificate(prediction, Region(x, theta, gap[()], smoothed.noise.norm), p_lower, count, n)

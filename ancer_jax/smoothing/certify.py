@@ -1,0 +1,273 @@
+"""Prediction and certification by Monte Carlo (Cohen et al. 2019, algorithm 1)."""
+
+import dataclasses
+import math
+import warnings
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.regions.region import Region
+from ancer_jax.smoothing import bounds
+from ancer_jax.smoothing.certificate import (
+    ABSTAIN,
+    Certificate,
+    CertifyConfig,
+    certificate_from_evidence,
+    random_evidence,
+)
+from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, stage_key
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+def count_votes(
+    key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, config: CertifyConfig, chunk: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The traced half of `certify`, for jit, vmap and many devices: the selected class and its count.
+
+    `config.n0` draws select the class, `config.n` fresh draws count it. Arguments as in `class_counts`; `key` is the
+    example's key, the stages are folded in here.
+
+    Returns:
+      int32 [] selected class, int32 [] its count among the n draws; `certificate_from_votes` makes a certificate.
+    """
+    selected = select_class(key, smoothed, x, n0=config.n0, chunk=chunk)
+    counts = class_counts(stage_key(key, Stage.ESTIMATE), smoothed, x, num_samples=config.n, chunk=chunk)
+    return selected, counts[selected]
+
+
+def select_class(
+    key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, n0: int, chunk: int
+) -> Int[Array, ""]:
+    """The class that most of `n0` draws vote for, int32 []; arguments as in `count_votes`."""
+    return class_counts(stage_key(key, Stage.SELECT), smoothed, x, num_samples=n0, chunk=chunk).argmax()
+
+
+def certificate_from_votes(
+    smoothed: Smoothed, x: ArrayLike, selected: ArrayLike, count: ArrayLike, *, config: CertifyConfig
+) -> Certificate:
+    """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
+
+    Args:
+      smoothed: of theta [], [*d], [...] or [..., *d], in float32.
+      x: [..., *d], in float32.
+      selected, count: int [...], as `count_votes` returns them.
+      config: the settings that they were counted with.
+
+    Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
+
+    Raises:
+      ValueError: if the noise is enumerable, or a count is out of range.
+    """
+    check_random(smoothed.noise)
+    return certificate_from_evidence(selected, random_evidence(count, config), smoothed, x)
+
+
+def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
+    """Warn where every input would abstain, whatever the votes."""
+    if noise.gap(bounds.clopper_pearson_lower(config.n, config.n, config.alpha)) == 0:
+        least = math.floor(math.log2(1 / config.alpha)) + 1
+        warnings.warn(
+            f"with n = {config.n} draws every input abstains at alpha = {config.alpha:g}, whatever the votes: n must "
+            f"be at least {least}, and far larger for a region of any size",
+            stacklevel=3,
+        )
+
+
+_count_votes = jax.jit(count_votes, static_argnames=("config", "chunk"))
+
+
+def certify(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    *,
+    config: CertifyConfig | None = None,
+    chunk: int = 1000,
+) -> Certificate:
+    """Certify the smoothed classifier at `x`.
+
+    Args:
+      key: the example's typed key; use one per example. Selection and estimation draw from independent stages of it,
+        and so do the theta searches: the same key may go to all of them.
+      smoothed: smoothed classifier. Its base classifier must pass `check_classifier`: nothing is checked here.
+      x: [*d] one input.
+      config: n0, n, alpha.
+      chunk: draws at a time; changes speed and memory only.
+
+    Returns:
+      A `Certificate` of scalars, computed on the host; `.radius`, `.proxy_radius` and `.log_volume` are its sizes.
+      Where n is too small for any count to decide at this alpha, a warning says so.
+
+    Guarantee: with probability at least `1 - alpha` over the draws, either the answer is `ABSTAIN`, or the smoothed
+    classifier gives `prediction` for every y with `||(y - x) / theta||_norm <= gap`. This speaks of the smoothed
+    classifier of this theta, not of the base classifier. A theta that was chosen for x makes another smoothed
+    classifier for every input. Neither x nor theta may depend on the draws: x must not come from somebody who knows
+    the key, and theta must not be the best of several that were certified with the same draws.
+
+    Raises:
+      ValueError: if theta or x is not finite, theta is not positive, shapes do not fit, the noise is enumerable, or
+        `chunk` is not an integer.
+
+    References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
+    """
+    config = config or CertifyConfig()
+    check_integer("chunk", chunk)
+    warn_if_undecidable(config, smoothed.noise)
+    return _certify(key, smoothed, x, config, chunk)
+
+
+def _certify(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, config: CertifyConfig, chunk: int) -> Certificate:
+    as_float32, x32 = check_example(smoothed, x)
+    selected, count = _count_votes(key, as_float32, x32, config=config, chunk=chunk)
+    certificate = certificate_from_votes(as_float32, x32, selected, count, config=config)
+    return in_callers_numbers(certificate, smoothed, x)
+
+
+def certify_batch(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    xs: Float[ArrayLike, "m *d"],
+    *,
+    ids: Int[ArrayLike, " m"] | None = None,
+    config: CertifyConfig | None = None,
+    chunk: int = 1000,
+) -> Certificate:
+    """`certify` one smoothed classifier at many inputs, from one key.
+
+    Args:
+      key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`.
+      smoothed, config, chunk: as in `certify`.
+      xs: [m, *d] inputs.
+      ids: numbers that name the inputs, in [0, 2^31), all different; by default 0, ..., m - 1.
+
+    Returns:
+      A `Certificate` with a row for each input.
+
+    Guarantee: each row's, as in `certify`.
+
+    Raises:
+      ValueError: as in `certify`; if there are no inputs, or ids do not fit.
+    """
+    config = config or CertifyConfig()
+    check_integer("chunk", chunk)
+    warn_if_undecidable(config, smoothed.noise)
+    rows = [
+        _certify(jax.random.fold_in(key, i), smoothed, x, config, chunk)
+        for i, x in zip(_ids(ids, xs), np.asarray(xs), strict=True)
+    ]
+    return jax.tree.map(lambda *values: np.stack(values), *rows)
+
+
+def _ids(ids: ArrayLike | None, xs: ArrayLike) -> np.ndarray:
+    """The ids of a batch of inputs, checked: uint32 [m]."""
+    count = np.shape(xs)[0] if np.ndim(xs) else 0
+    if not count:
+        raise ValueError(f"xs must be one or more inputs [m, *d], got shape {list(np.shape(xs))}")
+    numbers = np.arange(count) if ids is None else np.asarray(ids)
+    if numbers.shape != (count,) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"ids must be {count} integers, got {numbers.dtype} {list(numbers.shape)}")
+    if numbers.min() < 0 or numbers.max() >= 2**31 or len(np.unique(numbers)) < count:
+        raise ValueError(f"ids must be different numbers in 0..2^31 - 1, got {numbers.min()} to {numbers.max()}")
+    return numbers.astype(np.uint32)
+
+
+def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLike) -> Certificate:
+    """Restate a certificate for the caller's x and theta.
+
+    What was certified is the region around their float32 values. The caller's region is shifted and stretched against
+    it by the rounding: its gap is reduced until it provably lies inside. Abstains if that gap is 0.
+    """
+    region = certificate.region
+    center, center32, axes, axes32 = (
+        np.asarray(value, np.float64) for value in (x, region.center, smoothed.theta, region.theta)
+    )
+    shift = np.linalg.norm(np.ravel((center - center32) / axes32), ord=region.norm)
+    stretch = np.maximum(1.0, np.max(axes / axes32))
+    gap = np.maximum(np.asarray(region.gap) - shift * (1 + 1e-9), 0.0) / stretch
+    region = Region(np.asarray(x), np.asarray(smoothed.theta), gap, region.norm)
+    prediction = np.where(gap > 0, np.asarray(certificate.prediction), ABSTAIN)[()]
+    return dataclasses.replace(certificate, region=region, prediction=prediction)
+
+
+_class_counts = jax.jit(class_counts, static_argnames=("num_samples", "chunk"))
+
+
+def predict(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    *,
+    n: int = 1000,
+    alpha: float = 0.001,
+    chunk: int = 1000,
+) -> int:
+    """The smoothed classifier's class at `x`, or `ABSTAIN` where the n draws do not decide it.
+
+    Compares the two largest counts by an exact binomial test. Arguments and errors as in `certify`. Where n is too
+    small for any count to decide at this alpha, a warning says so.
+
+    Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or the smoothed classifier's class, of x
+    and theta as float32, if x does not depend on the draws. To serve, take a new and unpredictable key for each query:
+    with one key for all, somebody who knows the draws can repeat those queries that they get wrong.
+
+    References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1, after Hung & Fithian 2019.
+    """
+    check_integer("n", n, 1, 2**31 - 1)
+    check_integer("chunk", chunk)
+    check_real("alpha", alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+    if bounds.binomial_test(n, 0) > alpha:
+        least = math.ceil(math.log2(2 / alpha) + 2e-6)  # p-values are rounded up by a millionth
+        warnings.warn(
+            f"n = {n} draws decide nothing at alpha = {alpha:g}, whatever the votes: n must be at least {least}",
+            stacklevel=2,
+        )
+    smoothed, x = check_example(smoothed, x)
+    key = stage_key(key, Stage.PREDICT)
+    counts = np.asarray(_class_counts(key, smoothed, x, num_samples=n, chunk=chunk))
+    top, second = np.argsort(-counts, kind="stable")[:2]
+    return int(top) if bounds.binomial_test(counts[top], counts[second]) <= alpha else ABSTAIN
+
+
+def predict_batch(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    xs: Float[ArrayLike, "m *d"],
+    *,
+    ids: Int[ArrayLike, " m"] | None = None,
+    n: int = 1000,
+    alpha: float = 0.001,
+) -> Int[np.ndarray, " m"]:
+    """`predict` at many inputs, from one key: int64 [m]. Keys, ids and errors as in `certify_batch`."""
+    images = zip(_ids(ids, xs), np.asarray(xs), strict=True)
+    return np.array([predict(jax.random.fold_in(key, i), smoothed, x, n=n, alpha=alpha) for i, x in images])
+
+
+def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array]:
+    """`smoothed` and `x` with theta and x as float32, if they can be certified (values are checked here, outside jit).
+
+    Raises:
+      ValueError: naming the argument and the value.
+      TypeError: under jit or vmap, where values cannot be checked and nothing can be reported: use `count_votes`.
+    """
+    theta = smoothed.theta
+    if isinstance(x, jax.core.Tracer) or isinstance(theta, jax.core.Tracer):
+        raise TypeError("certify and predict report on the host; under jit and vmap use count_votes")
+    x, theta = np.asarray(x), np.asarray(theta)
+    for name, value in (("x", x), ("theta", theta)):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {value.dtype}")
+        if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
+            raise ValueError(f"{name} must be finite as float32, got {value[infinite].flat[0]}")
+    if theta.shape not in ((), x.shape):
+        raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
+    if not (theta >= _FLOAT32.tiny).all():
+        raise ValueError(f"theta must be positive as float32, got {theta.min()}")
+    return smoothed.with_theta(jnp.asarray(theta, jnp.float32)), jnp.asarray(x, jnp.float32)

@@ -1,0 +1,202 @@
+"""Base classifiers as frozen pytrees: wrappers for Flax Linen, Flax NNX and plain functions, and a check.
+
+A wrapper separates what is compiled (`apply`, hashable by value) from what is data (`variables`), so that rebuilding
+it, or loading other weights, compiles nothing again.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from ancer_jax._checks import check_integer
+
+# Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
+_EVALUATION_ARGUMENTS = {"train": False, "training": False, "is_training": False, "deterministic": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A base classifier `f(x) = argmax_c logits_c(x)`; lowest index wins ties.
+
+    Attributes:
+      apply: `apply(variables, x[n, *d]) -> logits[n, num_classes]`, row by row and in evaluation mode (static).
+      variables: pytree of arrays.
+      num_classes: number of classes K, at least 2 (static).
+
+    Raises:
+      ValueError: if `num_classes` is not an integer of at least 2.
+    """
+
+    apply: Callable[[Any, jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
+    variables: Any = dataclasses.field(repr=False)
+    num_classes: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        check_integer("num_classes", self.num_classes, minimum=2)
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Logits [n, K] of inputs [n, *d].
+
+        Raises:
+          ValueError: at trace time, if the logits have another shape.
+        """
+        x = jnp.asarray(x)
+        logits = self.apply(self.variables, x)
+        if logits.shape != (x.shape[0], self.num_classes):
+            raise ValueError(
+                f"the classifier must return logits of shape {[x.shape[0], self.num_classes]} for inputs "
+                f"{list(x.shape)}, got {list(logits.shape)}"
+            )
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenApply:
+    module: nn.Module
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, variables, x):
+        return self.module.apply(variables, x, **dict(self.arguments))
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxApply:
+    graph: Any
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, variables, x):
+        return nnx.merge(self.graph, variables)(x, **dict(self.arguments))
+
+
+def from_linen(module: nn.Module, variables: Any, *, num_classes: int, **arguments: Hashable) -> Classifier:
+    """A classifier from a Flax Linen module and its variables (`{"params": ..., "batch_stats": ...}`).
+
+    Evaluation mode is forced: `train`, `training`, `is_training` = False and `deterministic` = True are passed where
+    `module.__call__` takes them. A batch norm or dropout that is still in training mode makes Linen raise.
+
+    Args:
+      module: the network; `module.apply(variables, x[n, *d], **arguments)` returns logits [n, num_classes].
+      variables: its variables.
+      num_classes: K.
+      **arguments: further call arguments, hashable.
+
+    Raises:
+      ValueError: if an argument contradicts evaluation mode, or `num_classes` is below 2.
+    """
+    return _classifier(_LinenApply(module, _evaluation(module, arguments)), variables, num_classes)
+
+
+def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
+    """A classifier from a Flax NNX model; a copy of it is set to evaluation mode, the model itself is left alone.
+
+    `model.eval()` is called on the copy, and `train=False` and the like are passed where `model.__call__` takes them.
+
+    Raises:
+      ValueError: if `num_classes` is below 2.
+    """
+    model = nnx.clone(model)
+    model.eval()
+    graph, variables = nnx.split(model)
+    return _classifier(_NnxApply(graph, _evaluation(model, {})), variables, num_classes)
+
+
+def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: Any, *, num_classes: int) -> Classifier:
+    """A classifier from `function(variables, x[n, *d]) -> logits[n, num_classes]`, which must be pure.
+
+    Pass the same function object each time (not a new lambda): compiled programs are kept by it.
+
+    Raises:
+      ValueError: if `num_classes` is below 2.
+    """
+    return _classifier(function, variables, num_classes)
+
+
+def _evaluation(module, arguments) -> tuple[tuple[str, Any], ...]:
+    """`arguments`, and those that put the module's call into evaluation mode."""
+    for name in inspect.signature(type(module).__call__).parameters:
+        if name in _EVALUATION_ARGUMENTS:
+            wanted = _EVALUATION_ARGUMENTS[name]
+            if arguments.setdefault(name, wanted) != wanted:
+                raise ValueError(f"{name}={arguments[name]} is training mode, which voids the certificate")
+    return tuple(sorted(arguments.items()))
+
+
+def _classifier(apply, variables, num_classes) -> Classifier:
+    return Classifier(apply, jax.tree.map(jnp.asarray, variables), num_classes)
+
+
+def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
+    """Refuse a classifier that no smoothing certificate can be true of.
+
+    Runs it on a few inputs around `x` and checks that logits are finite and that each row's logits depend on that
+    row alone, not on its place or on the rest of the batch: a batch norm in training mode or a dropout would void
+    every certificate silently.
+
+    Args:
+      classifier: the base classifier.
+      x: one input [*d].
+
+    Raises:
+      ValueError: naming what is wrong.
+    """
+    x = np.asarray(x, np.float32)
+    noise = np.random.default_rng(0).normal(size=(7, *x.shape)).astype(np.float32)
+    batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
+    others = np.concatenate([noise[3:6], x[None] + 0.5 * noise[6:]])
+    run = jax.jit(Classifier.__call__)
+    try:
+        logits = np.asarray(run(classifier, batch), np.float64)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {reason}") from error
+    if not np.isfinite(logits).all():
+        raise ValueError("the classifier's logits are not finite")
+    tolerance = 1e-3 * np.ptp(logits, axis=-1).max() + 1e-5 * np.abs(logits).max()
+    moved = np.asarray(run(classifier, batch[::-1]), np.float64)[::-1]
+    if np.abs(moved - logits).max() > tolerance:
+        raise ValueError("the classifier's logits depend on a row's place in the batch (dropout?)")
+    company = np.asarray(run(classifier, np.concatenate([batch[:1], others[1:]])), np.float64)
+    if np.abs(company[0] - logits[0]).max() > tolerance:
+        raise ValueError("the classifier's logits depend on the rest of the batch (batch norm in training mode?)")
+
+
+def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
+    """Whether the program that classifies inputs like `x` [*d] calls code outside of it: by `jax.pure_callback`,
+    `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`.
+
+    What such a function computes is not in the program, and so not in its `fingerprint`.
+    """
+    program = str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
+    return bool({*re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", program)} - {"debug_callback"})
+
+
+def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
+    """Hash of every variable and of the program that classifies inputs like `x` [*d]: names a base classifier.
+
+    The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
+    version of JAX may write it differently. What it calls back to on the host is not noticed (`calls_the_host`), nor is
+    the arithmetic of the device that runs it: the programs for a CPU and for a GPU are the same text.
+    """
+    inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
+    # Shapes alone, without the devices that the variables are on.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)
+    program = jax.jit(Classifier.__call__).lower(shapes, inputs).as_text()
+    digest = hashlib.sha256(program.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(classifier.variables):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

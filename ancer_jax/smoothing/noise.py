@@ -1,0 +1,199 @@
+"""Noise laws: noisy copies of an input, and the region that a probability bound certifies under them.
+
+If the smoothed classifier `g_theta(x) = argmax_c P(f(noisy copy of x) = c)` gives its top class with probability at
+least `p_lower`, then it is constant on `{y : ||(y - x) / theta||_norm <= gap(p_lower)}`.
+"""
+
+import abc
+import dataclasses
+from types import ModuleType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax._numerics import Values, array_library
+
+# Monte Carlo means of a softmax are clipped to this range before the normal quantile (the settings of ANCER's code).
+_CLIP = 1e-3
+
+
+class Noise(abc.ABC):
+    """A noise law and the certificate it gives. Subclasses are frozen, hashable and hold no arrays.
+
+    Most noise is random: draws are sampled, and their votes give a probability bound. A noise may also be enumerable:
+    it has finitely many equally likely draws, and all of them are counted. It overrides `num_draws`, `exact_gap`,
+    `for_search`, and `admissible` and `check_inputs` where not every theta or input will do. Its `perturb` must not use
+    the key, and draws `0, ..., num_draws(theta) - 1` must be equally likely. Its certificates hold without alpha, so
+    that nothing else limits an error.
+
+    Attributes:
+      norm: 2 or 1, the norm in which it certifies.
+    """
+
+    norm: ClassVar[int]
+
+    @abc.abstractmethod
+    def perturb(
+        self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
+    ) -> Float[Array, "*d"]:
+        """Noisy copy number `draw` of x, from the key `fold_in(key, draw)`."""
+
+    @abc.abstractmethod
+    def gap(self, p_lower: ArrayLike, p_b_upper: ArrayLike | None = None) -> Values:
+        """Size [...] of the certified region in units of theta; 0 where nothing is certified.
+
+        Args:
+          p_lower: [...] lower bound of the top class's probability. Computed on the host in float64; under jit, vmap
+            and grad traced in float32.
+          p_b_upper: [...] upper bound of every other class's probability, holding together with `p_lower`
+            (`bounds.separate_bounds`); `1 - p_lower` if left out, the two-class bound.
+
+        Guarantee: never above the exact value of the formula.
+        """
+
+    @abc.abstractmethod
+    def proxy_gap(self, probs: Float[Array, " K"]) -> Float[Array, ""]:
+        """Differentiable gap of estimated class probabilities: an objective for a search, never a certificate."""
+
+    def num_draws(self, theta: ArrayLike) -> int | None:
+        """How many draws there are for an admissible theta of one input; None, for every theta, if draws are random."""
+        return None
+
+    @property
+    def enumerable(self) -> bool:
+        """Whether all draws there are get counted."""
+        return self.num_draws(1.0) is not None
+
+    def exact_gap(self, votes_top: ArrayLike, votes_second: ArrayLike, num_draws: ArrayLike) -> Values:
+        """Gap [...] from the votes of all draws for the top class and the second one, of enumerable noise."""
+        raise NotImplementedError(f"{self} has random draws: use gap")
+
+    def admissible(self, theta: ArrayLike) -> Values:
+        """The theta of one input, rounded down to what this noise can certify with."""
+        return jnp.asarray(theta)
+
+    @property
+    def for_search(self) -> "Noise":
+        """The noise with which theta is searched and leakage is measured: its draws are random."""
+        return self
+
+    def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:
+        """Refuse inputs [m, *d], named by their ids [m], of which the certificates of this noise say nothing.
+
+        Raises:
+          ValueError: naming the first such input.
+        """
+        return None
+
+
+def noise_dtype(value: Any) -> jnp.dtype:
+    """The type that noise is drawn in: that of the value, but float32 at least."""
+    dtype = jnp.result_type(value)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def widen(value: jax.Array) -> jax.Array:
+    """The value in `noise_dtype`."""
+    return value.astype(noise_dtype(value))
+
+
+class AdditiveNoise(Noise):
+    """Noise that is added: a noisy copy is `x + sample`."""
+
+    @abc.abstractmethod
+    def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """One noise draw `theta * eps`, of the shape of `theta`, in float32 or wider.
+
+        A draw in bfloat16 would have at most 128 distinct normal values, none of them beyond 2.5.
+        """
+
+    def perturb(
+        self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]
+    ) -> Float[Array, "*d"]:
+        """`x + sample(fold_in(key, draw), theta)`."""
+        return widen(x) + self.sample(jax.random.fold_in(key, draw), theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(AdditiveNoise):
+    """Gaussian noise, `eps ~ N(0, I)`: l2 certificates; theta is its standard deviation.
+
+    `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds.
+
+    References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570).
+    """
+
+    norm: ClassVar[int] = 2
+
+    def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """One draw of `theta * N(0, I)`."""
+        return widen(theta) * jax.random.normal(key, theta.shape, noise_dtype(theta))
+
+    def gap(self, p_lower: ArrayLike, p_b_upper: ArrayLike | None = None) -> Values:
+        """See `Noise.gap`.
+
+        >>> float(Gaussian().gap(0.5)), round(float(Gaussian().gap(0.9)), 6)
+        (0.0, 1.281552)
+        """
+        xnp, not_top, runner_up, margin = _failure_probabilities(p_lower, p_b_upper)
+        quantile = scipy.special.ndtri if xnp is np else jax.scipy.special.ndtri
+        a, b = -quantile(not_top), -quantile(runner_up)
+        gap = (a * (1 - margin * xnp.sign(a)) + b * (1 - margin * xnp.sign(b))) / 2
+        return xnp.where(gap > 0, gap, 0.0)
+
+    def proxy_gap(self, probs: Float[Array, " K"]) -> Float[Array, ""]:
+        """`(Phi^-1(p1) - Phi^-1(p2)) / 2` of the two largest probabilities, clipped to [0.001, 0.999]."""
+        top = jax.lax.top_k(jnp.clip(probs, _CLIP, 1 - _CLIP), 2)[0]
+        quantiles = jax.scipy.special.ndtri(top)
+        return (quantiles[0] - quantiles[1]) / 2
+
+
+class LinearGap(Noise):
+    """Noise under which the noisy copies of x and y differ with probability `||(x - y) / theta||_1 / 2` at most, if
+    both are made of one draw: `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` with separate bounds.
+    """
+
+    norm: ClassVar[int] = 1
+
+    def gap(self, p_lower: ArrayLike, p_b_upper: ArrayLike | None = None) -> Values:
+        """See `Noise.gap`.
+
+        >>> float(Uniform().gap(0.5)), round(float(Uniform().gap(0.9)), 6)
+        (0.0, 0.8)
+        """
+        xnp, not_top, runner_up, margin = _failure_probabilities(p_lower, p_b_upper)
+        gap = (1 - not_top - runner_up) - margin
+        return xnp.where(gap > 0, gap, 0.0)
+
+    def proxy_gap(self, probs: Float[Array, " K"]) -> Float[Array, ""]:
+        """`p1 - p2` of the two largest probabilities."""
+        top = jax.lax.top_k(probs, 2)[0]
+        return top[0] - top[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(LinearGap, AdditiveNoise):
+    """Uniform noise, `eps ~ U[-1, 1]^d`: l1 certificates; theta is its half-width, not its standard deviation.
+
+    References: Yang et al. 2020 (arXiv 2002.08118); anisotropic: Eiras et al. 2022 (arXiv 2107.04570).
+    """
+
+    def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
+        """One draw of `theta * U[-1, 1]^d`."""
+        return widen(theta) * jax.random.uniform(key, theta.shape, noise_dtype(theta), minval=-1.0, maxval=1.0)
+
+
+def _failure_probabilities(p_lower: Any, p_b_upper: Any) -> tuple[ModuleType, Any, Any, float]:
+    """(library, `1 - p_lower`, `p_b_upper`, margin): near p = 1, failure probabilities keep the digits that p has lost.
+
+    The margin is many times the relative error of ndtri in float64 (SciPy) or float32 (XLA).
+    """
+    xnp = array_library(p_lower, p_b_upper)
+    not_top = 1 - xnp.asarray(p_lower, dtype=float)
+    runner_up = not_top if p_b_upper is None else xnp.asarray(p_b_upper, dtype=float)
+    return xnp, not_top, runner_up, 2.0**-40 if xnp is np else 2.0**-16

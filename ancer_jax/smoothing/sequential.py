@@ -1,0 +1,268 @@
+"""Certificates from no more draws than they need: sampling that stops early, with the guarantee of a fixed n.
+
+An input's draws are counted at a few looks, of growing numbers of draws. Each look gives a Clopper-Pearson bound, and
+the error probabilities of all looks add up to alpha, so that every bound holds at once, and sampling may stop at any
+look for any reason. Over so few looks this is tighter than a confidence sequence that holds after every single draw
+(`bounds.confidence_sequence_lower`; benchmarks/sequential.py compares them).
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax._numerics import geometric_mean
+from ancer_jax.smoothing import bounds
+from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
+from ancer_jax.smoothing.certify import check_example, in_callers_numbers, select_class, warn_if_undecidable
+from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts_between, stage_key
+
+# Sizes of looks are multiples of UNIT, each half as large again as the last one.
+UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
+# Part of alpha of one special look; the others have equal parts of the rest. With radii it is the last look, so that a
+# run that goes on to n draws loses little against a fixed n; with a tolerance the first, whose size the pilot chose.
+_LAST_SHARE, _PLANNED_SHARE = 0.1, 0.9
+# What only a rate of votes this many standard deviations above the observed one would reach is given up.
+_FUTILITY_Z = 2.6
+# The pilot takes n / 100 draws, and up to n / 25 where fewer than 10 draws vote for the class, or fewer than 10 do not.
+_LEAST_PILOT, _MOST_PILOT, _RARE = 100, 25, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class SequentialConfig:
+    """When to stop drawing; one of the two.
+
+    Attributes:
+      radii: stop when it is decided, for each of these radii, in the units of the input, whether the certified radius
+        reaches it, and whether the proxy radius does. A region is then as large as these decisions needed: certified
+        accuracy at these radii is what such a run is for, not ACR.
+      tolerance: stop when the gap is at most this share (in (0, 1)) below the one that all n draws would give, if they
+        went on to vote as they did so far.
+
+    Raises:
+      ValueError: if not exactly one is given, or it is out of range.
+    """
+
+    radii: tuple[float, ...] | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        if (self.radii is None) == (self.tolerance is None):
+            raise ValueError(
+                f"sequential sampling takes either radii or a tolerance, got {self.radii} and {self.tolerance}"
+            )
+        if self.radii is not None:
+            if not self.radii:
+                raise ValueError("radii must be one or more numbers, got none")
+            for radius in self.radii:
+                check_real("radii", radius, "[0, inf)")
+        if self.tolerance is not None:
+            check_real("tolerance", self.tolerance, "(0, 1)")
+
+
+def check_divisible(config: CertifyConfig) -> None:
+    """Refuse an alpha whose parts would be below `bounds.LEAST_ALPHA`.
+
+    Raises:
+      ValueError: naming it.
+    """
+    check_real("alpha", config.alpha, f"[{1e4 * bounds.LEAST_ALPHA}, 1)")
+
+
+def certify_sequentially(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    *,
+    sequential: SequentialConfig,
+    config: CertifyConfig | None = None,
+    chunk: int = UNIT,
+) -> Certificate:
+    """`certify` with as many of the `config.n` draws as `sequential` asks for; the certificate's `n` says how many.
+
+    Arguments, guarantee and errors as in `certify`.
+    """
+    as_float32, x32 = check_example(smoothed, x)
+    check_integer("chunk", chunk)
+    config = config or CertifyConfig()
+    warn_if_undecidable(config, smoothed.noise)
+    selected = int(_select_class(key, as_float32, x32, n0=config.n0, chunk=chunk))
+
+    def votes_in(stage, indices, first, stop):
+        first, stop = int(first[0]), int(stop[0])
+        counts = _counts_between(
+            stage, key, as_float32, x32, (first, stop), steps=math.ceil((stop - first) / chunk), chunk=chunk
+        )
+        return np.asarray(counts)[None, selected]
+
+    scales = scales_of(np.asarray(as_float32.theta)[None])
+    found = sample_until_decided(
+        votes_in, np.array([selected]), scales, noise=smoothed.noise, config=config, sequential=sequential
+    )
+    one = jax.tree.map(lambda column: column[0], found)
+    return in_callers_numbers(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
+
+
+_select_class = jax.jit(select_class, static_argnames=("n0", "chunk"))
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def _counts_between(stage, key, smoothed, x, draws, *, steps, chunk):
+    return class_counts_between(stage_key(key, stage), smoothed, x, draws, steps=steps, chunk=chunk)
+
+
+class SequentialVotes(NamedTuple):
+    """What sequential sampling of a batch has found: integers [batch].
+
+    Attributes:
+      evidence: of the look whose bound is the largest.
+      votes, n: votes for the selected class, and draws, when each input was done.
+      pilot: draws of the pilot.
+    """
+
+    evidence: Evidence
+    votes: np.ndarray
+    n: np.ndarray
+    pilot: np.ndarray
+
+
+def certificate_from_sequential(
+    selected: ArrayLike, found: SequentialVotes, smoothed: Smoothed, x: ArrayLike
+) -> Certificate:
+    """The certificates of the classes `selected`, with all draws as `n`; arguments as `certificate_from_evidence`."""
+    certificate = certificate_from_evidence(selected, found.evidence, smoothed, x)
+    return dataclasses.replace(certificate, count=found.votes, n=found.n)
+
+
+def scales_of(theta: np.ndarray) -> np.ndarray:
+    """Radius and proxy radius of a region of gap 1 for each theta, of [batch, ...]: float64 [batch, 2]."""
+    return np.array([(one.min(), geometric_mean(one)) for one in theta.astype(np.float64)])
+
+
+def sample_until_decided(
+    votes_in: Callable[[Stage, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    selected: Int[np.ndarray, " batch"],
+    scales: Float[np.ndarray, "batch m"],
+    *,
+    noise: Noise,
+    config: CertifyConfig,
+    sequential: SequentialConfig,
+) -> SequentialVotes:
+    """The host half of `certify_sequentially`, for a batch: look after look, which inputs need more draws?
+
+    Args:
+      votes_in: `votes_in(stage, indices, first, stop)`: how many of the draws first, ..., stop - 1 ([m] each) of a
+        stage vote for the selected class of each of the inputs `indices` [m]; integers [m]. Draws of other numbers or
+        stages, and those that selected the class, must be independent of them.
+      selected: the class of each input.
+      scales: what a gap of 1 is worth, for each kind of radius that is to be decided (`scales_of`).
+      noise, config, sequential: noise law, limits, and when to stop.
+
+    Raises:
+      ValueError: if the noise is enumerable, or alpha is too small to be divided.
+
+    Guarantee: each input's `p_lower` is above the probability of its selected class with probability at most
+      `config.alpha`, whatever made it stop. The looks and their parts of alpha are fixed before the draws that they
+      count (for a tolerance by a pilot of other draws); the bound of a look fails with probability at most its part;
+      the parts add up to alpha. The result is the largest of the bounds.
+    """
+    check_random(noise)
+    check_divisible(config)
+    batch, n, tolerance = len(selected), config.n, sequential.tolerance
+    going, pilot = np.arange(batch), np.zeros(batch, np.int64)
+    if tolerance is None:
+        sizes, alphas, last_alpha = _looks(np.full(batch, UNIT), config, planned=False)
+    else:
+        votes, pilot = _pilot(votes_in, batch, n)
+        first = _planned_size(votes, pilot, noise, config, tolerance)
+        sizes, alphas, last_alpha = _looks(first, config, planned=True)
+        going = going[_futility_gap(votes, pilot, noise, n, config.alpha) > 0]
+    goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(batch, -1)
+    # A little larger, so that the table, which rounds down, shows a radius that was reached; with 1e-12, radius 0 is
+    # reached only by a region.
+    goals = np.maximum(goals * (1 + 1e-9), 1e-12)
+    count, drawn, p_lower = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
+    best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), sizes[:, 0].copy())
+    for look in itertools.count():
+        if not going.size:
+            break
+        size = sizes[going, look]
+        count[going] += votes_in(Stage.ESTIMATE, going, drawn[going], size)
+        drawn[going], votes = size, count[going]
+        bound = bounds.clopper_pearson_lower(votes, size, alphas[going, look])
+        better = bound > p_lower[going]
+        for column, value in zip(best, (votes, size, alphas[going, look], size - votes), strict=True):
+            column[going[better]] = value[better]
+        p_lower[going] = np.maximum(p_lower[going], bound)
+        gap = noise.gap(p_lower[going])
+        futility = _futility_gap(votes, size, noise, n, last_alpha[going], counted=True)
+        if tolerance is None:
+            enough = ((gap[:, None] >= goals[going]) | (futility[:, None] < goals[going])).all(axis=1)
+        else:
+            whole = bounds.clopper_pearson_lower(np.rint(votes / size * n).astype(np.int64), n, config.alpha)
+            enough = (futility == 0) | ((gap > 0) & (gap >= (1 - tolerance) * noise.gap(whole)))
+        going = going[~enough & (size < n)]
+    return SequentialVotes(best, count, drawn, pilot)
+
+
+def _looks(first: np.ndarray, config: CertifyConfig, *, planned: bool):
+    """Sizes of the looks, n from the last one on, and their parts of alpha, [batch, looks]; and the last one's part."""
+    looks = np.arange(_MOST_LOOKS)
+    sizes = np.ceil(np.ceil(first[:, None] / UNIT) * _GROWTH**looks) * UNIT
+    sizes = np.minimum(sizes, config.n).astype(np.int64)
+    last = sizes.argmax(axis=1)[:, None]
+    share, special = (_PLANNED_SHARE, 0) if planned else (_LAST_SHARE, last)
+    shares = np.where(looks == special, share, (1 - share) / np.maximum(last, 1))
+    alphas = np.where(last == 0, 1.0, shares) * (config.alpha * (1 - 1e-12))  # their sum may not be rounded above alpha
+    return sizes, alphas, np.take_along_axis(alphas, last, axis=1)[:, 0]
+
+
+def _pilot(votes_in, batch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Votes and draws of the pilot; more draws where one of the two outcomes is rare."""
+    going, target, limit = np.arange(batch), max(1, n // _LEAST_PILOT), max(1, n // _MOST_PILOT)
+    votes, trials = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+    while going.size:
+        votes[going] += votes_in(Stage.PILOT, going, trials[going], np.full(len(going), target))
+        trials[going] = target
+        rare = np.minimum(votes, trials - votes)[going] < _RARE
+        going = going[rare & (target < limit)]
+        target = min(2 * target, limit)
+    return votes, trials
+
+
+def _planned_size(votes, trials, noise: Noise, config: CertifyConfig, tolerance: float) -> np.ndarray:
+    """How many draws will come near enough to what n draws give, if they vote as the pilot did."""
+    rate = votes / trials
+
+    def gap(size, alpha):
+        return noise.gap(bounds.clopper_pearson_lower(np.floor(rate * size).astype(np.int64), size, alpha))
+
+    wanted = (1 - tolerance) * gap(np.full(len(rate), config.n), config.alpha)
+    low, high = np.ones(len(rate)), np.full(len(rate), float(config.n))
+    for _ in range(20):
+        middle = np.sqrt(low * high)
+        enough = gap(np.ceil(middle).astype(np.int64), _PLANNED_SHARE * config.alpha) >= wanted
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return 1.05 * high  # the pilot may be a little off
+
+
+def _futility_gap(votes, trials, noise: Noise, n: int, alpha, *, counted: bool = False) -> np.ndarray:
+    """The optimistic gap at n draws: the draws to come vote 2.6 standard deviations above the rate of `trials` draws.
+
+    A goal above this gap is given up. The trials are among the n draws if `counted`, else they are those of a pilot.
+    """
+    rest = n - trials if counted else np.full(np.shape(trials), n)
+    rate = (votes + 0.5) / (trials + 1)
+    # Standard deviations of the votes to come: binomial, and that of the rate, which comes from `trials` draws.
+    excess = _FUTILITY_Z * np.sqrt(rest * rate * (1 - rate) * (1 + rest / trials))
+    count = np.minimum(np.ceil(votes * counted + rest * rate + excess), n).astype(np.int64)
+    return np.asarray(noise.gap(bounds.clopper_pearson_lower(count, n, alpha)))

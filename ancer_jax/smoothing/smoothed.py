@@ -1,0 +1,199 @@
+"""The smoothed classifier, and Monte Carlo on it: the only place where noise meets a network.
+
+Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`, so that no draw is used twice, and chunk size, batch
+size and number of devices change no bit of the noise.
+"""
+
+import dataclasses
+import enum
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from ancer_jax._checks import check_integer
+from ancer_jax._numerics import Leaf
+from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.noise import Noise, noise_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Smoothed:
+    """The smoothed classifier `g(x) = argmax_c P(classifier(noisy copy of x) = c)`: what is certified. A pytree.
+
+    Attributes:
+      classifier: base classifier. It need not be robust, but must pass `check_classifier`.
+      noise: noise law (static).
+      theta: [] or [*d] noise parameter, positive, in the units of the input.
+
+    Raises:
+      ValueError: if arguments are in the wrong order.
+    """
+
+    classifier: Classifier
+    noise: Noise = dataclasses.field(metadata={"static": True})
+    theta: Leaf
+
+    def __post_init__(self):
+        # Whatever else is in the place of classifier and theta may be a placeholder of JAX.
+        if not isinstance(self.noise, Noise) or isinstance(self.theta, Classifier):
+            got = ", ".join(type(value).__name__ for value in (self.classifier, self.noise, self.theta))
+            raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
+
+    def with_theta(self, theta: ArrayLike) -> "Smoothed":
+        """The smoothed classifier of another theta."""
+        return dataclasses.replace(self, theta=theta)
+
+
+class Stage(enum.IntEnum):
+    """What draws are for; each stage's draws are independent of the others'."""
+
+    SELECT = 0
+    ESTIMATE = 1
+    PREDICT = 2
+    ISOTROPIC = 3
+    ANISOTROPIC = 4
+    GUARD = 5
+    LEAKAGE = 6
+    DIFFERENTIABLE = 7
+    PILOT = 8
+    SOFT_LEAKAGE = 9
+
+
+def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one stage of one example.
+
+    Raises:
+      ValueError: at trace time, if `key` is not a typed threefry key: the draws of other generators change under vmap.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError("key must be a typed threefry key: jax.random.key(seed, impl='threefry2x32')")
+    return jax.random.fold_in(key, stage)
+
+
+def _noisy_logits(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, draws: jax.Array) -> jax.Array:
+    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m].
+
+    Noise is drawn and added in float32 or wider; the network gets the copies in the type of x.
+    """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
+    dtype, wide = jnp.result_type(x), noise_dtype(x)
+    x = jnp.asarray(x, wide)
+    theta = jnp.broadcast_to(jnp.asarray(smoothed.theta, wide), x.shape[1:])
+    copy = lambda draw, x: smoothed.noise.perturb(key, draw, x, theta)
+    copies = jax.vmap(copy, (0, 0 if len(x) > 1 else None))(draws, x if len(x) > 1 else x[0])
+    return smoothed.classifier(copies.astype(dtype))
+
+
+def class_counts(
+    key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, num_samples: int, chunk: int
+) -> Int[Array, " K"]:
+    """How many of `num_samples` noisy copies of `x` the base classifier puts into each class.
+
+    `counts[c] = #{i : f(noisy copy i of x) = c}`. A draw with a NaN logit votes for no class, so that the counts may
+    add up to less than `num_samples`. Memory is that of `chunk` copies, whatever `num_samples`.
+
+    Args:
+      key: typed key of the draws; draw i uses `fold_in(key, i)`.
+      smoothed: smoothed classifier.
+      x: [*d] one input.
+      num_samples: number of draws (static).
+      chunk: how many draws at a time (static); changes speed and memory, never the draws.
+
+    Returns:
+      int32 [K].
+
+    Raises:
+      ValueError: at trace time, if `num_samples` or `chunk` is not an integer of at least 1, x is not floating point,
+        or the noise is enumerable.
+    """
+    check_integer("num_samples", num_samples)
+    check_integer("chunk", chunk)
+    check_random(smoothed.noise)
+    chunk = min(int(chunk), int(num_samples))
+    return class_counts_between(key, smoothed, x, (0, num_samples), steps=math.ceil(num_samples / chunk), chunk=chunk)
+
+
+def check_random(noise: Noise) -> None:
+    """Refuse enumerable noise, all draws of which have to be counted.
+
+    Raises:
+      ValueError: if it is enumerable.
+    """
+    if noise.enumerable:
+        raise ValueError("the draws of enumerable noise must all be counted, which only certify_dataset does")
+
+
+def class_counts_between(
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: Float[ArrayLike, "*d"],
+    draws: tuple[Int[ArrayLike, ""], Int[ArrayLike, ""]],
+    *,
+    steps: Int[ArrayLike, ""],
+    chunk: int,
+) -> Int[Array, " K"]:
+    """`class_counts` of a range of draws alone: counts of ranges add up to those of their union.
+
+    Args:
+      key, smoothed, x, chunk: as in `class_counts`; enumerable noise, too.
+      draws: first and stop: the draws `first, ..., stop - 1`. May be traced.
+      steps: how many chunks are computed, `(stop - first) / chunk` or more; draws from `stop` on are left out. May be
+        traced, but should be the same for all examples of a batch.
+
+    Raises:
+      ValueError: at trace time, if `chunk` is not an integer of at least 1 or x is not floating point.
+    """
+    check_integer("chunk", chunk)
+    first, stop = draws
+
+    def add(step, counts):
+        indices = first + step * chunk + jnp.arange(chunk)
+        logits = _noisy_logits(key, smoothed, jnp.asarray(x)[None], indices)
+        left = jnp.asarray(stop) - first - step * chunk
+        counted = (jnp.arange(chunk) < left) & ~jnp.isnan(logits).any(axis=-1)
+        votes = jax.nn.one_hot(logits.argmax(axis=-1), smoothed.classifier.num_classes, dtype=jnp.int32)
+        return counts + (votes * counted[:, None]).sum(axis=0, dtype=jnp.int32)
+
+    return jax.lax.fori_loop(0, steps, add, jnp.zeros(smoothed.classifier.num_classes, jnp.int32))
+
+
+def smoothed_probs(
+    key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, num_samples: int
+) -> Float[Array, " K"]:
+    """Mean softmax output over `num_samples` noisy copies of `x`: a soft estimate of the class probabilities.
+
+    Differentiable in x, theta (reparameterised noise) and the classifier's variables. All copies are held at once.
+    Arguments and errors as in `class_counts`.
+
+    Returns:
+      float [K], sums to 1.
+    """
+    check_integer("num_samples", num_samples)
+    check_random(smoothed.noise)
+    logits = _noisy_logits(key, smoothed, jnp.asarray(x)[None], jnp.arange(num_samples))
+    return jax.nn.softmax(logits, axis=-1).mean(axis=0)
+
+
+def probs_of_each(key: Key[Array, ""], smoothed: Smoothed, images: Float[ArrayLike, "m *d"]) -> Float[Array, "m K"]:
+    """Softmax output at one noisy copy of each of several images.
+
+    Differentiable like `smoothed_probs`. All copies are held at once.
+
+    Args:
+      key: typed key of the draws; image i uses `fold_in(key, i)`.
+      smoothed: smoothed classifier.
+      images: [m, *d].
+
+    Returns:
+      float [m, K], each row sums to 1.
+
+    Raises:
+      ValueError: at trace time, if the images are not floating point, or the noise is enumerable.
+    """
+    check_random(smoothed.noise)
+    return jax.nn.softmax(_noisy_logits(key, smoothed, images, jnp.arange(jnp.shape(images)[0])), axis=-1)

@@ -1,0 +1,148 @@
+"""The settings of a training, and the training methods: their losses and their published settings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.smoothing.noise import AdditiveNoise, Noise
+from ancer_jax.smoothing.registry import DEFAULT_NOISE, NoiseName, make_noise
+from ancer_jax.training import losses
+
+TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability", "volume"]
+# Settings that belong to some methods only, and may be positive in no other.
+_OF_METHODS = ("weight", "epsilon", "attack_steps", "warmup_epochs")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained. `PRESETS` has the published settings of each method.
+
+    Attributes:
+      method: the training method, see `METHODS`.
+      norm, theta: "l2" (Gaussian noise) or "l1", and the noise parameter in units of [0, 1] pixels.
+      noise: for l1 "uniform" or "splitting" (Levine & Feizi 2021); None is the default noise of the norm.
+      epochs, batch_size: passes over the training set, and images per batch, not counting noisy copies.
+      copies: noisy copies of each image (m).
+      learning_rate, momentum, nesterov, weight_decay: of SGD; weight decay applies to all parameters.
+      drop_every: the learning rate is divided by 10 every so many epochs; None is a cosine schedule to 0.
+      weight: of the second term of the loss (MACER, consistency, stability, volume).
+      epsilon, attack_steps, warmup_epochs: radius of SmoothAdv's l2 ball, steps of its attack, and epochs in which the
+        radius grows to epsilon. Settings that a method does not use are 0.
+      shift: largest random shift of an image in pixels; 0 turns shifts off.
+      flip: whether images are mirrored at random.
+      seed: of initial parameters, order of the images, noise and augmentation.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    method: TrainingMethod = "augmentation"
+    norm: Literal["l2", "l1"] = "l2"
+    theta: float = 0.25
+    epochs: int = 90
+    batch_size: int = 256
+    copies: int = 1
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    drop_every: int | None = 30
+    weight: float = 0.0
+    epsilon: float = 0.0
+    attack_steps: int = 0
+    warmup_epochs: int = 0
+    shift: int = 4
+    flip: bool = True
+    seed: int = 0
+    noise: NoiseName | None = None
+
+    def __post_init__(self):
+        for name, choices in (("method", tuple(METHODS)), ("norm", tuple(DEFAULT_NOISE))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "copies"):
+            check_integer(name, getattr(self, name))
+        if self.drop_every is not None:
+            check_integer("drop_every", self.drop_every)
+        for name in ("attack_steps", "warmup_epochs", "shift"):
+            check_integer(name, getattr(self, name), 0)
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+        for name in ("theta", "learning_rate"):
+            check_real(name, getattr(self, name), "(0, inf)")
+        for name in ("momentum", "weight_decay", "weight", "epsilon"):
+            check_real(name, getattr(self, name), "[0, inf)")
+        used = METHODS[self.method].settings
+        for name in _OF_METHODS:
+            if name in used and getattr(self, name) == 0 and name != "warmup_epochs":
+                raise ValueError(f"{self.method} training needs a positive {name}")
+            if name not in used and getattr(self, name) > 0:
+                raise ValueError(f"{self.method} training has no {name}, got {getattr(self, name)}")
+        if self.method in ("consistency", "stability") and self.copies < 2:
+            raise ValueError(f"{self.method} training compares noisy copies: at least 2, got copies = {self.copies}")
+        if self.method == "macer" and self.norm != "l2":
+            raise ValueError("macer maximises the l2 radius of Gaussian noise: norm must be l2")
+        additive = isinstance(self.noise_law, AdditiveNoise)  # also refuses noise that does not fit the norm
+        if self.method == "smoothadv" and not additive:
+            raise ValueError(f"smoothadv attacks through noise that is added, not through {self.noise} noise")
+
+    @property
+    def noise_law(self) -> Noise:
+        """The noise that the network is trained with."""
+        return make_noise(self.norm, self.noise)
+
+
+class Method(NamedTuple):
+    """A training method: the loss of one image, from the config, the logits of its noisy copies, and its label; the
+    settings of `_OF_METHODS` that it uses; and its published settings for CIFAR-10, where `TrainConfig` differs.
+    """
+
+    loss: Callable[[TrainConfig, Float[Array, "m K"], Int[Array, ""]], Float[Array, ""]]
+    settings: tuple[str, ...]
+    published: Mapping[str, Any]
+
+
+# The published codes differ from these settings in some details: RS4A's runs the network on each noisy copy by itself,
+# so that batch statistics are those of one copy, and changes its learning rate once an epoch. RS4A also uses the
+# settings of stability training for noise augmentation.
+METHODS: dict[str, Method] = {
+    # Cohen et al. 2019, code/train.py
+    "augmentation": Method(lambda config, logits, label: losses.augmentation(logits, label), (), {}),
+    # Salman et al. 2019, code/train_pgd.py: noise augmentation of images that are attacked first
+    "smoothadv": Method(
+        lambda config, logits, label: losses.augmentation(logits, label),
+        ("epsilon", "attack_steps", "warmup_epochs"),
+        {"epsilon": 64 / 256, "attack_steps": 10, "warmup_epochs": 1},
+    ),
+    # Zhai et al. 2020, main.py: 440 epochs, with a tenth of the learning rate after 200 and 400
+    "macer": Method(
+        lambda config, logits, label: losses.macer(logits, label, config.theta, weight=config.weight),
+        ("weight",),
+        {"epochs": 440, "batch_size": 64, "copies": 16, "learning_rate": 0.01}
+        | {"weight_decay": 5e-4, "drop_every": 200, "weight": 12.0},
+    ),
+    # Jeong and Shin 2020, code/train_consistency.py: a batch of 256 consists of two noisy copies of 128 images
+    "consistency": Method(
+        lambda config, logits, label: losses.consistency(logits, label, weight=config.weight),
+        ("weight",),
+        {"epochs": 150, "batch_size": 128, "drop_every": 50, "copies": 2, "weight": 10.0},
+    ),
+    # Yang et al. 2020, src/train.py
+    "stability": Method(
+        lambda config, logits, label: losses.stability(logits, label, weight=config.weight),
+        ("weight",),
+        {"epochs": 120, "batch_size": 64, "copies": 2, "nesterov": True, "drop_every": None, "weight": 6.0},
+    ),
+    # Ours: the settings of Cohen et al. with the same number of noisy copies in a batch
+    "volume": Method(
+        lambda config, logits, label: losses.volume(
+            logits, label, config.theta, config.noise_law, weight=config.weight
+        ),
+        ("weight",),
+        {"batch_size": 32, "copies": 8, "learning_rate": 0.02, "weight": 8.0},
+    ),
+}
+
+PRESETS = {name: TrainConfig(**{"method": name, **method.published}) for name, method in METHODS.items()}

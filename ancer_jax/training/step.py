@@ -1,0 +1,142 @@
+"""One step of a training, and the evaluation after an epoch: pure functions, compiled once for each training."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ancer_jax.data import Dataset
+from ancer_jax.devices import replicate, take_rows
+from ancer_jax.smoothing.noise import AdditiveNoise, Noise
+from ancer_jax.training import losses
+from ancer_jax.training.config import METHODS, TrainConfig
+
+_EVALUATION_BATCH = 500
+
+
+class Training(NamedTuple):
+    """What the programs of a training are compiled for; `steps` is per epoch, and batches are sharded over the mesh."""
+
+    network: Any  # flax.linen.Module
+    config: TrainConfig
+    steps: int
+    mesh: Mesh
+
+
+def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]:
+    """Variables of the network, initialised on the first of `images`, and state of the optimizer; replicated."""
+    key, _ = jax.random.split(_root_key(training.config))
+    variables = jax.jit(training.network.init)(key, images[:1])
+    state = variables, _optimizer(training).init(variables["params"])
+    return replicate(jax.tree.map(np.asarray, state), training.mesh)
+
+
+@functools.partial(jax.jit, static_argnames="training")
+def train_step(variables, moments, batch, number, epsilon, *, training: Training):
+    """Step `number` of the optimizer, counted from the start of the training, with SmoothAdv's radius `epsilon`.
+
+    `batch` is images and labels, sharded over the mesh. Returns new variables of the network, the optimizer's new state
+    (`moments`), and [loss, accuracy] on the noisy copies, replicated on all devices.
+    """
+    images, labels = batch
+    network, config, _, mesh = training
+    _, noise_key = jax.random.split(_root_key(config))
+    key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
+    images = augment(key_augment, images, config)
+    theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.theta)
+    if config.method == "smoothadv":
+        noise = _add_noise(config.noise_law, key_noise, jnp.zeros_like(theta), theta)
+        apply = lambda noisy: network.apply(variables, noisy)
+        attack = functools.partial(losses.attack, apply, epsilon=epsilon, steps=config.attack_steps)
+        images = jax.lax.stop_gradient(jax.vmap(attack)(images, labels, noise))
+    noisy = _add_noise(config.noise_law, key_noise, jnp.broadcast_to(images[:, None], theta.shape), theta)
+    noisy = noisy.reshape(-1, *images.shape[1:])
+    statistics = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params):
+        logits, changed = network.apply({"params": params, **statistics}, noisy, train=True, mutable=list(statistics))
+        logits = logits.reshape(len(images), config.copies, -1)
+        value = jax.vmap(functools.partial(METHODS[config.method].loss, config))(logits, labels).mean()
+        correct = (logits.argmax(-1) == labels[:, None]).mean()
+        return value, (changed, jnp.stack([value, correct]))
+
+    gradient, (changed, figures) = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, moments = _optimizer(training).update(gradient, moments, variables["params"])
+    state = {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
+    return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec()))
+
+
+def augment(key, images, config: TrainConfig):
+    """Shift each image at random by up to `config.shift` pixels, filling with black, and mirror half of them."""
+    key_shift, key_flip = jax.random.split(key)
+    if config.shift:
+        pad = config.shift
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        shifts = jax.random.randint(key_shift, (len(images), 2), 0, 2 * pad + 1)
+        cut = lambda image, shift: jax.lax.dynamic_slice(image, (*shift, 0), images.shape[1:])
+        images = jax.vmap(cut)(padded, shifts)
+    if config.flip:
+        flip = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(flip, images[:, :, ::-1], images)
+    return images
+
+
+def evaluate(training: Training, variables, test: Dataset) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of the base classifier on `test`, under one noise draw per image."""
+    sums, batch_size, mesh = np.zeros(2), min(_EVALUATION_BATCH, len(test)), training.mesh
+    positions = np.arange(math.ceil(batch_size / mesh.size) * mesh.size)
+    for start in range(0, len(test), batch_size):
+        mask = positions < min(batch_size, len(test) - start)
+        chosen = np.where(mask, start + positions, 0)
+        batch = [take_rows(column, chosen, mesh) for column in (test.images, test.labels)]
+        batch.append(take_rows(mask, positions, mesh))
+        sums += _evaluate_batch(variables, batch, np.int32(start), training=training, batch_size=batch_size)
+    loss, accuracy = sums / len(test)
+    return float(loss), float(accuracy)
+
+
+@functools.partial(jax.jit, static_argnames=("training", "batch_size"))
+def _evaluate_batch(variables, batch, start, *, training: Training, batch_size: int):
+    """Sums of losses and of correct answers over the images of the batch that the mask keeps."""
+    (images, labels, mask), config = batch, training.config
+    key = jax.random.fold_in(_root_key(config), 2 + start)  # 0 and 1 are the keys that `split` gives
+    # Without the padding, whose size depends on the number of devices: draws would depend on it, too.
+    theta = jnp.full((batch_size, *images.shape[1:]), config.theta)
+    noisy = _add_noise(config.noise_law, key, images[:batch_size], theta)
+    noisy = jnp.pad(noisy, [(0, len(images) - batch_size), *[(0, 0)] * (images.ndim - 1)])
+    logits = training.network.apply(variables, noisy)
+    losses_ = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.stack([(losses_ * mask).sum(), ((logits.argmax(-1) == labels) * mask).sum()])
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step, with `steps` steps per epoch."""
+    if config.drop_every is None:
+        return optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps)
+    drops = {epoch * steps: 0.1 for epoch in range(config.drop_every, config.epochs, config.drop_every)}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def _optimizer(training: Training) -> optax.GradientTransformation:
+    config = training.config
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate(config, training.steps), config.momentum, nesterov=config.nesterov),
+    )
+
+
+def _root_key(config: TrainConfig):
+    """The key of all draws of a training. No image has this id, so certificates of the same seed share no draw."""
+    return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), np.uint32(2**32 - 2))
+
+
+def _add_noise(noise: Noise, key, images, theta):
+    """Noisy copies of all images at once, from a single draw for the whole array."""
+    if isinstance(noise, AdditiveNoise):
+        return images + noise.sample(key, theta)
+    return noise.perturb(key, 0, images, theta)

@@ -1,0 +1,60 @@
+"""The convolutions of the networks are XLA's: values, gradients and forward-mode derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ancer_jax.models._convolution import convolution
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    [((1, 1), (3, 3)), ((2, 1), (3, 3)), ((2, 2), (1, 1)), ((5, 4), (1, 1)), ((5, 4), (3, 3)), ((5, 4), (2, 3))],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("features", [3, 6])
+def test_convolution_is_that_of_xla(size, kernel, stride, features):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, w = draw(2, *size, features), draw(*kernel, features, 5)
+    half = [(k // 2, k // 2) for k in kernel]
+    plans = [half, "SAME", [(k - 1, k - 1) for k in kernel]]
+    for padding in plans if kernel == (2, 3) else plans[:1]:
+        ours = lambda x, w, padding=padding: convolution(x, w, (stride, stride), padding, dimension_numbers=LAYOUT)
+        theirs = lambda x, w, padding=padding: jax.lax.conv_general_dilated(
+            x, w, (stride, stride), padding, dimension_numbers=LAYOUT
+        )
+        dx, dw, pull = draw(*x.shape), draw(*w.shape), draw(*theirs(x, w).shape)
+
+        @jax.jit
+        def all_of(x, w, dx, dw, pull):
+            found = []
+            for one in (ours, theirs):  # noqa: B023
+                value, back = jax.vjp(one, x, w)
+                found.append((value, back(pull), jax.jvp(one, (x, w), (dx, dw))[1]))
+            return found
+
+        for found, expected in zip(*map(jax.tree.leaves, all_of(x, w, dx, dw, pull)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * (1 + np.abs(expected).max()))
+
+
+def test_unusual_convolutions_are_those_of_xla():
+    x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+    grouped = convolution(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT, feature_group_count=4)
+    assert grouped.shape == (1, 5, 5, 4) and grouped[0, 2, 2, 0] == 9
+    for padding, size in (("VALID", 1), ("SAME", 5)):
+        dilated = convolution(x[..., :1], w, (1, 1), padding, dimension_numbers=LAYOUT, rhs_dilation=(2, 2))
+        assert dilated.shape == (1, size, size, 4)
+    cut = lambda x: convolution(x, jnp.ones((1, 1, 4, 2)), (2, 2), [(-1, 0), (0, 0)], dimension_numbers=LAYOUT).sum()
+    assert jax.grad(cut)(x).shape == x.shape
+    tiny, far = jnp.ones((1, 2, 2, 3)), jnp.ones((1, 1, 3, 2))
+    assert convolution(tiny, far, (3, 3), [(1, 1), (1, 1)], dimension_numbers=LAYOUT).shape == (1, 2, 2, 2)
+    assert convolution(tiny, jnp.ones((3, 3, 3, 2)), (1, 1), "VALID", dimension_numbers=LAYOUT).shape == (1, 0, 0, 2)
+    grouped = convolution(
+        jnp.ones((2, 4, 4, 3)), jnp.ones((1, 1, 3, 4)), (1, 1), "SAME", dimension_numbers=LAYOUT, batch_group_count=2
+    )
+    assert grouped.shape == (1, 4, 4, 4)

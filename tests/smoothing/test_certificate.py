@@ -1,0 +1,139 @@
+"""Certificates of one input or of many: indices, sizes, and the votes from which they follow."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ancer_jax.smoothing import (
+    ABSTAIN,
+    Certificate,
+    CertifyConfig,
+    Gaussian,
+    Smoothed,
+    Uniform,
+    bounds,
+    certificate_from_votes,
+    certify_batch,
+)
+from ancer_jax.smoothing.certificate import certificate_from_evidence, enumerated_evidence, random_evidence
+from tests import reference
+from tests.toy import KEY, Coins
+
+XS = np.random.default_rng(0).normal(0, 0.5, (6, 3, 2)).astype(np.float32)
+MAP = np.random.default_rng(1).uniform(0.2, 1, (3, 2)).astype(np.float32)
+LINEAR = reference.linear(np.linspace(-1, 1.5, 6), b=0.1)
+
+
+def batch_of(count, noise=None):
+    smoothed = Smoothed(LINEAR, noise or Gaussian(), MAP)
+    return certify_batch(KEY, smoothed, XS[:count], config=CertifyConfig(n0=20, n=300))
+
+
+def test_a_certificate_of_a_batch_is_taken_by_its_index():
+    batch = batch_of(6)
+    assert isinstance(batch[2], Certificate) and batch[2].region.norm == batch.region.norm
+    assert (batch[2].prediction, batch[2].gap, batch[-1].count) == (
+        batch.prediction[2],
+        batch.gap[2],
+        batch.count[5],
+    )
+    np.testing.assert_array_equal(batch[2].region.center, XS[2])
+    for places in (slice(1, 4), np.array([5, 0]), batch.gap > np.median(batch.gap)):
+        some = batch[places]
+        assert len(some) == len(batch.gap[places])
+        for name in ("prediction", "gap", "radius", "proxy_radius", "log_volume", "p_lower", "count", "n"):
+            np.testing.assert_array_equal(getattr(some, name), getattr(batch, name)[places])
+    assert [one.count for one in batch] == batch.count.tolist()
+    with pytest.raises(IndexError):
+        batch[6]
+    with pytest.raises(TypeError):
+        len(batch[0])
+
+
+@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
+def test_a_certificate_has_the_sizes_of_its_region(noise):
+    batch = batch_of(6, noise)
+    for name in ("gap", "radius", "proxy_radius", "log_volume"):
+        together = getattr(batch, name)
+        np.testing.assert_array_equal(together, getattr(batch.region, name))
+        for i in range(6):
+            assert getattr(batch[i], name) == pytest.approx(together[i], rel=1e-14)
+            assert getattr(batch[i], name) == getattr(batch[i].region, name)
+
+
+@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
+def test_certificates_have_the_same_sizes_and_derivatives_under_vmap(noise):
+    names = ("radius", "proxy_radius", "log_volume")
+    sizes = lambda certificate: {name: getattr(certificate, name) for name in names}
+    batch = batch_of(6, noise)
+    regions = dataclasses.replace(batch.region, gap=batch.gap + 0.5)  # where every size has a derivative
+    batch = jax.tree.map(jnp.asarray, dataclasses.replace(batch, region=regions))
+    together, of_each = jax.jit(sizes)(batch), jax.vmap(sizes)(batch)
+    for name in names:
+        assert of_each[name].shape == (6,)
+        np.testing.assert_allclose(together[name], of_each[name], rtol=1e-6)
+        np.testing.assert_allclose(of_each[name], getattr(batch, name), rtol=1e-5, atol=1e-5)
+
+    def size(theta, certificate, name):
+        region = dataclasses.replace(certificate.region, theta=theta)
+        return getattr(dataclasses.replace(certificate, region=region), name).sum()
+
+    for name in names:
+        of_batch = jax.grad(size)(batch.region.theta, batch, name)
+        one_by_one = [jax.grad(size)(batch[i].region.theta, batch[i], name) for i in range(6)]
+        np.testing.assert_allclose(of_batch, np.stack(one_by_one), rtol=1e-5)
+        assert np.any(of_batch)
+
+
+@pytest.mark.parametrize("theta", [np.float32(0.4), MAP], ids=["scalar", "map"])
+def test_certificates_of_a_batch_have_one_theta_or_one_each(theta):
+    smoothed, selected, count = Smoothed(LINEAR, Gaussian(), theta), np.zeros(6, int), np.arange(295, 301)
+    config = CertifyConfig(n0=20, n=300)
+    batch = certificate_from_votes(smoothed, XS, selected, count, config=config)
+    each = smoothed.with_theta(np.stack([theta] * 6))
+    of_each = certificate_from_votes(each, XS, selected, count, config=config)
+    reference.assert_same_certificates(of_each, list(batch))
+    alone = [certificate_from_votes(smoothed, x, 0, n, config=config) for x, n in zip(XS, count, strict=True)]
+    reference.assert_same_certificates(batch, alone)
+
+
+def test_a_theta_that_may_be_a_map_or_a_number_for_each_input_is_refused():
+    smoothed = Smoothed(LINEAR, Gaussian(), np.full(6, 0.4, np.float32))
+    with pytest.raises(ValueError, match="may be one map or a number for each input"):
+        certificate_from_votes(
+            smoothed, np.zeros((6, 6), np.float32), np.zeros(6, int), np.full(6, 299), config=CertifyConfig(n=300)
+        )
+
+
+def test_votes_of_all_draws_give_the_top_class_and_its_evidence():
+    counts = np.array([[3, 9, 4], [8, 8, 0], [0, 0, 16]])
+    selected, evidence = enumerated_evidence(counts, np.full(3, 16))
+    np.testing.assert_array_equal(selected, [1, 0, 2])
+    np.testing.assert_array_equal(evidence.votes, [9, 8, 16])
+    np.testing.assert_array_equal(evidence.runner_up, [4, 8, 0])
+    assert not evidence.alpha.any()
+    smoothed = Smoothed(LINEAR, Coins(), np.float32(0.25))
+    result = certificate_from_evidence(selected, evidence, smoothed, XS[:3])
+    np.testing.assert_array_equal(result.prediction, [1, ABSTAIN, 2])
+    np.testing.assert_array_equal(result.gap, np.array([2, 0, 13]) / 16)
+    np.testing.assert_array_equal(result.p_lower, counts.max(axis=1) / 16)
+
+
+def test_votes_of_random_draws_say_no_more_than_their_bound():
+    evidence = random_evidence(np.array([299, 200]), CertifyConfig(n=300))
+    p_lower, gap = evidence.bound_and_gap(Gaussian())
+    np.testing.assert_array_equal(p_lower, bounds.clopper_pearson_lower(evidence.votes, 300, 0.001))
+    np.testing.assert_array_equal(gap, Gaussian().gap(p_lower))
+    np.testing.assert_array_equal(evidence.runner_up, [1, 100])
+    with pytest.raises(ValueError, match="the draws of enumerable noise must all be counted"):
+        certificate_from_votes(Smoothed(LINEAR, Coins(), np.float32(0.25)), XS[0], 0, 10, config=CertifyConfig(n=16))
+
+
+@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
+def test_no_votes_give_no_certificates(noise):
+    smoothed, none = Smoothed(LINEAR, noise, np.float32(0.4)), np.zeros(0, int)
+    batch = certificate_from_votes(smoothed, XS[:0], none, none, config=CertifyConfig(n=300))
+    assert len(batch) == 0 and batch.gap.shape == batch.radius.shape == batch.log_volume.shape == (0,)

@@ -1,0 +1,195 @@
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ancer_jax
+from ancer_jax.smoothing import Classifier, check_classifier, from_function, from_linen, from_nnx
+from ancer_jax.smoothing.classifier import fingerprint
+from tests import reference
+
+X = np.linspace(0, 1, 6, dtype=np.float32)
+
+
+class Linen(nn.Module):
+    """A network that behaves differently in training."""
+
+    argument: str = "train"
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class Nnx(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(6, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout, self.last = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(self.norm(self.first(x))))
+
+
+def linen_variables():
+    return Linen().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X[None], train=True)
+
+
+def test_linen_is_put_into_evaluation_mode():
+    variables = linen_variables()
+    classifier = from_linen(Linen(), variables, num_classes=3)
+    check_classifier(classifier, X)
+    np.testing.assert_array_equal(classifier(X[None]), Linen().apply(variables, X[None], train=False))
+    with pytest.raises(ValueError, match="train=True is training mode"):
+        from_linen(Linen(), variables, num_classes=3, train=True)
+
+
+def test_nnx_is_put_into_evaluation_mode_and_left_alone():
+    model = Nnx(nnx.Rngs(0))
+    classifier = from_nnx(model, num_classes=3)
+    check_classifier(classifier, X)
+    assert not model.norm.use_running_average
+    assert not model.dropout.deterministic
+    model.eval()
+    np.testing.assert_allclose(classifier(X[None]), model(X[None]), rtol=1e-6)
+
+
+def batch_norm_in_training(variables, x):
+    return jnp.stack([x[:, 0] - x[:, 0].mean(), x[:, 1]], axis=-1)
+
+
+def dropout_by_place(variables, x):
+    return x[:, :2] * jax.random.bernoulli(jax.random.key(0), 0.5, (x.shape[0], 2))
+
+
+def not_finite(variables, x):
+    return x[:, :2] / 0.0
+
+
+def needs_images(variables, x):
+    return x[:, 0, 0, :2]
+
+
+def one_column_too_many(variables, x):
+    return x[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (batch_norm_in_training, "rest of the batch"),
+        (dropout_by_place, "place in the batch"),
+        (not_finite, "not finite"),
+        (needs_images, r"does not work on inputs of shape \[6\]"),
+        (one_column_too_many, r"must return logits of shape \[4, 2\].*got \[4, 3\]"),
+    ],
+)
+def test_what_voids_a_certificate_is_refused(function, text):
+    with pytest.raises(ValueError, match=text):
+        check_classifier(from_function(function, (), num_classes=2), X)
+
+
+def test_fewer_than_two_classes_are_refused():
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        from_function(not_finite, (), num_classes=1)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
+def test_rebuilding_a_wrapper_or_loading_other_weights_compiles_nothing(kind):
+    def build(scale):
+        if kind == "nnx":
+            model = Nnx(nnx.Rngs(0))
+            model.last.bias[...] = jnp.full(3, scale)
+            return from_nnx(model, num_classes=3)
+        if kind == "linen":
+            variables = jax.tree.map(lambda leaf: leaf * scale, linen_variables())
+            return from_linen(Linen(), variables, num_classes=3)
+        return reference.linear(np.full(6, scale))
+
+    traces = []
+
+    @jax.jit
+    def run(classifier, x):
+        traces.append(1)
+        return classifier(x)
+
+    first, second = (run(build(scale), X[None]) for scale in (1.0, 2.0))
+    assert len(traces) == 1
+    assert not np.allclose(first, second)
+
+
+def test_fingerprint_names_the_weights():
+    a, b = reference.linear(np.ones(4)), reference.linear(np.ones(4))
+    other = reference.linear(np.array([1, 1, 1, 1 + 1e-6]))
+    assert fingerprint(a, X[:4]) == fingerprint(b, X[:4])
+    assert fingerprint(a, X[:4]) != fingerprint(other, X[:4])
+
+
+@pytest.mark.parametrize("values", [(1.0, -1.0), (np.arange(6.0), np.arange(6.0) + np.eye(6)[0])])
+def test_fingerprint_names_the_program_and_what_it_closes_over(values):
+    def build(value):
+        constant = jnp.asarray(value, jnp.float32)
+        return from_function(lambda _, x: (x * constant)[:, :2], (), num_classes=2)
+
+    first, again, second = (fingerprint(build(value), X) for value in (values[0], values[0], values[1]))
+    assert first == again
+    assert first != second
+
+
+def test_fingerprint_is_that_of_other_processes():
+    code = (
+        "import tests.smoothing.test_classifier as t; "
+        "print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X))"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert there == fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X)
+
+
+class ByArgument(nnx.Module):
+    """Told training from evaluation in the call."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x, train: bool = True):
+        return self.norm(x, use_running_average=not train)
+
+
+def test_nnx_modules_that_are_told_in_the_call_are_put_into_evaluation_mode():
+    check_classifier(from_nnx(ByArgument(nnx.Rngs(0)), num_classes=6), X)
+
+
+def hidden_batch_effect(variables, x):
+    return jnp.stack([1e3 + x[:, 0] + x.mean(), 1e3 + x[:, 1]], axis=-1)
+
+
+def test_a_batch_effect_is_found_beneath_a_large_constant():
+    with pytest.raises(ValueError, match="batch"):
+        check_classifier(from_function(hidden_batch_effect, (), num_classes=2), X)
+
+
+def test_bundled_classifiers_are_what_their_notes_say():
+    dataset = ancer_jax.load_dataset("fashion-mnist-subset")
+    for norm in ("l2", "l1"):
+        bundled = ancer_jax.load_bundled(norm)
+        check_classifier(bundled.classifier, dataset.images[0])
+        accuracy = (bundled.classifier(dataset.images).argmax(-1) == dataset.labels).mean()
+        # 500 of the 10,000 images: four standard errors.
+        assert abs(accuracy - bundled.clean_accuracy) < 4 * 0.3 / np.sqrt(500)
+        assert bundled.noisy_accuracy > 0.85
+    with pytest.raises(ValueError, match="norm must be one of l2, l1, got 'linf'"):
+        ancer_jax.load_bundled("linf")
+
+
+def test_a_classifier_is_a_pytree():
+    classifier = reference.linear(np.ones(4))
+    leaves, structure = jax.tree.flatten(classifier)
+    assert len(leaves) == 2
+    assert isinstance(jax.tree.unflatten(structure, leaves), Classifier)
