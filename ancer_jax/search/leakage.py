@@ -66,7 +66,6 @@ def make_probes(
     keys: Key[Array, " m"], smoothed: Smoothed, images: Float[ArrayLike, "m *d"], *, num_samples: int, chunk: int
 ) -> Probes:
     """Leakage probes, of the theta where the search starts. Arguments and errors as in `smoothed_classes`."""
-    check_integer("num_samples", num_samples)
     images = jnp.asarray(images)
     classes = smoothed_classes(keys, smoothed, images, num_samples=num_samples, chunk=chunk)
     return Probes(keys, images, classes, num_samples)
@@ -97,7 +96,9 @@ def smoothed_classes(
 
 
 def _counts(stage: Stage, keys, smoothed: Smoothed, images, num_samples: int, chunk: int) -> Int[Array, "m K"]:
-    """Votes for each class of the draws of every image, of that stage."""
+    """Votes for each class of `num_samples` draws of each image, of that stage."""
+    check_integer("num_samples", num_samples)
+    check_integer("chunk", chunk)
 
     def count(one):
         key, image = one

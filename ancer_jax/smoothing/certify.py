@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.core
@@ -136,7 +137,7 @@ def certify_batch(
     smoothed: Smoothed,
     xs: Float[ArrayLike, "m *d"],
     *,
-    ids: Int[ArrayLike, " m"] | None = None,
+    ids: Int[ArrayLike, " m"] | Sequence[int] | None = None,
     config: CertifyConfig | None = None,
     chunk: int = 1000,
 ) -> Certificate:
@@ -166,7 +167,7 @@ def certify_batch(
     return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 
-def _ids(ids: ArrayLike | None, xs: ArrayLike) -> np.ndarray:
+def _ids(ids: ArrayLike | Sequence[int] | None, xs: ArrayLike) -> np.ndarray:
     """The ids of a batch of inputs, checked: uint32 [m]."""
     count = np.shape(xs)[0] if np.ndim(xs) else 0
     if not count:
@@ -220,15 +221,24 @@ def predict(
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1, after Hung & Fithian 2019.
     """
-    check_integer("n", n, 1, 2**31 - 1)
     check_integer("chunk", chunk)
+    _check_prediction(n, alpha)
+    return _predict(key, smoothed, x, n, alpha, chunk)
+
+
+def _check_prediction(n: int, alpha: float) -> None:
+    """Refuse what is out of range; warn where every input would abstain."""
+    check_integer("n", n, 1, 2**31 - 1)
     check_real("alpha", alpha, f"[{bounds.LEAST_ALPHA}, 1)")
     if bounds.binomial_test(n, 0) > alpha:
         least = math.ceil(math.log2(2 / alpha) + 2e-6)  # p-values are rounded up by a millionth
         warnings.warn(
             f"n = {n} draws decide nothing at alpha = {alpha:g}, whatever the votes: n must be at least {least}",
-            stacklevel=2,
+            stacklevel=3,
         )
+
+
+def _predict(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, n: int, alpha: float, chunk: int) -> int:
     smoothed, x = check_example(smoothed, x)
     key = stage_key(key, Stage.PREDICT)
     counts = np.asarray(_class_counts(key, smoothed, x, num_samples=n, chunk=chunk))
@@ -241,13 +251,14 @@ def predict_batch(
     smoothed: Smoothed,
     xs: Float[ArrayLike, "m *d"],
     *,
-    ids: Int[ArrayLike, " m"] | None = None,
+    ids: Int[ArrayLike, " m"] | Sequence[int] | None = None,
     n: int = 1000,
     alpha: float = 0.001,
 ) -> Int[np.ndarray, " m"]:
     """`predict` at many inputs, from one key: int64 [m]. Keys, ids and errors as in `certify_batch`."""
+    _check_prediction(n, alpha)
     images = zip(_ids(ids, xs), np.asarray(xs), strict=True)
-    return np.array([predict(jax.random.fold_in(key, i), smoothed, x, n=n, alpha=alpha) for i, x in images])
+    return np.array([_predict(jax.random.fold_in(key, i), smoothed, x, n, alpha, 1000) for i, x in images])
 
 
 def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array]:

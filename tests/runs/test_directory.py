@@ -144,7 +144,7 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
     run = tmp_path / "run"
     run.mkdir()
     # What version 2 wrote, and the versions before it without a number.
-    settings = {"norm": "l2", "method": "shared", "leakage": {"num_references": 50}, "data": {"image_shape": [3, 2, 1]}}
+    settings = {"norm": "l2", "method": "shared", "leakage": None, "data": {"image_shape": [3, 2, 1]}}
     settings |= {} if version is None else {"results_version": version}
     (run / "config.json").write_text(json.dumps({"hash": "0", "settings": settings}))
     before = (run / "config.json").read_bytes()

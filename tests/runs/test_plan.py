@@ -69,19 +69,19 @@ def test_memory_of_the_machine_is_known():
 def calls(monkeypatch):
     """What identifies each program that was planned, and each that was run, to JAX: it compiles no other for them."""
 
-    def identity(call):
-        leaves, structure = jax.tree.flatten(call.arguments)
+    def identity(program):
+        leaves, structure = jax.tree.flatten(program.arguments)
         kinds = tuple((np.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
-        return call.program, structure, kinds, tuple(sorted(call.static.items()))
+        return program.function, structure, kinds, tuple(sorted(program.static.items()))
 
     found = {"plan": [], "run": []}
 
     def recording(name):
         method = getattr(Program, name)
 
-        def wrapper(call):
-            found[name].append(identity(call))
-            return method(call)
+        def wrapper(program):
+            found[name].append(identity(program))
+            return method(program)
 
         return wrapper
 
@@ -120,7 +120,7 @@ def test_the_programs_that_are_planned_are_those_that_run(tmp_path, calls, confi
     execution = Execution(devices=2, shard=shard)
     config, dataset = dataclasses.replace(config, memory=False), take(POINTS, np.arange(45))  # in three batches
     certify_dataset(CLASSIFIER, dataset, config, out=tmp_path, theta_map=theta_map, execution=execution)
-    assert {program.__name__ for program, *_ in calls["plan"]} == programs
+    assert {function.__name__ for function, *_ in calls["plan"]} == programs
     assert {*calls["run"]} == {*calls["plan"]} and len(calls["run"]) > len(calls["plan"]) == len(programs)
 
 
