@@ -18,7 +18,7 @@ from ancer_jax.search.config import (
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import CertifyConfig
 from ancer_jax.smoothing.noise import Noise
-from ancer_jax.smoothing.registry import make_noise
+from ancer_jax.smoothing.registry import DEFAULT_NOISE, make_noise
 from ancer_jax.smoothing.sequential import SequentialConfig, check_divisible
 
 Norm = Literal["l2", "l1"]
@@ -51,7 +51,7 @@ class RunConfig:
       leakage_limit: with a limit, a theta that leaks more is rejected: the anisotropic one in favour of the isotropic
         one, and that in favour of `theta`.
       seed: seed of all draws, in [0, 2^31).
-      noise: for l1 "uniform" or "splitting"; None is the usual one of the norm.
+      noise: for l1 "splitting"; None is the usual one of the norm.
       exact: count all draws there are of splitting noise instead of `certify.n` random ones (`Splitting`). Theta is
         rounded down to a value that allows it, after guard and leakage limit, and certificates hold without alpha.
       period: with exact and one theta per coordinate, the largest number of those draws.
@@ -89,6 +89,8 @@ class RunConfig:
         check_choice("guard", self.guard, Guard)
         check_choice("precision", self.precision, Precision)
         make_noise(self.norm, self.noise)
+        if self.noise == DEFAULT_NOISE[self.norm]:
+            object.__setattr__(self, "noise", None)
         if self.exact and self.noise != "splitting":
             raise ValueError("exact certificates are for splitting noise: norm l1, noise splitting")
         check_integer("period", self.period, 1, 2**14)
@@ -165,8 +167,7 @@ class RunConfig:
         """The settings that the method uses, as JSON values: the part of this config in the settings of a run."""
         used = ["norm", "method", "certify", "seed", *self.searches]
         used += ["theta"] if self.method != "universal" else []
-        usual = make_noise(self.norm, self.noise) == make_noise(self.norm)
-        used += [] if usual else ["noise", "exact"]
+        used += [] if self.noise is None else ["noise", "exact"]
         used += ["period"] if self.exact and self.method in ("universal", "ancer") else []
         used += ["sampling"] if self.sampling is not None else []
         used += ["guard"] if self.method == "ancer" else []

@@ -80,10 +80,13 @@ class Run:
 
     @functools.cached_property
     def data(self) -> DataInfo:
-        """What the run is of."""
-        data: dict[str, Any] = dict(self.settings["data"])
-        data["image_shape"] = tuple(data["image_shape"])
-        return DataInfo(**data)
+        """The data set that the run certifies."""
+        try:
+            data: dict[str, Any] = dict(self.settings["data"])
+            data["image_shape"] = tuple(data["image_shape"])
+            return DataInfo(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path / 'config.json'}: not the settings of a run ({error!r})") from None
 
     @property
     def calls_the_host(self) -> bool:

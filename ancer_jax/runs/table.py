@@ -169,7 +169,8 @@ def write_table(columns: Columns) -> str:
             return [round_up(value, _UP[name]) for value in columns[name]]
         return [str(value) for value in columns[name].tolist()]
 
-    return "".join("\t".join(line) + "\n" for line in (header, *zip(*map(text, header), strict=True)))
+    lines = zip(*map(text, header), strict=True) if columns else ()
+    return "".join("\t".join(line) + "\n" for line in (header, *lines))
 
 
 def read_table(path: epath.PathLike) -> Columns:

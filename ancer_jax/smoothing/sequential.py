@@ -70,12 +70,12 @@ class SequentialConfig:
 
 
 def check_divisible(config: CertifyConfig) -> None:
-    """Refuse an alpha whose parts would be below `bounds.LEAST_ALPHA`.
+    """Refuse an alpha whose parts, which are 1e-4 of it at least, could be below `bounds.LEAST_ALPHA`.
 
     Raises:
       ValueError: naming it.
     """
-    check_real("alpha", config.alpha, f"[{1e4 * bounds.LEAST_ALPHA}, 1)")
+    check_real("alpha", config.alpha, "[1e-196, 1)")
 
 
 def certify_sequentially(
