@@ -15,9 +15,9 @@ test: $(VENV)/installed
 test-extras: $(VENV)/extras
 	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models tests/cli/test_networks.py tests/test_notebooks.py
 
-# Of the slow tests, those that nothing else covers: several processes, stopped and damaged runs, benchmarks in small.
+# Of the slow tests, those of several processes.
 test-long: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow tests/test_multihost.py tests/runs/test_directory.py tests/test_benchmarks.py
+	$(BIN)/python -m pytest -m slow tests/test_multihost.py
 
 # Some minutes; into bench/.
 bench: $(VENV)/package

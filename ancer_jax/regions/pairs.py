@@ -19,16 +19,17 @@ from ancer_jax.regions.region import Region, parts_of
 
 
 def is_superset(a: Region, b: Region) -> Values:
-    """Whether region `a` contains region `b` of the same norm and center (bool []).
+    """Whether region `a` contains region `b` of the same norm and center (bool []); one region each.
 
     True if and only if `gap_a * theta_a >= gap_b * theta_b` in every coordinate. Centers that differ give False: the
     comparison says nothing about them.
 
     Raises:
-      ValueError: if the norms differ.
+      ValueError: if the norms differ, or a region is a batch.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
+    _check_single(a, b)
     if a.norm != b.norm:
         raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
     xnp, center_a, theta_a, gap_a, _ = parts_of(a)
@@ -42,6 +43,7 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
 
     @functools.wraps(function)
     def wrapper(a: Region, b: Region, **options):
+        _check_single(a, b)
         if a.norm != b.norm:
             raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
         if np.shape(a.center) != np.shape(b.center):
@@ -58,6 +60,11 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
             return np.asarray(jitted(a, b, **options))[()]
 
     return wrapper
+
+
+def _check_single(a: Region, b: Region) -> None:
+    if np.ndim(a.gap) or np.ndim(b.gap):
+        raise ValueError("pairs are of one region each: use jax.vmap for batches")
 
 
 def _pair(a: Region, b: Region):
@@ -82,7 +89,7 @@ def separation(a: Region, b: Region) -> Values:
     Guarantee: never above the exact value.
 
     Raises:
-      ValueError: if norms or shapes differ.
+      ValueError: if norms or shapes differ, or a region is a batch.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     distance = jnp.where(d > 0, d, 1.0)
@@ -119,7 +126,7 @@ def disjoint(a: Region, b: Region) -> Values:
     Guarantee: True is proven; regions that touch, or nearly, give False.
 
     Raises:
-      ValueError: if norms or shapes differ.
+      ValueError: if norms or shapes differ, or a region is a batch.
     """
     return separation(a, b) > 1
 
@@ -141,7 +148,7 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
     Differentiable under jit and grad.
 
     Raises:
-      ValueError: if norms or shapes differ.
+      ValueError: if norms or shapes differ, or a region is a batch.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     enough = enough / (1 - _slack(margin))  # the slack is taken off below
@@ -170,7 +177,7 @@ def largest_inside(a: Region, b: Region) -> Values:
     is not inside b.
 
     Raises:
-      ValueError: if norms or shapes differ.
+      ValueError: if norms or shapes differ, or a region is a batch.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     beta = theta_b * jnp.where(b.gap > 0, b.gap, 1.0)

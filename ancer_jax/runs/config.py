@@ -17,9 +17,10 @@ from ancer_jax.search.config import (
 )
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import CertifyConfig
-from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.noise import Gaussian, Noise, Uniform
 from ancer_jax.smoothing.registry import DEFAULT_NOISE, make_noise
 from ancer_jax.smoothing.sequential import SequentialConfig, check_divisible
+from ancer_jax.smoothing.splitting import Splitting
 
 Norm = Literal["l2", "l1"]
 Method = Literal["fixed", "universal", "isotropic", "ancer"]
@@ -173,8 +174,9 @@ class RunConfig:
         used += ["guard"] if self.method == "ancer" else []
         used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []
         used += ["leakage", "leakage_limit"] if self.data_dependent else []
-        values = dataclasses.asdict(self)
-        return {name: values[name] for name in used}
+        values, law = dataclasses.asdict(self), self.certified_noise
+        own = {} if type(law) in (Gaussian, Uniform, Splitting) else {"noise_law": repr(law)}
+        return {name: values[name] for name in used} | own
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "RunConfig":
@@ -199,8 +201,8 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Settings of speed and memory. They change no draw and, for a given theta, no count. A search may round
-    differently, so that the thetas it finds can differ in their last bits.
+    """Settings of speed and memory. They change no draw and, for a given theta, no count. A search rounds differently,
+    so that the thetas it finds can differ by a few percent.
 
     Attributes:
       batch_size: images at a time (rounded up to a multiple of the devices, if these shard the images). None: 32 for

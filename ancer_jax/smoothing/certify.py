@@ -22,7 +22,7 @@ from ancer_jax.smoothing.certificate import (
     certificate_from_evidence,
     random_evidence,
 )
-from ancer_jax.smoothing.noise import Noise
+from ancer_jax.smoothing.noise import Noise, noise_dtype
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, stage_key
 
 _FLOAT32 = np.finfo(np.float32)
@@ -57,10 +57,13 @@ def certificate_from_votes(
     """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
 
     Args:
-      smoothed: of theta [], [*d], [...] or [..., *d], in float32.
-      x: [..., *d], in float32.
+      smoothed: of theta [], [*d], [...] or [..., *d].
+      x: [..., *d].
       selected, count: int [...], as `count_votes` returns them.
       config: the settings that they were counted with.
+
+    Returns:
+      Certificates around x and theta as jax has them, in float32 by default: those that were counted.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
@@ -68,7 +71,9 @@ def certificate_from_votes(
       ValueError: if the noise is enumerable, or a count is out of range.
     """
     check_random(smoothed.noise)
-    return certificate_from_evidence(selected, random_evidence(count, config), smoothed, x)
+    x = jnp.asarray(x)  # what was traced, and theta as it was drawn with
+    smoothed = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x))))
+    return certificate_from_evidence(selected, random_evidence(count, config), smoothed, np.asarray(x))
 
 
 def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
@@ -144,7 +149,8 @@ def certify_batch(
     """`certify` one smoothed classifier at many inputs, from one key.
 
     Args:
-      key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`.
+      key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`. Two
+        calls with one key and the same ids use the same draws: do not choose theta by one and certify by the other.
       smoothed, config, chunk: as in `certify`.
       xs: [m, *d] inputs.
       ids: numbers that name the inputs, in [0, 2^31), all different; by default 0, ..., m - 1.

@@ -355,3 +355,11 @@ def test_the_gradient_where_centers_agree_is_zero_and_finite(norm, gap, center):
     far = max(center[0] - gap, 0)
     np.testing.assert_allclose(by_center, [far > 0, 0], atol=1e-3)
     np.testing.assert_allclose(by_theta, [-far, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("question", [is_superset, disjoint, separation, largest_outside, largest_inside])
+def test_batches_of_regions_are_refused(question):
+    """They would be compared as one region of more coordinates."""
+    batch = Region(np.zeros((2, 1)), np.ones(2), np.full(2, 0.1), 2)
+    with pytest.raises(ValueError, match="pairs are of one region each"):
+        question(batch, batch)

@@ -228,3 +228,12 @@ def test_execution_out_of_range_is_refused(change, text):
 def test_nothing_of_the_execution_is_asked_for_by_default():
     assert Execution() == Execution(batch_size=None, chunk=None, devices=None, shard="images")
     assert Execution().progress("certified", 3) is None
+
+
+def test_the_attributes_of_a_noise_of_ones_own_are_among_the_settings(monkeypatch):
+    monkeypatch.setitem(NOISES, "coins", Coins(per_unit=32))
+    one = RunConfig(norm="l1", noise="coins").settings()
+    monkeypatch.setitem(NOISES, "coins", Coins(per_unit=64))
+    other = RunConfig(norm="l1", noise="coins").settings()
+    assert one != other and one["noise_law"] == "Coins(per_unit=32)"
+    assert "noise_law" not in RunConfig(norm="l1", noise="splitting").settings()

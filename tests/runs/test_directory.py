@@ -513,16 +513,6 @@ def test_a_table_that_cannot_be_written_keeps_the_old_one(tmp_path):
     assert read_table(tsv)["idx"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.slow
-def test_random_faults_change_nothing(tmp_path):
-    """Killed, stopped, disk full, shards torn, in a failing bucket, one of several processes dead: a small campaign."""
-    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "faults.py"
-    command = [sys.executable, str(script), "--faults", "20", "--no-record"]
-    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "'lost': 0, 'twice': 0, 'different': 0" in done.stdout
-
-
 @pytest.mark.parametrize("damage", ["copied", "renamed", "shortened"])
 def test_shards_that_were_moved_about_are_refused(tmp_path, damage):
     write(tmp_path / "run", [0, 1], [2, 3])

@@ -333,3 +333,11 @@ def test_alpha_is_of_each_certificate_and_adds_up_in_the_memory():
     assert too_often(alpha) < 1e-12  # so alpha alone is no bound
     assert too_often(5 * alpha) > 1e-3
     assert wrong_after.mean() > 3 * wrong_before[:, -1].mean()
+
+
+def test_a_certificate_from_votes_is_around_the_numbers_that_were_counted():
+    smoothed = Smoothed(LINEAR, Gaussian(), 0.7)  # as float32 it is smaller
+    x = np.full(XS.shape[1:], 0.1)
+    certificate = certificate_from_votes(smoothed, x, 1, 990, config=CertifyConfig(n=1_000))
+    assert float(certificate.region.theta) == float(np.float32(0.7)) < 0.7
+    np.testing.assert_array_equal(certificate.region.center, x.astype(np.float32))
