@@ -69,7 +69,7 @@ class Memory:
 
     @classmethod
     def restore(cls, regions: Region, predictions: ArrayLike) -> "Memory":
-        """The memory that holds these answers (`regions`, `predictions` of another), which are not compared again.
+        """The memory that holds these answers (`regions` and `predictions` of another memory); not compared again.
 
         Raises:
           ValueError: if a value makes no sense.
@@ -112,8 +112,8 @@ class Memory:
         Returns:
           The memory with one more answer, and the answer.
 
-        Guarantee: the invariants at the head of this module. A region that must shrink is smaller than the largest that
-        is allowed by less than 1e-6 of itself and rounding (1e-13 of the other region, for each thousand coordinates).
+        Guarantee: the invariants at the head of this module. A region that must shrink falls short of the largest one
+        allowed by less than 1e-6 of its size, plus rounding (1e-13 of the other region for each thousand coordinates).
 
         Raises:
           ValueError: if norm or shape differ from what is stored, or a value makes no sense.
@@ -143,7 +143,7 @@ class Memory:
         new = _checked(self, certificates.region, certificates.prediction)
         count = len(new["gap"])
         inside = np.full(count, -1)
-        columns, given = self._columns, (new["gap"].copy(), new["prediction"].copy())
+        columns, given_gap, given_class = self._columns, new["gap"].copy(), new["prediction"].copy()
         with float64_on_the_host():
             for start in range(0, count, _BATCH):
                 block = {name: column[start : start + _BATCH] for name, column in new.items()}
@@ -159,10 +159,10 @@ class Memory:
                 progress(len(block["gap"]))
         region = certificates.region
         if not count:
-            return self, Answer(given[1], region, np.zeros(0, bool), inside)
+            return self, Answer(given_class, region, np.zeros(0, bool), inside)
         memory = Memory(self.norm, np.shape(region.center)[1:], self.size + count, columns)
         gap, prediction = (memory._column(name)[self.size :].copy() for name in ("gap", "prediction"))
-        changed = (gap != given[0]) | (prediction != given[1])
+        changed = (gap != given_gap) | (prediction != given_class)
         return memory, Answer(prediction, dataclasses.replace(region, gap=gap), changed, inside)
 
     def classify(self, x: ArrayLike, fallback: Callable[[Any], int]) -> int:

@@ -41,7 +41,7 @@ class Certify:
     file (images, labels[, ids]); or a folder of idx files, of CIFAR-10's binary files, or of a folder of pictures for
     each class."""
     split: str = "test"
-    """Which part of the data set: test or train; for tfds and pictures whatever there is."""
+    """Which part of the data set: test or train; for tfds and pictures any split that exists."""
     crop: Crop = "none"
     """What is done to pictures: nothing, or imagenet: the shorter side to 256, then the central 224 x 224."""
     classifier: str = "bundled"
@@ -54,7 +54,7 @@ class Certify:
     exact: bool = False
     """For splitting noise and images of 8 bits: count all draws there are, instead of --n random ones. No alpha."""
     period: int = RunConfig.period
-    """For --exact with one theta per pixel: how many draws that are; 510 theta is rounded down to its divisors."""
+    """For --exact with one theta per pixel: the number of draws; 510 theta is rounded down to a divisor of it."""
     method: Method = "ancer"
     """fixed: one theta for all; universal: one per pixel, the same for all images (--theta-map); isotropic: one per
     image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
@@ -90,8 +90,8 @@ class Certify:
     seed: int = 0
     """Seed of all draws."""
     preset: Literal["fast", "published"] = "fast"
-    """How theta is searched: fast, Adam over log(theta), with a tenth of the passes; or published, the schedule of the
-    papers' code."""
+    """How theta is searched: fast, Adam over log(theta), with a fourteenth of the passes; or published, the schedule of
+    the papers' code."""
     iso_steps: int | None = None
     """Steps of the isotropic search (fast: 20; Alfarra et al. 2022: 900)."""
     iso_lr: float | None = None
@@ -149,7 +149,7 @@ class Certify:
         devices.use_all_cores()
         self.runtime.start(survive=True)
         theta_map = self._read_theta_map()
-        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map):.4g}")  # for the name
+        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map):.4g}")
         classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         command = self

@@ -127,7 +127,7 @@ class RunConfig:
 
     @property
     def enumerable(self) -> bool:
-        """Whether all draws there are get counted."""
+        """Whether the noise that certifies has finitely many draws, all of which are counted."""
         return self.certified_noise.enumerable
 
     @property
@@ -151,8 +151,8 @@ class RunConfig:
         """The largest theta that the search can give, as a float32; infinite without a search."""
         if not self.data_dependent:
             return np.inf
-        *_, last = self.searches.values()
-        bound = np.full((1,) if self.method == "ancer" else (), last.theta_max, np.float32)
+        largest = max(search.theta_max or np.inf for search in self.searches.values())
+        bound = np.full((1,) if self.method == "ancer" else (), largest, np.float32)
         return float(np.asarray(self.certified_noise.admissible(bound)).max())
 
     def guard_config(self, *, anisotropic: bool, chunk: int) -> GuardConfig:

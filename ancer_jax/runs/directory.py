@@ -241,7 +241,7 @@ class Run:
     def _digests(self) -> Sequence[bytes]:
         """A hash of each finished certificate, in order of ids."""
         of_ids = {}
-        for shard in self.shards(["predictions", "gap", "theta"]):  # the thetas of all inputs may not fit into memory
+        for shard in self.shards(["predictions", "gap", "theta"]):  # shard by shard: no second copy of all thetas
             of_ids |= dict(zip(shard["ids"].tolist(), digests_of(shard), strict=True))
         return [of_ids[i] for i in sorted(of_ids)]
 
@@ -300,7 +300,7 @@ def open_run(
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[Run]:
-    """Open a new or unfinished run for writing; only one process of each number may.
+    """Open a new or unfinished run for writing; at most one process of each number at a time.
 
     Args:
       path: the run directory, made if it does not exist.
@@ -323,11 +323,11 @@ def open_run(
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
     with locked_shard(path, process, processes) as still_held:
-        settings, config = plain(settings), path / "config.json"
+        settings, config_file = plain(settings), path / "config.json"
         run = Run(path, settings, made_with, process, still_held)
-        if config not in list_folder(path):
+        if config_file not in list_folder(path):
             document = {"hash": run.key, "settings": settings}
-            write_file(config, (json.dumps(document, indent=2) + "\n").encode(), process)
+            write_file(config_file, (json.dumps(document, indent=2) + "\n").encode(), process)
         there = read_settings(path)
         refuse_other_version(path, there)
         refuse_other_settings(path, there, settings)

@@ -118,7 +118,7 @@ class Job:
         leaked = LeakageCounts(*(np.zeros(len(ids), np.int32) for _ in LeakageCounts._fields))
         if self.probes is not None:
             predictions = counter.collect(selection).argmax(axis=1).astype(np.int32)
-            leaked = LeakageCounts(*map(np.asarray, self.measure_leakage(images, theta, predictions).run()))
+            leaked = self.measure_leakage(images, theta, predictions).run()
         return Pending(batch, indices, theta, leaked, counter, selection, estimation)
 
     def collect(self, pending: Pending) -> Collected:
@@ -174,7 +174,10 @@ class Job:
         """The vote counter of a batch."""
         config, chunk, per_image = self.config, self.chunk, 1
         if config.sampling is not None and chunk > UNIT:
-            chunk, per_image = UNIT, chunk // UNIT  # looks are multiples of UNIT draws: larger chunks would waste some
+            chunk, per_image = (
+                UNIT,
+                chunk // UNIT,
+            )  # sequential sampling draws multiples of UNIT: smaller items
         elif config.sampling is None and not config.enumerable:
             chunk = math.ceil(config.certify.n / math.ceil(config.certify.n / chunk))  # equal chunks: the last is full
         items = math.ceil(len(ids) * per_image / self.mesh.size) * self.mesh.size

@@ -1,6 +1,7 @@
 """The main job: find theta for every image of a data set, certify it, store it, and put all images through a memory."""
 
 import contextlib
+import functools
 import itertools
 import time
 import warnings
@@ -60,10 +61,10 @@ def certify_dataset(
 
     With "isotropic" or "ancer" each certificate speaks of the smoothed classifier of the theta found for its image, and
     the lines of `results.tsv` speak of the classifier with memory, for inputs that come later in the order of ids. Such
-    a line holds if one smoothed classifier answers with the line's class everywhere in the line's region: that of this
-    image's theta, or of an earlier image's whose class it was given. It does if its own certificate and those of all
-    earlier images hold: for the i-th line with probability at least 1 - i alpha. (Terms can be left out only for images
-    that cannot reach this one whatever the draws.)
+    a line holds if some smoothed classifier gives the line's class everywhere in the line's region: that of this
+    image's theta or, if the class was taken from an earlier image, that of the earlier image's theta. This follows if
+    its own certificate and those of all earlier images hold: for the i-th line with probability at least 1 - i alpha.
+    (An earlier image may be left out of the count only if it cannot reach this one, whatever the draws.)
 
     With every method the first m lines hold together with probability at least 1 - m alpha. So `alpha = A / number of
     images` gives a table that holds as a whole with probability at least 1 - A.
@@ -94,7 +95,7 @@ def certify_dataset(
             _certify_missing(run, job, dataset, execution)
             if {*dataset.ids.tolist()} <= run.done():
                 with run.exporting() as ours:
-                    if ours:  # no other process has finished, too, and was first
+                    if ours:  # otherwise another process is writing the tables
                         if config.memory and config.data_dependent:
                             _remember(run, dataset.whole, execution)
                         return run.export()
@@ -130,7 +131,8 @@ def _start(config: RunConfig, theta_map: ArrayLike | None, shape: tuple[int, ...
 def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution) -> None:
     """Certify and store those of this process's images that are not stored yet, batch after batch.
 
-    Batches are as large as those of the whole data set: one that is made again gives the same bits.
+    The batch size is chosen from all images of this process, not from the missing ones, so that resuming changes no
+    rounding of the searches.
     """
     mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
     done = run.done()
@@ -144,7 +146,8 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
 
     ended, pending = time.perf_counter(), None
     for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
-        launched = None if batch is None else job.launch(batch)  # before waiting for the last: devices stay busy
+        # Before the previous batch is collected, so that the devices stay busy.
+        launched = None if batch is None else job.launch(batch)
         if pending is not None:
             _store(run, pending, job.collect(pending), ended)
             ended = time.perf_counter()
@@ -163,7 +166,7 @@ def _warn_or_refuse(run: Run, *, begun: bool) -> None:
 
 
 def _store(run: Run, pending: Pending, collected: Collected, began: float) -> None:
-    """Write the shard of a batch."""
+    """Write the shard of a batch. Its seconds are those since `began`: the search of the next batch is among them."""
     certificate, indices, batch = collected.certificate, pending.indices, pending.batch
     run.write_shard(
         {
@@ -204,9 +207,7 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
         raise ValueError(f"{dataset.name}: image {new['ids'][other][0]} is no longer the one that was certified")
     region, unused = Region(images, new["theta"], new["gap"], norm), np.zeros(len(images))
     certificates = Certificate(new["predictions"], region, unused, unused, unused)
-    memory, answers = memory.insert_batch(
-        certificates, progress=lambda images: execution.progress("remembered", images)
-    )
+    memory, answers = memory.insert_batch(certificates, progress=functools.partial(execution.progress, "remembered"))
     places = np.asarray(answers.inside)
     inside_id = np.where(places < 0, -1, columns["ids"][places])
     run.write_memory(memory, columns["ids"], np.concatenate([inside, inside_id]))

@@ -48,12 +48,10 @@ def columns_of(
     parts = [_of_shard(shard, config, image_shape) for shard in shards]
     if not parts:
         return {}, {}
-    order = np.argsort(np.concatenate([table["idx"] for table, _ in parts]))
-    both = (
-        {name: np.concatenate([part[which][name] for part in parts])[order] for name in parts[0][which]}
-        for which in range(2)
-    )
-    return next(both), next(both)
+    tables, units = zip(*parts, strict=True)
+    order = np.argsort(np.concatenate([table["idx"] for table in tables]))
+    joined = lambda many: {name: np.concatenate([one[name] for one in many])[order] for name in many[0]}
+    return joined(tables), joined(units)
 
 
 def _of_shard(shard: Mapping[str, np.ndarray], config: RunConfig, image_shape) -> tuple[Columns, Columns]:
@@ -96,13 +94,13 @@ def _sizes(unit: Columns, predictions: np.ndarray, gap: np.ndarray, labels: np.n
 
 
 def _leakages(shard: Mapping[str, np.ndarray], config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Leakage and soft leakage: shares of the eligible probes whose majority, and of the draws of the held-out probes
-    that vote for the class of an input under its theta; NaN where they were not measured.
+    """Leakage, the share of eligible probes whose majority votes for an input's class under its theta, and soft
+    leakage, the share of such votes among the draws of held-out probes; NaN where they were not measured.
     """
     count = len(shard["ids"])
     zeros, unknown = _objects([fractions.Fraction(0)] * count), _objects([math.nan] * count)
     if config.method == "fixed":
-        return zeros, unknown  # all images have this theta
+        return zeros, unknown  # theta is the one at the start, at which no probe leaks
     if config.method == "universal" or config.leakage is None:
         return unknown, unknown
 
@@ -157,7 +155,7 @@ def after_memory(before: Columns, unit: Columns, answers: Columns, image_shape: 
 
 
 def write_table(columns: Columns) -> str:
-    """The text of a table of exact columns: sizes and bounds rounded towards zero, leakage away from it."""
+    """The text of a table of exact columns: sizes and bounds rounded down, leakage up."""
     header = MEMORY_COLUMNS if "changed" in columns else COLUMNS
 
     def text(name: str) -> list[str]:

@@ -61,8 +61,8 @@ class VoteCounter(NamedTuple):
     mesh: Mesh
 
     def __call__(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> np.ndarray:
-        """Votes for each class of each of the images `indices` [m] in its draws first, ..., stop - 1 of a stage, [m] or
-        one range for all: int64 [m, K].
+        """Votes for each class, int64 [m, K], of the images `indices` [m] in the draws first, ..., stop - 1 of a stage;
+        first and stop are [m], or one range for all.
         """
         return self.collect(self.launch(stage, indices, first, stop))[indices]
 

@@ -54,7 +54,8 @@ def optimize_isotropic(
       probes: leakage probes; needed if `config.leakage_weight` is above 0.
 
     Returns:
-      theta [], in [start / 100, theta_max], and the trace. Where a step is not finite, the last finite theta is kept.
+      theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is not finite, the last finite
+      theta is kept.
 
     Raises:
       ValueError: outside jit, if the start is not positive and finite; at trace time, if probes are needed and missing.

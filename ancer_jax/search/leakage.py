@@ -150,8 +150,9 @@ def vote_leakage(
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """How many draws of the eligible leakage probes vote for the class of `x`, and out of how many.
 
-    The soft form of `leakage`, without its threshold at a majority. Arguments and errors as there; `num_samples` draws
-    are counted of each probe (static). The probes should be held out from the search, so that no search could fit them.
+    The column `soft_leakage` of the tables; the function `soft_leakage` is the penalty of a search. This is `leakage`
+    without its threshold at a majority. Arguments and errors as there; `num_samples` draws are counted of each probe
+    (static). The probes should be held out from the search, so that no search could fit them.
 
     Returns:
       int32 [] votes, int32 [] draws; both 0 for an abstention.

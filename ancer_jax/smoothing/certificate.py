@@ -100,8 +100,8 @@ class Evidence(NamedTuple):
     """The integers from which a certificate follows, [...] each: what a run stores beside its gaps, to check them.
 
     Attributes:
-      votes, n: votes for the class, and number of draws, behind the bound: all n draws, or those of the look of
-        sequential sampling that has the largest bound.
+      votes, n: votes for the class, and number of draws, that give the bound: all n draws or, of sequential sampling,
+        those of the look with the largest bound.
       alpha: error probability of that bound; 0 for enumerable noise.
       runner_up: votes for the second class, of enumerable noise; otherwise `n - votes`, the most that it can have.
     """
@@ -128,8 +128,8 @@ def random_evidence(count: ArrayLike, config: CertifyConfig) -> Evidence:
 def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostValues, Evidence]:
     """The top class, ties to the lowest, and the evidence of the votes of all draws there are, integers [..., K]."""
     counts, num_draws = np.asarray(counts), np.asarray(num_draws)
-    second, first = np.partition(counts, -2, axis=-1)[..., -2:].transpose(-1, *range(counts.ndim - 1))
-    return counts.argmax(axis=-1), Evidence(first, num_draws, np.zeros(num_draws.shape), second)
+    second, top = np.moveaxis(np.partition(counts, -2, axis=-1)[..., -2:], -1, 0)
+    return counts.argmax(axis=-1), Evidence(top, num_draws, np.zeros(num_draws.shape), second)
 
 
 def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed: Smoothed, x: ArrayLike) -> Certificate:

@@ -63,7 +63,7 @@ def certificate_from_votes(
       config: the settings that they were counted with.
 
     Returns:
-      Certificates around x and theta as jax has them, in float32 by default: those that were counted.
+      Certificates around x and theta in JAX's precision (float32 by default), with which the votes were counted.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
@@ -71,7 +71,7 @@ def certificate_from_votes(
       ValueError: if the noise is enumerable, or a count is out of range.
     """
     check_random(smoothed.noise)
-    x = jnp.asarray(x)  # what was traced, and theta as it was drawn with
+    x = jnp.asarray(x)  # x and theta as the traced program had them
     smoothed = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x))))
     return certificate_from_evidence(selected, random_evidence(count, config), smoothed, np.asarray(x))
 
@@ -223,7 +223,7 @@ def predict(
 
     Guarantee: with probability at least `1 - alpha` the answer is `ABSTAIN` or the smoothed classifier's class, of x
     and theta as float32, if x does not depend on the draws. To serve, take a new and unpredictable key for each query:
-    with one key for all, somebody who knows the draws can repeat those queries that they get wrong.
+    with one key for all, whoever knows the draws can send inputs on which these draws give a wrong answer.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1, after Hung & Fithian 2019.
     """

@@ -25,11 +25,11 @@ _CLIP = 1e-3
 class Noise(abc.ABC):
     """A noise law and the certificate it gives. Subclasses are frozen, hashable and hold no arrays.
 
-    Most noise is random: draws are sampled, and their votes give a probability bound. A noise may also be enumerable:
-    it has finitely many equally likely draws, and all of them are counted. It overrides `num_draws`, `exact_gap`,
-    `for_search`, and `admissible` and `check_inputs` where not every theta or input will do. Its `perturb` must not use
-    the key, and draws `0, ..., num_draws(theta) - 1` must be equally likely. Its certificates hold without alpha, so
-    that nothing else limits an error.
+    Most noise is random: draws are sampled, and their votes give a bound on a probability. Enumerable noise has
+    finitely many equally likely draws, numbered `0, ..., num_draws(theta) - 1`, and all of them are counted:
+    certificates hold without alpha. It overrides `num_draws`, `exact_gap` and `for_search` and, where not every theta
+    or input will do, `admissible` and `check_inputs`. Its `perturb` must ignore the key. If draws are not equally
+    likely, certificates are wrong, with no alpha to allow for it.
 
     Attributes:
       norm: 2 or 1, the norm in which it certifies.
@@ -66,7 +66,7 @@ class Noise(abc.ABC):
 
     @property
     def enumerable(self) -> bool:
-        """Whether all draws there are get counted."""
+        """Whether there are finitely many draws, all of which are counted."""
         return self.num_draws(1.0) is not None
 
     def exact_gap(self, votes_top: ArrayLike, votes_second: ArrayLike, num_draws: ArrayLike) -> Values:
@@ -189,7 +189,7 @@ class Uniform(LinearGap, AdditiveNoise):
 
 
 def _failure_probabilities(p_lower: Any, p_b_upper: Any) -> tuple[ModuleType, Any, Any, float]:
-    """(library, `1 - p_lower`, `p_b_upper`, margin): near p = 1, failure probabilities keep the digits that p has lost.
+    """(library, `1 - p_lower`, `p_b_upper`, margin).
 
     The margin is many times the relative error of ndtri in float64 (SciPy) or float32 (XLA).
     """

@@ -1,7 +1,7 @@
 """The smoothed classifier, and Monte Carlo on it: the only place where noise meets a network.
 
-Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`, so that no draw is used twice, and chunk size, batch
-size and number of devices change no bit of the noise.
+Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`: stages share no draw, and chunk size, batch size and
+number of devices change no bit of the noise.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Smoothed:
     theta: Leaf
 
     def __post_init__(self):
-        # Whatever else is in the place of classifier and theta may be a placeholder of JAX.
+        # JAX puts placeholders into the fields of pytrees, so that only a wrong order can be recognised.
         if not isinstance(self.noise, Noise) or isinstance(self.theta, Classifier):
             got = ", ".join(type(value).__name__ for value in (self.classifier, self.noise, self.theta))
             raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
