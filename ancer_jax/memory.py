@@ -3,8 +3,9 @@
 Noise that depends on the input gives every input a smoothed classifier of its own. The classifier with memory answers
 inputs one after another and stores (input, class, region); a new answer never contradicts a stored one:
 
-1. An input inside a stored region of another class gets that class, and the part of its region inside that region.
-2. Otherwise its region shrinks (same center and shape) until it is disjoint from every stored region of another class.
+1. An input inside a stored region of another class gets that class, and its region shrinks (same center and shape)
+   until it lies inside that region.
+2. Otherwise its region shrinks until it is disjoint from every stored region of another class.
 3. The answer is stored. A gap of 0 is the single point x, and an abstention is x with class `ABSTAIN`.
 
 Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pairwise disjoint; each contains its

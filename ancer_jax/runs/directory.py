@@ -5,7 +5,7 @@
     results.tsv               a line for each input, of one classifier: Cohen's columns first. Where theta depends on
                               the input, it is the classifier with memory
     results_before_memory.tsv the same columns of the per-input classifiers, before memory
-    memory.npz                the memory after all inputs, in order of ids
+    memory.npz                the memory after the first inputs in order of ids; in a finished run, after all
 
 A process that is killed at any moment leaves finished shards only; the next one continues after them.
 """

@@ -54,8 +54,8 @@ def optimize_isotropic(
       probes: leakage probes; needed if `config.leakage_weight` is above 0.
 
     Returns:
-      theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is not finite, the last finite
-      theta is kept.
+      theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is NaN, the last theta
+      is kept.
 
     Raises:
       ValueError: outside jit, if the start is not positive and finite; at trace time, if probes are needed and missing.
@@ -86,7 +86,7 @@ def optimize_anisotropic(
     bound, is [] or [*d]: the isotropic theta.
 
     Returns:
-      theta [*d] and the trace. Where a step is not finite, the last finite theta is kept. `theta >= start` alone does
+      theta [*d] and the trace. Where a step is NaN, the last theta is kept. `theta >= start` alone does
       not make the certified region larger, because the class probability can fall: see `guarded_choice`.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).

@@ -25,10 +25,10 @@ def guarded_choice(
 ) -> tuple[Float[Array, "*d"], Bool[Array, ""]]:
     """Choose between two thetas of one input, say the isotropic and the anisotropic, on draws that certify nothing.
 
-    Both thetas get a Clopper-Pearson gap from the same `config.num_samples` draws. The candidate is taken if it has the
-    same class and, with the criterion "volume", the larger proxy radius, or with "superset", a region that contains the
-    other one; with "off", always. With a leakage limit it must also keep `leakage` to the class it votes for at or
-    below the limit.
+    Both thetas get a Clopper-Pearson gap from the same `config.num_samples` draws. With the criterion "volume" the
+    candidate must have the same class and the larger proxy radius; with "superset" the same class and a region that
+    contains the other one; with "off" neither. With a leakage limit, whatever the criterion, it must keep `leakage` to
+    the class it votes for at or below the limit.
 
     Args:
       key: the example's key (the stage is folded in here).

@@ -27,8 +27,8 @@ class Noise(abc.ABC):
 
     Most noise is random: draws are sampled, and their votes give a bound on a probability. Enumerable noise has
     finitely many equally likely draws, numbered `0, ..., num_draws(theta) - 1`, and all of them are counted:
-    certificates hold without alpha. It overrides `num_draws`, `exact_gap` and `for_search` and, where not every theta
-    or input will do, `admissible` and `check_inputs`. Its `perturb` must ignore the key. If draws are not equally
+    certificates hold without alpha. Such noise overrides `num_draws`, `exact_gap` and `for_search` and, where not every
+    theta or input will do, `admissible` and `check_inputs`. Its `perturb` must ignore the key. If draws are not equally
     likely, certificates are wrong, with no alpha to allow for it.
 
     Attributes:
@@ -154,8 +154,8 @@ class Gaussian(AdditiveNoise):
 
 
 class LinearGap(Noise):
-    """Noise under which the noisy copies of x and y differ with probability `||(x - y) / theta||_1 / 2` at most, if
-    both are made of one draw: `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` with separate bounds.
+    """Noise under which the laws of the noisy copies of x and y differ by `||(x - y) / theta||_1 / 2` at most, in total
+    variation: `gap = 2 p_lower - 1`, or `p_lower - p_b_upper` with separate bounds.
     """
 
     norm: ClassVar[int] = 1
