@@ -1,7 +1,7 @@
 """One run's work on the devices.
 
-`Job.launch` finds the thetas of a batch and sends its draws to the devices. `Job.collect` waits for the votes (sequential
-sampling takes most of its draws there) and makes the certificates.
+`Job.launch` finds the thetas of a batch and sends its draws to the devices. `Job.collect` waits for the votes
+(sequential sampling takes most of its draws there) and makes the certificates.
 
 Where theta is decided: in `_find_theta` for the methods isotropic and ancer, one for each image; in `pipeline._start`
 for fixed and universal, one for all.

@@ -54,8 +54,7 @@ def optimize_isotropic(
       probes: leakage probes; needed if `config.leakage_weight` is above 0.
 
     Returns:
-      theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is NaN, the last theta
-      is kept.
+      theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is NaN, the last theta is kept.
 
     Raises:
       ValueError: outside jit, if the start is not positive and finite; at trace time, if probes are needed and missing.
