@@ -121,9 +121,8 @@ class Memory:
         """
         region = certificate.region
         center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
-        batch = dataclasses.replace(certificate, region=Region(center, theta, gap, region.norm))
-        batch = dataclasses.replace(batch, prediction=np.asarray(certificate.prediction)[None])
-        memory, answers = self.insert_batch(batch)
+        prediction, region = np.asarray(certificate.prediction)[None], Region(center, theta, gap, region.norm)
+        memory, answers = self.insert_batch(dataclasses.replace(certificate, prediction=prediction, region=region))
         return memory, answers[0]
 
     def insert_batch(

@@ -148,11 +148,14 @@ class RunConfig:
 
     @property
     def theta_bound(self) -> float:
-        """The largest theta that the search can give, as a float32; infinite without a search."""
+        """Upper bound of the last search, as a float32; infinite without a search.
+
+        A coordinate of theta that is not below it is at its bound: above `theta_max` a search can only stay at its start.
+        """
         if not self.data_dependent:
             return np.inf
-        largest = max(search.theta_max or np.inf for search in self.searches.values())
-        bound = np.full((1,) if self.method == "ancer" else (), largest, np.float32)
+        *_, last = self.searches.values()
+        bound = np.full((1,) if self.method == "ancer" else (), last.theta_max, np.float32)
         return float(np.asarray(self.certified_noise.admissible(bound)).max())
 
     def guard_config(self, *, anisotropic: bool, chunk: int) -> GuardConfig:

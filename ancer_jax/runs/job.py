@@ -177,10 +177,7 @@ class Job:
         """The vote counter of a batch."""
         config, chunk, per_image = self.config, self.chunk, 1
         if config.sampling is not None and chunk > UNIT:
-            chunk, per_image = (
-                UNIT,
-                chunk // UNIT,
-            )  # sequential sampling draws multiples of UNIT: smaller items
+            per_image, chunk = chunk // UNIT, UNIT  # sequential sampling draws multiples of UNIT: smaller items
         elif config.sampling is None and not config.enumerable:
             chunk = math.ceil(config.certify.n / math.ceil(config.certify.n / chunk))  # equal chunks: the last is full
         items = math.ceil(len(ids) * per_image / self.mesh.size) * self.mesh.size

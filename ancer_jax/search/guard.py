@@ -32,7 +32,7 @@ def guarded_choice(
 
     Args:
       key: the example's key (the stage is folded in here).
-      smoothed: smoothed classifier of the theta [] or [*d] that stays otherwise.
+      smoothed: smoothed classifier of the current theta, [] or [*d], which is kept otherwise.
       x: [*d] one input.
       candidate: theta [] or [*d] that may replace it.
       config: criterion and draws (static).
@@ -47,7 +47,7 @@ def guarded_choice(
     if config.leakage_limit is not None and probes is None:
         raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
     x = jnp.asarray(x)
-    stays, candidate = (
+    current, candidate = (
         jnp.broadcast_to(jnp.asarray(theta, noise_dtype(x)), x.shape) for theta in (smoothed.theta, candidate)
     )
 
@@ -64,18 +64,18 @@ def guarded_choice(
 
     if config.criterion == "off" and config.leakage_limit is None:
         return candidate, jnp.asarray(True)
-    class_candidate, wanted = class_and_region(candidate)
+    class_candidate, region_candidate = class_and_region(candidate)
     taken = jnp.asarray(True)
     if config.criterion != "off":
-        class_stays, present = class_and_region(stays)
+        class_current, region_current = class_and_region(current)
         if config.criterion == "volume":
-            taken = jnp.asarray(wanted.proxy_radius > present.proxy_radius)
+            taken = jnp.asarray(region_candidate.proxy_radius > region_current.proxy_radius)
         else:
-            taken = jnp.asarray(is_superset(wanted, present) & (wanted.gap > 0))
-        taken &= class_candidate == class_stays
+            taken = jnp.asarray(is_superset(region_candidate, region_current) & (region_candidate.gap > 0))
+        taken &= class_candidate == class_current
     if config.leakage_limit is not None and probes is not None:
         num_leaked, num_eligible = leakage(
             probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk
         )
         taken &= num_leaked / jnp.maximum(num_eligible, 1) <= config.leakage_limit
-    return jnp.where(taken, candidate, stays), taken
+    return jnp.where(taken, candidate, current), taken

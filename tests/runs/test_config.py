@@ -237,3 +237,9 @@ def test_the_attributes_of_a_noise_of_ones_own_are_among_the_settings(monkeypatc
     other = RunConfig(norm="l1", noise="coins").settings()
     assert one != other and one["noise_law"] == "Coins(per_unit=32)"
     assert "noise_law" not in RunConfig(norm="l1", noise="splitting").settings()
+
+
+def test_coordinates_of_theta_are_at_the_bound_of_the_last_search():
+    wide, narrow = IsotropicConfig(theta_max=2.0), AnisotropicConfig(theta_max=0.5)
+    assert RunConfig(method="ancer", isotropic=wide, anisotropic=narrow).theta_bound == 0.5
+    assert RunConfig(method="isotropic", isotropic=wide, anisotropic=narrow).theta_bound == 2.0
