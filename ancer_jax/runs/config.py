@@ -150,7 +150,7 @@ class RunConfig:
     def theta_bound(self) -> float:
         """Upper bound of the last search, as a float32; infinite without a search.
 
-        A coordinate of theta that is not below it is at its bound: above `theta_max` a search can only stay at its start.
+        A coordinate of theta that is not below it is at its bound: above `theta_max`, a search stays at its start.
         """
         if not self.data_dependent:
             return np.inf
