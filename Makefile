@@ -19,9 +19,11 @@ test-extras: $(VENV)/extras
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_multihost.py
 
-# Some minutes; into bench/.
+# Small versions of the large comparisons; minutes. The first installs PyTorch, and needs Python 3.11.
 bench: $(VENV)/package
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks run cifar10 fashion-mnist-subset --small
+	$(BIN)/python -m benchmarks run gpu --small
+	$(BIN)/python -m benchmarks run peers --small
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -30,6 +32,7 @@ lint: $(VENV)/extras
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m benchmarks render --check
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -72,4 +75,4 @@ $(VENV)/docs: $(VENV)/package
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-test demo-l1 demo-l2 site bench
+	rm -rf $(VENV) .venv-test demo-l1 demo-l2 site

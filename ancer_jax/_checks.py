@@ -1,4 +1,4 @@
-"""Checks of arguments, in one place: each names the argument and the value.
+"""Checks of arguments, in one place: each raises a ValueError that names the argument and the value.
 
 A count that is not an integer is not a matter of style: with a chunk of 333.4, chunks of draws overlap, and some draws
 are counted twice.
@@ -11,9 +11,6 @@ from typing import Any, get_args
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
     """Refuse what is not an integer in `minimum`..`maximum`. Floats, booleans and text are not.
 
-    Raises:
-      ValueError: naming the argument and the value.
-
     >>> check_integer("chunk", 100)
     >>> check_integer("chunk", 333.4)
     Traceback (most recent call last):
@@ -22,17 +19,13 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy.bool is no Integral
         raise ValueError(f"{name} must be an integer, got {value!r}")
     number = int(value)
-    if maximum is not None and not minimum <= number <= maximum:
-        raise ValueError(f"{name} must be in {minimum}..{maximum}, got {value}")
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if number < minimum or (maximum is not None and number > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"in {minimum}..{maximum}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def check_real(name: str, value: Any, interval: str) -> None:
     """Refuse what is not a real number in the interval: "(0, 1)" excludes its ends, "[0, 1]" includes them.
-
-    Raises:
-      ValueError: naming the argument and the value.
 
     >>> check_real("alpha", 0.001, "(0, 1)")
     >>> check_real("leakage_limit", 1.5, "[0, 1]")
@@ -48,10 +41,6 @@ def check_real(name: str, value: Any, interval: str) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse what is not one of the values of a `typing.Literal`.
-
-    Raises:
-      ValueError: naming the argument, the choices and the value.
-    """
+    """Refuse what is not one of the values of a `typing.Literal`."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

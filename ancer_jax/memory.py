@@ -12,10 +12,9 @@ Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pa
 center; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
 decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
 
-Later inputs in a stored region get its class by rule, whether its certificate holds or not. For the i-th stored region
-the class is that of some smoothed classifier everywhere in the region, if its own certificate and the i - 1 before it
-hold: with probability at least 1 - i alpha. This speaks of later inputs only, whereas a certificate of one theta for
-all inputs speaks of any input.
+Later inputs in a stored region get its class by rule, whether its certificate holds or not. That some smoothed
+classifier gives this class everywhere in the i-th stored region holds if its own certificate and the i - 1 before it
+do: with probability at least 1 - i alpha. This speaks of later inputs only, unlike certificates of a universal theta.
 
 References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
 """
@@ -105,10 +104,7 @@ class Memory:
         return column
 
     def insert(self, certificate: Certificate) -> tuple["Memory", "Answer"]:
-        """Answer one input and store the answer.
-
-        Args:
-          certificate: of the input; its prediction and its region are used.
+        """Answer one input by the prediction and the region of its certificate, and store the answer.
 
         Returns:
           The memory with one more answer, and the answer.
@@ -120,6 +116,8 @@ class Memory:
           ValueError: if norm or shape differ from what is stored, or a value makes no sense.
         """
         region = certificate.region
+        if np.ndim(region.gap):
+            raise ValueError(f"insert takes one certificate, got a batch of {len(certificate)}: use insert_batch")
         center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
         prediction, region = np.asarray(certificate.prediction)[None], Region(center, theta, gap, region.norm)
         memory, answers = self.insert_batch(dataclasses.replace(certificate, prediction=prediction, region=region))
@@ -135,15 +133,16 @@ class Memory:
           progress: called with the number of inputs that were answered since the last call.
 
         Returns:
-          The memory with m more answers, and the answers, batched.
-
-        Raises:
-          ValueError: as in `insert`.
+          The memory with m more answers, and the answers, batched. Errors as in `insert`.
         """
-        new = _checked(self, certificates.region, certificates.prediction)
+        region, columns = certificates.region, self._columns
+        if not np.ndim(region.gap):
+            raise ValueError("insert_batch takes a batch of certificates, got one: use insert")
+        new = _checked(self, region, certificates.prediction)
         count = len(new["gap"])
         inside = np.full(count, -1)
-        columns, given_gap, given_class = self._columns, new["gap"].copy(), new["prediction"].copy()
+        if not count:
+            return self, Answer(new["prediction"], region, np.zeros(0, bool), inside)
         with float64_on_the_host():
             for start in range(0, count, _BATCH):
                 block = {name: column[start : start + _BATCH] for name, column in new.items()}
@@ -157,12 +156,9 @@ class Memory:
                     columns["prediction"][row], columns["gap"][row] = prediction, gap
                     columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
                 progress(len(block["gap"]))
-        region = certificates.region
-        if not count:
-            return self, Answer(given_class, region, np.zeros(0, bool), inside)
         memory = Memory(self.norm, np.shape(region.center)[1:], self.size + count, columns)
         gap, prediction = (memory._column(name)[self.size :].copy() for name in ("gap", "prediction"))
-        changed = (gap != given_gap) | (prediction != given_class)
+        changed = (gap != new["gap"]) | (prediction != new["prediction"])
         return memory, Answer(prediction, dataclasses.replace(region, gap=gap), changed, inside)
 
     def classify(self, x: ArrayLike, fallback: Callable[[Any], int]) -> int:
@@ -218,7 +214,10 @@ class _Columns(dict[str, np.ndarray]):
     def append(self, size: int, rows: dict[str, np.ndarray]) -> "_Columns":
         """These columns with `rows` behind the first `size` rows: in place where that is free, else a copy."""
         end, columns = size + len(rows["gap"]), self
-        wanted = {name: _common(self.get(name, column), column) for name, column in rows.items()}
+        wanted = {}
+        for name, column in rows.items():
+            there = self.get(name, column)
+            wanted[name] = np.result_type(there, column), np.broadcast_shapes(there.shape[1:], column.shape[1:])
         have = {name: (column.dtype, column.shape[1:]) for name, column in self.items()}
         with _claiming:
             free = wanted == have and size == self.used and end <= len(self["gap"])
@@ -235,16 +234,9 @@ class _Columns(dict[str, np.ndarray]):
         return columns
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
-    """dtype and row shape that hold the rows of both."""
-    return np.result_type(a, b), np.broadcast_shapes(a.shape[1:], b.shape[1:])
-
-
 def _checked(memory: Memory, regions: Region, predictions: ArrayLike) -> dict[str, np.ndarray]:
     """The columns of a batch of answers, checked."""
-    center, theta, gap, prediction = (
-        np.asarray(value) for value in (regions.center, regions.theta, regions.gap, predictions)
-    )
+    center, theta, gap, prediction = map(np.asarray, (regions.center, regions.theta, regions.gap, predictions))
     if regions.norm != memory.norm:
         raise ValueError(f"this memory holds regions of the l{memory.norm} norm, got one of the l{regions.norm} norm")
     if memory.shape is not None and center.shape[1:] != memory.shape:
@@ -345,10 +337,7 @@ def _ask_padded(question: Callable[[Region, Region], Values], region: Region, st
 
 
 def _ask(
-    question: Callable[[Region, Region], Values],
-    region: Region,
-    columns: dict[str, np.ndarray],
-    places: np.ndarray,
+    question: Callable[[Region, Region], Values], region: Region, columns: dict[str, np.ndarray], places: np.ndarray
 ) -> np.ndarray:
     """`question(region, stored)` for the stored regions at `places`."""
     answers = [np.zeros(0, bool if question is _holds else np.float64)]

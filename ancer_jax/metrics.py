@@ -9,15 +9,12 @@ from ancer_jax._numerics import HostValues, Numbers
 
 
 def certified_accuracy(radius: Numbers, correct: Numbers, at: Numbers) -> HostValues:
-    """Share of all inputs that are answered correctly with a radius of at least `at`.
+    """Share, float64 [...], of all inputs that are answered correctly with a radius of at least `at`.
 
     Args:
       radius: [n] certified radii, 0 where the classifier abstained; or proxy radii.
       correct: [n] whether the answer is the label (False where the classifier abstained).
       at: [...] radii.
-
-    Returns:
-      float64 [...].
 
     Raises:
       ValueError: if the arrays do not match or are empty.
@@ -66,9 +63,9 @@ def round_up(value: float | np.floating | fractions.Fraction, digits: int) -> st
     ('0.13', '0.00', 'nan')
     """
     text = round_down(-value, digits)
-    if text.strip("-0.") == "":
-        return text.removeprefix("-")
-    return text[1:] if text.startswith("-") else text if text == "nan" else f"-{text}"
+    if text == "nan" or not text.strip("0."):
+        return text
+    return text[1:] if text.startswith("-") else f"-{text}"
 
 
 def _columns(radius: Numbers, correct: Numbers) -> tuple[np.ndarray, np.ndarray]:

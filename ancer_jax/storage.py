@@ -67,11 +67,7 @@ def _see_what_others_write() -> None:
 
 @as_os_error
 def write_file(path: epath.PathLike, content: bytes | Callable[[IO[bytes]], object], process: int = 0) -> None:
-    """Write a whole file or nothing: a temporary name, of this process alone, then a rename.
-
-    Raises:
-      OSError: naming the file, if it cannot be written (a full disk).
-    """
+    """Write a whole file or nothing: a temporary name, of this process alone, then a rename. OSErrors name the file."""
     path = epath.Path(path)
     temporary = path.parent / f"{path.name}.{process}.tmp"
     try:
@@ -122,11 +118,7 @@ def list_folder(path: epath.PathLike) -> list[epath.Path]:
 
 
 def read_array(file: epath.PathLike) -> np.ndarray:
-    """The array of numbers in an .npy file.
-
-    Raises:
-      ValueError: if the file cannot be read, is damaged, or holds something else.
-    """
+    """The array of numbers in an .npy file; ValueError if it cannot be read, is damaged, or holds something else."""
     try:
         array = np.load(io.BytesIO(epath.Path(file).read_bytes()), allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -138,12 +130,7 @@ def read_array(file: epath.PathLike) -> np.ndarray:
 
 @as_os_error
 def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
-    """The arrays of those names in an npz file; others are not read.
-
-    Raises:
-      ValueError: if it is no such file.
-      OSError: if it cannot be read.
-    """
+    """The arrays of those names in an npz file; ValueError if it is no such file, OSError if it cannot be read."""
     with contextlib.suppress(*_NO_ARRAYS), file.open("rb") as opened:
         return _arrays(opened, names)
     # It is damaged, or could not be read, which zipfile does not tell apart.
@@ -167,10 +154,9 @@ def _arrays(opened, names) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def locked_shard(path: epath.Path, process: int, processes: int) -> Iterator[Callable[[], None]]:
-    """Hold the lock of one of several processes that share the folder `path`; yields as `locked`.
+    """Hold the lock of one of several processes that share the folder `path`, and yield as `locked`.
 
-    Raises:
-      ValueError: if another process holds it, or the folder is shared by another number of processes.
+    Refused if another process holds it, or the folder is shared by another number of processes.
     """
     with locked(path, f"lock-{process}-of-{processes}") as still_held:
         for file in list_folder(path):
@@ -187,11 +173,8 @@ def locked(path: epath.Path, name: str = "lock") -> Iterator[Callable[[], None]]
     On a disk it is a file lock, which the operating system releases whatever happens. Buckets have none: there the
     lock is a file that its holder rewrites; one that is no longer rewritten is taken over, after a wait.
 
-    Yields:
-      A function that raises ValueError if the lock was lost: in a bucket, to a process that took this one for dead.
-
-    Raises:
-      ValueError: if another process holds it.
+    Yields a function that raises ValueError if the lock was lost (in a bucket, to a process that took this one for
+    dead). Raises ValueError if another process holds it.
     """
     if in_bucket(path):
         with _lease(path, path / name) as still_held:

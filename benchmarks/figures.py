@@ -1,10 +1,16 @@
-"""Figures of a finished run that several benchmarks report."""
+"""Figures that several benchmarks report: of a finished run, and of a row of a raw output."""
 
+import fractions
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ancer_jax.metrics import round_down
 from ancer_jax.report import LEAKAGE_LIMIT, Results
+
+# The radii in the tables of the literature.
+RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -27,3 +33,13 @@ def mean_leakage(results: Results) -> float | None:
     leakage = np.array(results["leakage"], float)
     measured = leakage[~np.isnan(leakage)]
     return float(measured.mean()) if measured.size else None
+
+
+def share(value: float, images: int) -> str:
+    """A share of so many images, rounded down as the fraction that it is: 0.57 of 100 images is 0.570."""
+    return round_down(fractions.Fraction(round(value * images), images), 3)
+
+
+def down(row: Mapping[str, Any], *names: str) -> str:
+    """Figures of a row, rounded down."""
+    return "; ".join("not measured" if row[name] is None else round_down(row[name], 3) for name in names)

@@ -1,4 +1,4 @@
-"""The benchmarks run in small, and find nothing wrong; bars that mean nothing at such sizes are not judged."""
+"""Benchmarks: README and guides show what the raw outputs say, and all of them run in small."""
 
 import os
 import pathlib
@@ -7,58 +7,81 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-COMMANDS = [
-    "attack.py --small",
-    "best_fixed.py --small",
-    "convolution.py --small",
-    "faults.py --small",
-    "gpu.py --small",
-    "gradients.py --small",
-    "hard_cases.py --small",
-    "invariance.py --small",
-    "leakage.py --small --norm l2",
-    "memory.py --small",
-    "overhead.py --small",
-    "reconcile.py --small",
-    "scaling.py --small",
-    "search.py --small --norm l2",
-    "selection.py --small",
-    "sequential.py --small",
-    "shared_theta.py --small",
-    "soundness.py --small",
-    "splitting.py --small --work work",
-    "training.py --small",
-    "volume_training.py --small",
-]
-# They need other packages, or take too long even in small.
-NOT_RUN = {"cifar10.py", "imagenet_pictures.py", "peers.py"}
-# Their bars are about speed, about the peak memory of the compiler, or about networks that are trained for longer.
-MAY_MISS_ITS_BAR = {
-    "hard_cases.py",
-    "memory.py",
-    "overhead.py",
-    "scaling.py",
-    "shared_theta.py",
-    "splitting.py",
-    "training.py",
-    "volume_training.py",
-}
+TOP = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(TOP))
+
+from benchmarks import __main__ as cli  # noqa: E402
+from benchmarks import render  # noqa: E402
+from benchmarks.benchmark import RESULTS, Line, load, markdown  # noqa: E402
+
+NAMES = [*cli.names()]
+# They need data, packages or pictures that have to be fetched, or are the makers of what ships.
+NOT_RUN = {"cifar10", "demo", "fetch_cifar10", "imagenet_pictures", "loading", "peers", "train_bundled"}
+FLAGS = {"leakage": ["--norm", "l2"], "search": ["--norm", "l2"]}
 
 
-def test_every_benchmark_with_a_small_form_is_run():
-    texts = {file.name: file.read_text() for file in BENCHMARKS.glob("*.py")}
-    small = {name for name, text in texts.items() if "record.save(" in text and "small=" in text}
-    assert small == {command.split()[0] for command in COMMANDS} | NOT_RUN
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, **options)
+
+
+def test_readme_and_guides_show_what_the_raw_outputs_say():
+    done = run("render", "--check", cwd=TOP)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_list_names_every_benchmark():
+    listed = run("list", cwd=TOP).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == NAMES
+    assert {"soundness", "overhead", "peers", "loading"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_of_a_raw_output_have_bars_that_are_judged(name):
+    benchmark = cli.modules()[name].BENCHMARK
+    for output, lines in benchmark.outputs.items():
+        if (RESULTS / f"{output}.json").exists():
+            for line in lines(load(output)):
+                assert isinstance(line, Line)
+                assert (line.holds is None) == (not line.bar)
+
+
+def test_every_raw_output_belongs_to_a_benchmark():
+    outputs = {output for module in cli.modules().values() for output in module.BENCHMARK.outputs}
+    stored = {path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith("small-")}
+    assert stored <= outputs
+
+
+def test_a_page_that_disagrees_is_found_and_filled(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    benchmark = cli.modules()["memory"].BENCHMARK
+    page = tmp_path / "README.md"
+    page.write_text("It took <!-- memory.few -->1 MiB<!-- end -->, then <!-- memory.many --><!-- end -->.\n")
+    (tmp_path / "benchmarks" / "README.md").write_text("<!-- benchmarks.overview --><!-- end -->\n")
+    (tmp_path / "docs" / "a.md").write_text("<!-- benchmarks.measurements --><!-- end -->\n")
+    monkeypatch.setattr(render, "TOP", tmp_path)
+    assert render.render({"memory": benchmark}, check=True) == 1
+    assert "README.md" in capsys.readouterr().out
+    assert "1 MiB" in page.read_text()
+    assert render.render({"memory": benchmark}, check=False) == 0
+    assert render.render({"memory": benchmark}, check=True) == 0
+    assert benchmark.figures["few"]() in page.read_text()
+    page.write_text("<!-- memory.nothing -->1<!-- end -->\n")
+    assert render.render({"memory": benchmark}, check=True) == 1
+    printed = capsys.readouterr().out
+    assert "no benchmark has the figure memory.nothing" in printed
+    assert "no page uses the figure memory.few" in printed
+
+
+def test_markdown_tables():
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_runs(command, tmp_path):
-    script, *flags = command.split()
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_RUN])
+def test_runs_in_small(name, tmp_path):
     environment = os.environ | {"BENCH_RESULTS": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *flags], **options)
-    assert "Traceback" not in done.stderr + done.stdout, done.stderr
-    assert done.returncode == 0 or (done.returncode == 1 and script in MAY_MISS_ITS_BAR), done.stdout + done.stderr
-    assert done.stdout
+    done = run("run", name, "--small", *FLAGS.get(name, []), cwd=TOP, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("small-*.json")] == [f"small-{name}.json"]

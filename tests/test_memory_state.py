@@ -212,6 +212,14 @@ def test_bad_answers_are_refused(wrong, message):
     assert len(memory) == 1
 
 
+def test_one_certificate_or_a_batch_is_refused_where_the_other_is_wanted():
+    memory, batch = Memory.empty(2), random_answers(np.random.default_rng(0), 3, 2, 2)
+    with pytest.raises(ValueError, match="insert takes one certificate, got a batch of 3: use insert_batch"):
+        memory.insert(batch)
+    with pytest.raises(ValueError, match="insert_batch takes a batch of certificates, got one: use insert"):
+        memory.insert_batch(batch[0])
+
+
 def test_bad_norms_and_inputs_are_refused():
     for make in (Memory.empty, lambda norm: Region(np.zeros(2), 1.0, 1.0, norm)):
         with pytest.raises(ValueError, match="norm must be 2 or 1, got 3"):

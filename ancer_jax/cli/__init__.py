@@ -1,11 +1,19 @@
 """The command line: flags to frozen configs, progress bars, printed tables; nothing else."""
 
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
 import os
+import re
 import signal
 import sys
+import types
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import tyro
@@ -14,6 +22,7 @@ from ancer_jax.cli.certify import Certify
 from ancer_jax.cli.convert import Convert
 from ancer_jax.cli.demo import Demo
 from ancer_jax.cli.report import Report
+from ancer_jax.cli.runtime import Runtime
 from ancer_jax.cli.train import Train
 
 _OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-size or --chunk, or for fewer samples"
@@ -21,8 +30,7 @@ _OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-si
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
-    commands = {"demo": Demo, "certify": Certify, "train": Train, "convert": Convert, "report": Report}
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+    command = _parse(arguments)
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings():
@@ -40,6 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    """The command with its flags. Where a flag has a bad value, one line is left of the box that tyro draws."""
+    commands = {"demo": Demo, "certify": Certify, "train": Train, "convert": Convert, "report": Report}
+    for flags in (*commands.values(), Runtime):
+        with contextlib.suppress(OSError):  # there may be no source; tyro has no descriptions then, either
+            _join_lines(flags)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+    except SystemExit:
+        lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[\d;]*m", "", box.getvalue()).splitlines()]  # no colours
+        value_error = itertools.dropwhile(lambda line: not line.startswith("Error parsing "), lines)
+        if line := " ".join(itertools.takewhile(lambda line: line.strip("─-"), value_error)):
+            _fail(line.removeprefix("Error parsing "))
+        print(box.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _join_lines(flags: type) -> None:
+    """Join the lines of each flag's description: tyro would keep these breaks and add its own."""
+    (source,) = ast.parse(inspect.getsource(flags)).body
+    assert isinstance(source, ast.ClassDef)
+    fields = {field.name: field for field in dataclasses.fields(flags)}
+    for field, text in itertools.pairwise(source.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(description))):
+                fields[name].metadata = types.MappingProxyType({"help": " ".join(description.split())})
 
 
 def _fail(why) -> NoReturn:

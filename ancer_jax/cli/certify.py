@@ -13,8 +13,8 @@ import tyro
 from ancer_jax import devices
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.cli.report import RADII, parse_radii, print_table
-from ancer_jax.cli.runtime import Runtime, leave
+from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
+from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models import check_fit, resolve_classifier
@@ -29,6 +29,11 @@ from ancer_jax.smoothing.sequential import SequentialConfig
 from ancer_jax.storage import read_array
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
+# Flags that have no effect where theta is not searched.
+_OF_SEARCHES = (
+    *("preset", "iso_steps", "iso_lr", "iso_samples", "ancer_steps", "ancer_lr", "ancer_samples", "kappa", "objective"),
+    *("theta_max", "guard", "guard_samples", "leakage_probes", "leakage_samples", "leakage_weight", "leakage_limit"),
+)
 _Search = TypeVar("_Search", bound=SearchConfig)
 
 
@@ -79,7 +84,7 @@ class Certify:
     sampling: Literal["fixed", "sequential"] = "fixed"
     """fixed: n draws for every image; sequential: as many as --radii or --tolerance need, at most n, at the same
     alpha."""
-    radii: tuple[str, ...] | None = None
+    radii: RadiiFlag = None
     """For sequential: radii like 0,0.25,0.5; an image is done when it is decided which of them it reaches."""
     tolerance: float | None = None
     """For sequential: an image is done when its region is smaller by about this share than n draws would make it."""
@@ -193,9 +198,7 @@ class Certify:
                     remembered += images
                     bar.set_postfix_str(f"{remembered} through the memory")
                     return
-                if bar.delay:  # the first call: images that an earlier process finished say nothing about speed
-                    bar.delay, bar.initial = 0, images
-                bar.update(images)
+                advance(bar, title, images, "compiling, then the first batch")
 
             execution = Execution(self.batch_size, self.chunk, self.devices, self.shard_devices, progress)
             certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
@@ -204,6 +207,8 @@ class Certify:
         """The settings of a run of so many images."""
         if self.sigma_convention != "theta" and (self.norm != "l1" or self.noise == "splitting"):
             raise ValueError("--sigma-convention is for the uniform noise of --norm l1")
+        if self.method in ("fixed", "universal"):
+            self._refuse_flags_of_searches()
         return RunConfig(
             norm=self.norm,
             noise=self.noise,
@@ -214,8 +219,8 @@ class Certify:
             certify=CertifyConfig(self.n0, self.n, self._alpha(images)),
             sampling=self._sampling(),
             isotropic=self._search(IsotropicConfig, self.iso_steps, self.iso_samples, self.iso_lr),
-            anisotropic=self._search(
-                AnisotropicConfig, self.ancer_steps, self.ancer_samples, self.ancer_lr, kappa=self.kappa
+            anisotropic=dataclasses.replace(
+                self._search(AnisotropicConfig, self.ancer_steps, self.ancer_samples, self.ancer_lr), kappa=self.kappa
             ),
             guard=self.guard,
             guard_samples=self.guard_samples,
@@ -226,22 +231,19 @@ class Certify:
             memory=self.memory,
         )
 
+    def _refuse_flags_of_searches(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [f"--{name.replace('_', '-')}" for name in _OF_SEARCHES if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(f"--method {self.method} searches no theta: {', '.join(given)} must not be given")
+
     def _search(
-        self,
-        config: type[_Search],
-        steps: int | None,
-        num_samples: int | None,
-        learning_rate: float | None,
-        **more: Any,
+        self, config: type[_Search], steps: int | None, num_samples: int | None, learning_rate: float | None
     ) -> _Search:
-        asked = {"steps": steps, "num_samples": num_samples, "learning_rate": learning_rate}
-        return (config.published if self.preset == "published" else config)(
-            objective=self.objective,
-            theta_max=self.theta_max,
-            leakage_weight=self.leakage_weight,
-            **{name: value for name, value in asked.items() if value is not None},
-            **more,
-        )
+        asked: dict[str, Any] = {"steps": steps, "num_samples": num_samples, "learning_rate": learning_rate}
+        asked |= {"objective": self.objective, "theta_max": self.theta_max, "leakage_weight": self.leakage_weight}
+        make = config.published if self.preset == "published" else config
+        return make(**{name: value for name, value in asked.items() if value is not None})
 
     def _sampling(self) -> SequentialConfig | None:
         if self.sampling == "sequential":

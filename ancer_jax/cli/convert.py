@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 from etils import epath
 
+from ancer_jax._checks import check_integer
 from ancer_jax.models.checkpoints import Checkpoint, image_shape, make_network, save_network
 from ancer_jax.models.torch_import import convert_torch, read_torch, stored_normalisation
 
@@ -51,8 +52,7 @@ class Convert:
         if {np.size(network.mean), np.size(network.std)} != {shape[-1]}:
             raise ValueError(f"--mean and --std need {shape[-1]} values, one for each channel")
         if self.image_size is not None:
-            if self.image_size < 1:
-                raise ValueError(f"--image-size must be at least 1, got {self.image_size}")
+            check_integer("--image-size", self.image_size)
             shape = (self.image_size, self.image_size, shape[-1])
         tensors = read_torch(self.checkpoint)
         try:
@@ -67,8 +67,5 @@ class Convert:
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (network.mean, network.std))
         print(f"normalisation: mean {mean}, std {std}{', as stored' if stored else ''}")
         if not stored and self.mean is None:
-            warnings.warn(
-                f"{self.checkpoint} does not say how its network normalises images: the usual constants are assumed "
-                "(others: --mean, --std)",
-                stacklevel=2,
-            )
+            said = f"{self.checkpoint} does not say how its network normalises images: the usual constants are assumed"
+            warnings.warn(f"{said} (others: --mean, --std)", stacklevel=2)

@@ -4,7 +4,7 @@ import dataclasses
 
 from ancer_jax import devices, report
 from ancer_jax.cli.certify import Certify
-from ancer_jax.cli.report import draw, print_table
+from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.metrics import round_down
@@ -48,16 +48,11 @@ class Demo:
         best = max(zip(sigmas, tried, strict=True), key=lambda pair: pair[1].mean_proxy_radius)[0]
         runs = [certify(f"fixed-{best:g}", "fixed", best, 0)]
         runs += [certify(method, method, bundled.theta, 0) for method in ("isotropic", "ancer")]
-        print("Fixed thetas, tried with another seed:", *_tried(sigmas, tried), "", sep="\n")
-        results = print_table(runs)
-        draw(results, whole, out)
+        print("Fixed thetas, tried with another seed:")
+        for sigma, r in zip(sigmas, tried, strict=True):
+            figures = f"accuracy {round_down(r.correct.mean(), 3)}, proxy radius {round_down(r.mean_proxy_radius, 3)}"
+            print(f"  {sigma:<7g} {figures}")
+        print()
+        results = Report(tuple(runs), out=out).run()
         print("\nMean proxy radius (of the ball of the same volume) after memory, wrong answers included:")
         print(report.compare_proxy_radius(results, results[0]))
-
-
-def _tried(sigmas: list[float], results: list[report.Results]) -> list[str]:
-    """A line for each fixed theta that was tried."""
-    return [
-        f"  {sigma:<7g} accuracy {round_down(r.correct.mean(), 3)}, proxy radius {round_down(r.mean_proxy_radius, 3)}"
-        for sigma, r in zip(sigmas, results, strict=True)
-    ]

@@ -3,26 +3,30 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax._checks import check_real
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
 
-PAGE = "report.html"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+RadiiFlag = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="RADIUS,RADIUS,...")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Compare runs: tables, curves and theta maps as PNG, and one HTML page with all of these and more."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
-    radii: tuple[str, ...] | None = None
-    """Radii for the table of certified accuracy, separated by commas or spaces."""
+    radii: RadiiFlag = None
+    """Radii for the table of certified accuracy, separated by commas or spaces; to be named after the runs."""
     leakage_limit: float = report.LEAKAGE_LIMIT
     """Leakage above which a theta counts as leaky, in the figures without leaky thetas."""
     orders: int = 0
@@ -36,62 +40,60 @@ class Report:
     out: str = "report"
     """Folder of report.html and of the pictures."""
 
-    def run(self) -> None:
-        """Print the tables, draw the pictures, write the page."""
+    def run(self) -> list[report.Results]:
+        """Print the tables, draw the pictures, write the page; return the results of the runs."""
+        radii = parse_radii(self.radii) or RADII  # first: if --radii comes before the runs, it takes them, too
         if not self.runs:
             raise ValueError("name at least one run directory or TSV file")
         if self.orders < 0:
             raise ValueError(f"--orders must not be negative, got {self.orders}")
-        if not 0 <= self.leakage_limit <= 1:
-            raise ValueError(f"--leakage-limit must be in [0, 1], got {self.leakage_limit}")
-        radii = parse_radii(self.radii) or RADII
+        check_real("--leakage-limit", self.leakage_limit, "[0, 1]")
         if not all(0 <= radius < math.inf for radius in radii):
             raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
         dataset = load_dataset(self.data, split=self.split, crop=self.crop)
-        results = print_table(list(self.runs), radii, self.leakage_limit)
-        with_memory, more = [r for r in results if "changed" in r.columns], []
-        if self.orders and not with_memory:
-            raise ValueError("--orders needs a run directory with a memory")
+        results, more = print_table(self.runs, radii, self.leakage_limit), []
         if self.orders:
+            with_memory = [r for r in results if "changed" in r.columns]
+            if not with_memory:
+                raise ValueError("--orders needs a run directory with a memory")
             title = "In order of ids (and the range over random orders)"
             more.append((title, report.order_rows(with_memory, orders=self.orders)))
             print("", title, report.format_table(more[0][1]), sep="\n\n")
-        draw(results, dataset, self.out, radii=radii, leakage_limit=self.leakage_limit, more=more)
+        folder = epath.Path(self.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn, missing = _draw(results, dataset, folder)
+        page, limit = folder / "report.html", self.leakage_limit
+        report.write_page(results, page, radii=radii, leakage_limit=limit, datasets=[dataset], more=more)
+        print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {page}", *missing, sep="\n")
+        return results
 
 
 def parse_radii(texts: Sequence[str] | None) -> tuple[float, ...] | None:
     """The numbers in texts like "0.25,0.5"."""
-    try:
-        return None if texts is None else tuple(float(number) for number in ",".join(texts).split(","))
-    except ValueError:
-        raise ValueError(f"--radii takes numbers, like 0.25,0.5, got {' '.join(texts or ())!r}") from None
+    if texts is None:
+        return None
+    radii = []
+    for number in ",".join(texts).split(","):
+        try:
+            radii.append(float(number))
+        except ValueError:
+            raise ValueError(f"--radii takes numbers, like 0,0.25,0.5, got {number!r}") from None
+    return tuple(radii)
 
 
 def print_table(
-    runs: list[str], radii: Sequence[float] = RADII, leakage_limit: float = report.LEAKAGE_LIMIT
+    runs: Sequence[str], radii: Sequence[float], leakage_limit: float = report.LEAKAGE_LIMIT
 ) -> list[report.Results]:
     """Print the tables of the runs; return their results."""
     results = [report.load_results(run) for run in runs]
     if len({r.name for r in results}) < len(runs):
         results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
-    print(report.summary_table(results, list(radii), leakage_limit))
+    print(report.summary_table(results, radii, leakage_limit))
     return results
 
 
-def draw(
-    results: list[report.Results],
-    dataset: Dataset,
-    out: str,
-    *,
-    radii: Sequence[float] = RADII,
-    leakage_limit: float = report.LEAKAGE_LIMIT,
-    more: Sequence[tuple[str, list[dict[str, str]]]] = (),
-) -> None:
-    """Draw the curves of all runs and the theta maps of each run of `dataset`, write the page, print the names of these
-    files; the options are those of `report.write_page`.
-    """
-    folder = epath.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+def _draw(results: list[report.Results], dataset: Dataset, folder: epath.Path) -> tuple[list[epath.Path], list[str]]:
+    """Draw the curves of all runs and the theta maps of each run of `dataset`: the files, and what is missing."""
     drawn, missing = [folder / "certified_accuracy.png"], []
     report.plot_certified_accuracy(results, drawn[0])
     for i, r in enumerate(results):
@@ -105,6 +107,4 @@ def draw(
             path = folder / f"theta_{r.run.path.name}.png"
             path = folder / f"theta_{r.run.path.name}_{i}.png" if path in drawn else path
             drawn += [path] * report.plot_theta(r, dataset, path)
-    page = folder / PAGE
-    report.write_page(results, page, radii=radii, leakage_limit=leakage_limit, datasets=[dataset], more=more)
-    print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {page}", *missing, sep="\n")
+    return drawn, missing

@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
-import platformdirs
+import tqdm
 from jax.experimental import multihost_utils
 
 _SECONDS_TO_LEAVE = 3.0
@@ -30,15 +32,12 @@ class Runtime:
     """With --multihost: which of them this is, from 0."""
 
     def start(self, *, survive: bool) -> None:
-        """Set JAX up; with `survive`, a process that dies does not take the others with it.
-
-        Raises:
-          ValueError: if an argument is malformed, or there is no cluster to ask.
-        """
+        """Set JAX up; with `survive`, a process that dies does not take the others with it."""
         if not self.compilation_cache:
             jax.config.update("jax_enable_compilation_cache", False)
         elif getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009
-            jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("ancer-jax"))
+            folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(folder / "ancer-jax"))
         if self.multihost:
             self._join(survive)
         elif (self.coordinator, self.processes, self.process) != (None, None, None):
@@ -53,6 +52,20 @@ class Runtime:
             jax.distributed.initialize(self.coordinator, self.processes, self.process)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"--multihost: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def advance(bar: "tqdm.tqdm[Any]", title: str, done: int, begins: str) -> None:
+    """Move a progress bar by `done`. The first call shows the bar, which was made with a delay, and until the next call
+    it says with what the work `begins`.
+    """
+    first = bool(bar.delay)
+    if first:  # what an earlier process finished says nothing about speed
+        bar.delay, bar.initial = 0, done
+    waiting = first and done < bar.total
+    bar.set_description(f"{title} ({begins})" if waiting else title, refresh=False)
+    bar.update(done)
+    if first:
+        bar.refresh()
 
 
 def leave() -> None:

@@ -10,7 +10,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax.cli.runtime import Runtime
+from ancer_jax.cli.runtime import Runtime, advance
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
@@ -128,13 +128,11 @@ class Train:
 
     def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
         """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
-        total = config.epochs * (len(datasets[0]) // config.batch_size)
-        with tqdm.tqdm(total=total, unit="step", desc=f"{self.network}, {self.method}", smoothing=0, delay=1e-6) as bar:
+        total, title = config.epochs * (len(datasets[0]) // config.batch_size), f"{self.network}, {self.method}"
+        with tqdm.tqdm(total=total, unit="step", desc=title, smoothing=0, delay=1e-6) as bar:
 
             def progress(steps: int, figures: dict[str, float]) -> None:
-                if bar.delay:  # the first call: steps of an earlier process say nothing about speed
-                    bar.delay, bar.initial = 0, steps
-                bar.update(steps)
+                advance(bar, title, steps, "compiling")
                 if figures:
                     bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
 

@@ -13,10 +13,9 @@ from ancer_jax._checks import check_integer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImages:
-    """Images that are read when they are indexed, in place of the array of a data set that is too large for memory.
+    """8-bit images that are read when they are indexed, in place of an array that is too large for memory.
 
-    `images[indices]` is float32 [len(indices), height, width, channels], `images[i]` is one image. Values are 8-bit
-    pixels divided by 255, in [0, 1].
+    `images[indices]` is float32 [len(indices), height, width, channels], in [0, 1]; `images[i]` is one image.
 
     Attributes:
       read: position in the whole data set -> uint8 [height, width, channels].
@@ -91,16 +90,16 @@ class Dataset:
             raise ValueError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
             raise ValueError(f"{self.name}: ids must be increasing and in 0..2^31 - 1")
-        if isinstance(images, np.ndarray):
+        lazy = isinstance(images, LazyImages)
+        if not lazy:
             self._check_pixels(images)
         if labels.min() < 0 or labels.max() >= self.num_classes:
             bad = labels.max() if labels.max() >= self.num_classes else labels.min()
             raise ValueError(f"{self.name}: label {bad} is outside 0..{self.num_classes - 1}")
         digest = hashlib.sha256(repr((images.shape, self.num_classes)).encode())
-        lazy = not isinstance(images, np.ndarray)
         pixels = np.frombuffer(self.fingerprint.encode(), "u1") if lazy else images.astype("<f4")
         for array in (ids.astype("<i8"), labels.astype("<i8"), pixels):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(array.tobytes())
         object.__setattr__(self, "fingerprint", digest.hexdigest())
         object.__setattr__(self, "whole", self)
 
@@ -130,8 +129,8 @@ def check_classes(dataset: Dataset, classes: tuple[str, ...]) -> None:
 
 def pixel_hashes(images: np.ndarray) -> np.ndarray:
     """A hash of each image's pixels, uint64 [n], which tells whether an image is still the one that was certified."""
-    pixels = (np.ascontiguousarray(image, "<f4").tobytes() for image in images)
-    return np.array([int.from_bytes(hashlib.sha256(one).digest()[:8], "little") for one in pixels], np.uint64)
+    digests = [hashlib.sha256(np.asarray(image, "<f4").tobytes()).digest() for image in images]
+    return np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
 
 
 def select(dataset: Dataset, *, skip: int = 1, max_images: int | None = None) -> Dataset:

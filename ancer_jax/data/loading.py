@@ -6,17 +6,17 @@ import importlib.resources
 import io
 import zipfile
 import zlib
-from typing import get_args
+from typing import Literal
 
 import numpy as np
 from etils import epath
 
+from ancer_jax._checks import check_choice
 from ancer_jax.data.dataset import Dataset
 from ancer_jax.data.pictures import Crop, load_class_folders
 from ancer_jax.data.tfds import load_tfds
 
 BUNDLED_SUBSET = "fashion-mnist-subset"
-_SPLITS = ("test", "train")
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # label, red, green and blue plane
 _IDX_PREFIX = {"test": "t10k", "train": "train"}
 
@@ -33,24 +33,22 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
       split: `"test"` or `"train"` (for TFDS and pictures any split that exists); an npz file has one split only and
         ignores it. Ids are positions in the split, as in the upstream data set.
       crop: how the pictures of class folders and TFDS are cropped: `"none"`, or `"imagenet"` for resizing the shorter
-        side to 256 and taking the central 224 x 224.
+        side to 256 (bilinear) and taking the central 224 x 224.
 
     Raises:
       ValueError: if there is no such source, a file is damaged, or the arrays do not meet the conditions of `Dataset`.
     """
-    if crop not in get_args(Crop):
-        raise ValueError(f"crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
+    check_choice("crop", crop, Crop)
     if source.startswith("tfds:"):
         return load_tfds(source.removeprefix("tfds:"), split, crop)
     path = epath.Path(source)
-    if path.is_dir() and not _has(path, "*-ubyte*") and not _has(path, "*.bin"):
+    if path.is_dir() and not any(path.glob("*-ubyte*")) and not any(path.glob("*.bin")):
         return load_class_folders(path, split, crop)
-    if split not in _SPLITS:
-        raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    check_choice("split", split, Literal["test", "train"])
     if source == BUNDLED_SUBSET:
         return _load_bundled(split)
     if path.is_dir():
-        return _load_cifar(path, split) if _has(path, "*.bin") else _load_idx(path, split)
+        return _load_cifar(path, split) if any(path.glob("*.bin")) else _load_idx(path, split)
     if path.exists():
         return _load_npz(path)
     near = difflib.get_close_matches(source, [BUNDLED_SUBSET], n=1, cutoff=0.3)
@@ -81,23 +79,19 @@ def _load_npz(path: epath.Path) -> Dataset:
     return _dataset(path.name, found["images"], found["labels"], found.get("ids"), None)
 
 
-def _has(folder: epath.Path, pattern: str) -> bool:
-    return next(iter(folder.glob(pattern)), None) is not None
-
-
 def _load_cifar(folder: epath.Path, split: str) -> Dataset:
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
-    images, labels = [], []
+    records = []
     for path in (folder / f"{name}.bin" for name in names):
         if not path.exists():
             raise ValueError(f"{folder}: there is no {path.name}")
         data = np.frombuffer(path.read_bytes(), np.uint8)
         if data.size == 0 or data.size % _CIFAR_RECORD:
             raise ValueError(f"{path}: not a whole CIFAR-10 file: {data.size} bytes, not a multiple of {_CIFAR_RECORD}")
-        records = data.reshape(-1, _CIFAR_RECORD)
-        labels.append(records[:, 0].astype(np.int64))
-        images.append(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return _dataset(folder.name, np.concatenate(images), np.concatenate(labels), None, 10)
+        records.append(data.reshape(-1, _CIFAR_RECORD))
+    records = np.concatenate(records)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return _dataset(folder.name, images, records[:, 0], None, 10)
 
 
 def _load_idx(folder: epath.Path, split: str) -> Dataset:

@@ -1,10 +1,13 @@
 """Folders of pictures, one folder for each class; each picture is read when it is needed."""
 
+import contextlib
 import hashlib
 import io
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+import PIL.Image
 from etils import epath
 
 from ancer_jax.data.dataset import Dataset, LazyImages
@@ -18,12 +21,9 @@ _RESIZED, _CROPPED = 256, 224
 def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     """The pictures in `folder/<split>/<class>/`, or in `folder/<class>/` if there is no folder of the split.
 
-    Classes are numbered in alphabetical order, pictures by class and then by name. Labels are those of torchvision's
-    `ImageFolder`, and ids for ImageNet those of the usual scripts. The fingerprint is of names and sizes of the files.
-    A class without a folder shifts the labels of all later classes, which the names in `classes` reveal.
-
-    Raises:
-      ValueError: if there are no pictures, only one class, or several sizes and `crop` is "none".
+    Classes are numbered in alphabetical order, pictures by class and then by name: labels are those of torchvision's
+    `ImageFolder`. A class without a folder shifts the labels of all later classes, which the names in `classes` reveal.
+    The fingerprint is of names and sizes of the files. ValueError without pictures, for one class or several sizes.
     """
     root = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -41,7 +41,9 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     shape = read_picture(files[0], crop).shape
     if crop == "none":
         for file in files:
-            check_shape(_header_shape(file), shape, file)
+            with _naming(file), file.open("rb") as opened, PIL.Image.open(opened) as picture:
+                found = (picture.height, picture.width, 3)
+            check_shape(found, shape, file)
 
     def read(position: int) -> np.ndarray:
         image = read_picture(files[position], crop)
@@ -62,31 +64,22 @@ def check_shape(found: tuple[int, ...], shape: tuple[int, ...], name) -> None:
         raise ValueError(f"{name} is {list(found)}, others are {list(shape)}: use one size, or --crop imagenet")
 
 
-def _header_shape(file: epath.Path) -> tuple[int, int, int]:
-    """Height, width and 3 channels, from the header of a picture."""
-    import PIL.Image
-
-    try:
-        with file.open("rb") as opened, PIL.Image.open(opened) as picture:
-            return (picture.height, picture.width, 3)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file}: not a readable picture ({error})") from None
-
-
 def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:
     """The picture in a file, uint8 [height, width, 3]; ValueError if it cannot be read."""
-    try:
+    with _naming(file):
         return decode(file.read_bytes(), crop)
+
+
+@contextlib.contextmanager
+def _naming(file: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{file}: not a readable picture ({error})") from None
 
 
 def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
-    """The picture in the bytes of a file, uint8 [height, width, channels]; "imagenet" resizes the shorter side to 256
-    (bilinear) and takes the central 224 x 224.
-    """
-    import PIL.Image
-
+    """The picture in the bytes of a file, uint8 [height, width, channels]; `crop` is that of `load_dataset`."""
     picture = PIL.Image.open(io.BytesIO(content))
     if picture.mode not in _MODES:
         raise ValueError(f"pixels must have 8 bits per channel, but the mode in PIL is {picture.mode}")

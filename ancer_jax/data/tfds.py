@@ -20,18 +20,16 @@ def load_tfds(name: str, split: str, crop: Crop) -> Dataset:
     looked for in FOLDER, `NAME` in that of the environment variable TFDS_DATA_DIR (default: `~/tensorflow_datasets`).
 
     Ids are the numbers at the end of the feature `id` or `file_name`, which are upstream indices, if these are unique;
-    otherwise positions in the order of these names, or on disk if there is neither feature.
-
-    Raises:
-      ValueError: if the data set cannot be read, or needs a library that is not installed.
+    otherwise positions in the order of these names, or on disk if there is neither feature. ValueError if the data set
+    cannot be read, or needs a library that is not installed.
     """
     import tensorflow_datasets as tfds
 
-    what, raw = f"tfds:{name}, split {split}", {"image": tfds.decode.SkipDecoding()}
+    what = f"tfds:{name}, split {split}"
     with _one_line(what):
         dataset, _, folder = name.partition("@")
         builder: Any = tfds.builder(dataset, data_dir=folder or None)
-        records = _records(tfds, builder, split, raw)
+        records = _records(tfds, builder, split)
     if "image" not in builder.info.features or "label" not in builder.info.features:
         raise ValueError(f"tfds:{name}: the features are {', '.join(builder.info.features)}, not image and label")
     with _one_line(what):
@@ -59,20 +57,19 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(
-            f"{what}: there are no prepared ArrayRecord files, and anything else needs TensorFlow "
-            f"(pip install 'ancer-jax[tensorflow]'): {_line(error)}"
-        ) from None
+        needs = f"anything else needs TensorFlow (pip install 'ancer-jax[tensorflow]'): {_line(error)}"
+        raise ValueError(f"{what}: there are no prepared ArrayRecord files, and {needs}") from None
     except Exception as error:
         raise ValueError(f"{what}: cannot be read ({_line(error)})") from None
 
 
-def _records(tfds, builder, split: str, raw) -> Any:
+def _records(tfds, builder, split: str) -> Any:
     """A sequence of records, with images that are not decoded."""
     if not builder.data_path.exists():
         import tensorflow  # noqa: F401  (fails before the download, not after it)
 
         builder.download_and_prepare()
+    raw = {"image": tfds.decode.SkipDecoding()}
     try:
         return builder.as_data_source(split=split, decoders=raw)
     except NotImplementedError:  # TFRecord files have no random access
@@ -81,19 +78,17 @@ def _records(tfds, builder, split: str, raw) -> Any:
 
 def _order(meta: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Positions on disk in upstream order, and ids."""
-    for feature in ("id", "file_name"):
-        if feature in meta[0]:
-            names = [_text(one[feature]) for one in meta]
-            numbers = [int(found[0]) if (found := re.findall(r"(\d+)\D*$", one)) else -1 for one in names]
-            if len({*numbers}) == len(meta) and min(numbers) >= 0:
-                order = np.argsort(numbers)
-                return order, np.array(numbers)[order]
-            return np.array(sorted(range(len(names)), key=names.__getitem__)), np.arange(len(meta))
-    return np.arange(len(meta)), np.arange(len(meta))
-
-
-def _text(value) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    places = np.arange(len(meta))
+    feature = next((feature for feature in ("id", "file_name") if feature in meta[0]), None)
+    if feature is None:
+        return places, places
+    values = [record[feature] for record in meta]
+    names = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    numbers = [int(found[0]) if (found := re.findall(r"(\d+)\D*$", name)) else -1 for name in names]
+    if len({*numbers}) == len(meta) and min(numbers) >= 0:
+        order = np.argsort(numbers)
+        return order, np.array(numbers)[order]
+    return np.array(sorted(places, key=names.__getitem__)), places
 
 
 def _line(error: Exception) -> str:

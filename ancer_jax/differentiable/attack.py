@@ -27,8 +27,7 @@ def attack(
     Increases `-log mean_i softmax(f(noisy copy i of y))_label` over y, with fresh draws at every step, in the
     coordinates `(y - center) / theta`, where the region is a ball: steps along the normalised gradient, of
     `2.5 gap / steps`, projected to the ball. It is an expectation-over-transformation attack (Athalye et al. 2018), and
-    SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Pixels may leave [0, 1], as the certificate
-    allows it.
+    SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Like the certificate, it may leave [0, 1].
 
     Args:
       key: typed key of the draws; another one than that of the certificate.

@@ -22,16 +22,13 @@ EstimateKind = Literal["soft", "votes"]
 
 @dataclasses.dataclass(frozen=True)
 class EstimateConfig:
-    """How a region is estimated.
+    """How a region is estimated; a setting out of range is a ValueError.
 
     Attributes:
       num_samples: number of draws, below 2^24. "soft" holds all noisy copies at once.
       alpha: error probability of the bound.
       kind: "soft", from the mean softmax output; or "votes", from hard votes.
       chunk: with "votes", draws at a time; changes speed and memory only.
-
-    Raises:
-      ValueError: if a setting is out of range.
     """
 
     num_samples: int
@@ -63,7 +60,7 @@ def estimated_region(
 
     Args:
       key: typed key of the draws; the stage is folded in here, the draws are those of no certificate.
-      smoothed, x: as in `class_counts`; theta, x and the classifier's variables may be differentiated.
+      smoothed, x: as in `class_counts`.
       label: [] the class that is to be certified.
       config: number of draws, alpha, and kind of estimate (static).
 
@@ -134,8 +131,7 @@ def vote_share(
 
     def add(sums, start):
         draws = start + jnp.arange(chunk)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(draws)
-        eps = jax.vmap(lambda k: noise.sample(k, jnp.ones_like(scale)))(keys)
+        eps = jax.vmap(lambda i: noise.sample(jax.random.fold_in(key, i), jnp.ones_like(scale)))(draws)
         logits = fixed_classifier((center[None] + scale[None] * eps).astype(dtype))
         inside = draws < num_samples
         votes = inside & (logits.argmax(-1) == label) & ~jnp.isnan(logits).any(-1)

@@ -2,7 +2,7 @@
 
 XLA's CPU backend has fast code for a convolution in its usual layout, but not for maps of at most 2 x 2 pixels, for the
 layout in which the gradient of a convolution comes, or for the gradient of a strided one. Inside a loop, as in every
-theta search, these take ten times as long (`benchmarks/convolution.py`), so each is computed in another way here.
+theta search, these take ten times as long (`benchmarks/speed/convolution.py`), so each is computed in another way here.
 """
 
 import functools
@@ -40,19 +40,13 @@ def _xla(lhs, rhs, strides, pads):
 
 
 def _xla_swapped(lhs, rhs, strides, pads):
-    """The same, from a kernel with input and output features exchanged, which JAX exchanges again to transpose it: the
-    gradient, which is the transpose of this tangent, gets a kernel in the usual layout, for which XLA has fast code.
-    """
+    """The same from a kernel with exchanged features: JAX exchanges them back to transpose it, into the fast layout."""
     swapped = rhs.swapaxes(2, 3)
     return jax.lax.conv_general_dilated(lhs, swapped, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
 
 def _by_taps(lhs, rhs, strides, pads):
-    """A sum of matrix products, one for each entry (tap) of the kernel, with the pixels that the entry meets.
-
-    On at most 2 x 2 pixels most entries of a padded kernel meet padding only: they are left out here, while XLA's code,
-    slow for so few pixels, multiplies them by the padding.
-    """
+    """A sum of matrix products, one for each entry (tap) of the kernel, without the entries that meet padding only."""
     sizes = [(lhs.shape[1 + i] + sum(pads[i]) - rhs.shape[i]) // strides[i] + 1 for i in range(2)]
     products = []
     for tap in range(rhs.shape[0] * rhs.shape[1]):
@@ -72,11 +66,7 @@ def _by_taps(lhs, rhs, strides, pads):
 
 
 def _by_slices(lhs, rhs, strides, pads):
-    """One matrix product of all patches, cut out by strided slices, and the kernel.
-
-    Their transposes are padding and a matrix product, whatever the stride: the gradient needs none of the convolutions
-    for which XLA has no fast code.
-    """
+    """One matrix product of the kernel and all patches, cut out by strided slices; its transpose has no convolution."""
     height, width, _, features = rhs.shape
     lhs = jnp.pad(lhs, ((0, 0), *pads, (0, 0)))
     stops = [(lhs.shape[1 + i] - rhs.shape[i]) // strides[i] * strides[i] + 1 for i in range(2)]

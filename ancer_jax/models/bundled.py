@@ -2,18 +2,17 @@
 
 import importlib.resources
 import json
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.serialization
 
+from ancer_jax._checks import check_choice
 from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.smoothing.classifier import Classifier, from_linen
 
-_NORMS = ("l2", "l1")
-
 
 class BundledModel(NamedTuple):
-    """A bundled classifier and how it was trained (`benchmarks/train_bundled.py`).
+    """A bundled classifier and how it was trained (`benchmarks/data/train_bundled.py`).
 
     Attributes:
       classifier: `SmallCNN` on images [28, 28, 1] in [0, 1].
@@ -34,8 +33,7 @@ def load_bundled(norm: str) -> BundledModel:
     Raises:
       ValueError: if the norm is another one.
     """
-    if norm not in _NORMS:
-        raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+    check_choice("norm", norm, Literal["l2", "l1"])
     folder = importlib.resources.files("ancer_jax.models")
     info = json.loads((folder / f"fashion_mnist_{norm}.json").read_text())
     variables = flax.serialization.msgpack_restore((folder / f"fashion_mnist_{norm}.msgpack").read_bytes())

@@ -50,8 +50,7 @@ def make_network(name: str, **changes: Any) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no network {name!r}, only {', '.join(NETWORKS)}{hint}")
     network = NETWORKS[name]
-    fields = {field.name for field in dataclasses.fields(network)}
-    if unknown := set(changes) - fields:
+    if unknown := changes.keys() - {field.name for field in dataclasses.fields(network)}:
         raise ValueError(f"the network {name!r} has no attribute {min(unknown)!r}")
     network = network.clone(**changes)
     if network.num_classes < 2:
@@ -138,18 +137,17 @@ def load_network(path: epath.PathLike) -> Checkpoint:
     import orbax.checkpoint as ocp
 
     path = absolute(path)
-    file = path / _INFO
-    if not file.exists():
+    if not is_network(path):
         raise ValueError(f"{path} is not the folder of a network: there is no {_INFO}")
     try:
-        info = json.loads(file.read_text())
+        info = json.loads((path / _INFO).read_text())
         info |= {name: tuple(info[name]) for name in ("image_shape", "classes")}
         info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
         fingerprint = info.pop("variables")
         checkpoint = Checkpoint(variables=None, **info)
         network = checkpoint.network
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: not the description of a network ({error})") from None
+        raise ValueError(f"{path / _INFO}: not the description of a network ({error})") from None
     inputs = jax.ShapeDtypeStruct((1, *checkpoint.image_shape), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
     try:
@@ -161,9 +159,8 @@ def load_network(path: epath.PathLike) -> Checkpoint:
         if _hash(variables) != fingerprint:
             raise ValueError(f"its values are not those that {_INFO} describes")
     except Exception as error:  # orbax raises many types
-        raise ValueError(
-            f"{path / _VARIABLES}: damaged, or of another network ({str(error).splitlines()[0][:200]})"
-        ) from None
+        line = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path / _VARIABLES}: damaged, or of another network ({line})") from None
     return dataclasses.replace(checkpoint, variables=variables)
 
 
@@ -174,7 +171,7 @@ def _leaves(tree) -> dict[str, Any]:
 def _hash(variables) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(_leaves(variables).items()):
-        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 

@@ -12,15 +12,12 @@ from ancer_jax.models._convolution import convolution
 class SmallCNN(nn.Module):
     """Three convolutions and one hidden layer for small images; about 115,000 parameters on 28x28x1.
 
-    The normalisation `(x - mean) / std` is part of the network, so that noise and radii are in units of the image
-    (pixels in [0, 1]). Without batch norm and dropout, training and evaluation mode give the same logits.
+    It contains its normalisation. Without batch norm and dropout, training and evaluation mode give the same logits.
 
-    Attributes:
-      num_classes: number of logits.
+    Attributes (the others are those of `ResNet`):
       features: channels of the three convolutions.
       hidden: width of the hidden layer.
       mean, std: for each channel or for all (default: those of Fashion-MNIST).
-      compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
     """
 
     num_classes: int = 10
@@ -33,9 +30,8 @@ class SmallCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits [n, num_classes] of images [n, height, width, channels]; `train` affects speed only."""
-        conv = functools.partial(
-            nn.Conv, dtype=self.compute_dtype, conv_general_dilated=functools.partial(convolution, in_loop=not train)
-        )
+        fast = functools.partial(convolution, in_loop=not train)
+        conv = functools.partial(nn.Conv, dtype=self.compute_dtype, conv_general_dilated=fast)
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         x = nn.relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
         x = nn.relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))

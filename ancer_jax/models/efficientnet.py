@@ -11,7 +11,7 @@ import jax
 
 from ancer_jax.models.resnet import dense, he_normal, normalise
 
-# (blocks, kernel size, stride of the first, expansion, channels) of each stage.
+# Number of blocks, kernel size, stride of the first block, expansion and channels of each stage.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -24,13 +24,7 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 for images of about 224 x 224; the normalisation `(x - mean) / std` is part of the network.
-
-    Attributes:
-      num_classes: number of logits.
-      mean, std: of each channel, in units of [0, 1] pixels.
-      compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
-    """
+    """EfficientNet-Lite0 for images of about 224 x 224, with its normalisation; attributes are those of `ResNet`."""
 
     num_classes: int = 1000
     mean: tuple[float, ...] = (127 / 255,) * 3
@@ -52,13 +46,13 @@ class EfficientNetLite0(nn.Module):
 
         x = normalise(x, self.mean, self.std).astype(self.compute_dtype)
         x = nn.relu6(norm(name="bn0")(conv(32, 3, 2, name="conv_stem")(x)))
-        number = 0
-        for repeats, size, stride, expansion, features in _STAGES:
-            for i in range(repeats):
-                block = MobileBlock(
-                    features, size, stride if i == 0 else 1, expansion, conv, norm, name=f"blocks_{number}"
-                )
-                x, number = block(x), number + 1
+        blocks = [
+            (features, size, stride if i == 0 else 1, expansion)
+            for repeats, size, stride, expansion, features in _STAGES
+            for i in range(repeats)
+        ]
+        for number, block in enumerate(blocks):
+            x = MobileBlock(*block, conv, norm, name=f"blocks_{number}")(x)
         x = nn.relu6(norm(name="bn1")(conv(1280, 1, 1, name="conv_head")(x)))
         return dense(self.num_classes, x.mean(axis=(1, 2)))
 

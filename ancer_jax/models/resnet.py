@@ -31,8 +31,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[n, h, w, c] -> [n, h / stride, w / stride, features]."""
-        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = nn.relu(self.norm(name="bn1")(self.conv(self.features, 3, self.stride, name="conv1")(x)))
         y = self.conv(self.features, 3, 1, name="conv2")(y)
         return nn.relu(self.norm(name="bn2")(y) + _shortcut(self, x, y))
 
@@ -112,10 +111,7 @@ def normalise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 
 
 def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions.
-
-    Only theta searches differentiate inside `lax.scan`; training keeps XLA's convolution.
-    """
+    """Convolution without bias, `conv(features, kernel size, stride)`, and batch norm, with PyTorch's conventions."""
 
     def conv(features, size, stride, *, name):
         pad = (size - 1) // 2

@@ -34,8 +34,7 @@ def resolve_classifier(name: str, norm: str, sigma: float | None) -> tuple[Class
     if (epath.Path(name) / TRAINING_SETTINGS).exists():
         raise ValueError(f"--classifier {name}: its training is not finished; the same ancer-jax train continues it")
     if ":" not in name:
-        near = difflib.get_close_matches(name, ["bundled"], n=1, cutoff=0.3)
-        hint = "; did you mean 'bundled'?" if near else ""
+        hint = "; did you mean 'bundled'?" if difflib.get_close_matches(name, ["bundled"]) else ""
         what = f"neither bundled, nor the folder of a network, nor module:function{hint}"
         raise ValueError(f"--classifier {name!r} is {what}")
     if sigma is None:
@@ -73,8 +72,8 @@ def check_fit(name: str, checkpoint: Checkpoint, dataset: Dataset) -> None:
     """ValueError if images or labels are not like those that the network called `name` was trained on."""
     shape = tuple(dataset.images.shape[1:])
     if shape != checkpoint.image_shape:
-        sizes = (" x ".join(map(str, sizes)) for sizes in (checkpoint.image_shape, shape))
-        raise ValueError("{} takes images {}, the data are {} (--classifier, --data, --crop)".format(name, *sizes))
+        wanted, found = (" x ".join(map(str, sizes)) for sizes in (checkpoint.image_shape, shape))
+        raise ValueError(f"{name} takes images {wanted}, the data are {found} (--classifier, --data, --crop)")
     check_classes(dataset, checkpoint.classes)
     if 2 * dataset.num_classes <= checkpoint.network.num_classes:
         known = f"{name} knows {checkpoint.network.num_classes}"

@@ -9,6 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -35,23 +37,6 @@ _NORMALISATION = {
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
-def torch_names(network: nn.Module, variables: Any) -> dict[tuple[str, ...], str]:
-    """The table of names: path of each leaf of `variables` -> its PyTorch name.
-
-    Raises:
-      ValueError: if there is no table for this network.
-    """
-    if type(network) not in _MODULES:
-        raise ValueError(f"there is no table of PyTorch names for a {type(network).__name__}")
-    table = {}
-    for path in flatten_dict(variables):
-        module = ".".join(path[1:-1])
-        for ours, theirs in _MODULES[type(network)]:
-            module = re.sub(ours, theirs, module)
-        table[path] = f"{module}.{_TENSORS[path[-1]]}"
-    return table
-
-
 def convert_torch(
     network: nn.Module, tensors: Mapping[str, np.ndarray], image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
@@ -59,7 +44,6 @@ def convert_torch(
 
     Prefixes that wrappers add (DataParallel's `module.`, the `1.` behind a normalisation layer) are removed. If the
     checkpoint has the constants of a normalisation layer (`stored_normalisation`), they must be those of `network`.
-    Cohen's and ANCER's checkpoints have none, and MACER's networks do not normalise at all.
 
     Args:
       network: a network of this package, with the checkpoint's number of classes.
@@ -70,27 +54,29 @@ def convert_torch(
       ValueError: naming the tensor and the shapes, if a tensor is missing, unused or of another shape, or if the
         normalisation differs.
     """
+    patterns = _MODULES.get(type(network))
+    if patterns is None:
+        raise ValueError(f"there is no table of PyTorch names for a {type(network).__name__}")
+    what = f"a {type(network).__name__} with {network.num_classes} classes"
     inputs = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     shapes: dict[tuple[str, ...], Any] = dict(flatten_dict(jax.eval_shape(network.init, jax.random.key(0), inputs)))
-    table = torch_names(network, unflatten_dict(shapes))
-    renamed = {}
-    for name, tensor in tensors.items():
-        for other, usual in _SYNONYMS:
-            name = re.sub(other, usual, name)
-        renamed[name] = tensor
-    first = next(iter(table.values()))
-    prefixes = [name.removesuffix(first) for name in renamed if name.endswith(first)]
-    prefix = min(prefixes, key=len, default="")
+    names = {path: f"{_rename('.'.join(path[1:-1]), patterns)}.{_TENSORS[path[-1]]}" for path in shapes}
+    renamed = {_rename(name, _SYNONYMS): tensor for name, tensor in tensors.items()}
+    first = next(iter(names.values()))
+    prefix = min((name.removesuffix(first) for name in renamed if name.endswith(first)), key=len, default="")
     leaves = {}
-    for path, name in table.items():
-        if prefix + name not in renamed:
-            raise ValueError(f"not a checkpoint of a {_describe(network)}: there is no tensor {prefix + name}")
-        leaf, shape = _leaf(path, renamed.pop(prefix + name)), list(shapes[path].shape)
-        if list(leaf.shape) != shape:
-            both = f"{list(leaf.shape)} in Flax's order of axes, the network's {shape}"
-            raise ValueError(f"{prefix + name} does not fit a {_describe(network)}: its shape is {both}")
+    for path, expected in shapes.items():
+        name = prefix + names[path]
+        if name not in renamed:
+            raise ValueError(f"not a checkpoint of {what}: there is no tensor {name}")
+        leaf = np.asarray(renamed.pop(name), np.float32)
+        if path[-1] == "kernel":  # in Flax, output features are the last axis
+            leaf = leaf.transpose(2, 3, 1, 0) if leaf.ndim == 4 else leaf.T
+        if leaf.shape != expected.shape:
+            both = f"{list(leaf.shape)} in Flax's order of axes, the network's {list(expected.shape)}"
+            raise ValueError(f"{name} does not fit {what}: its shape is {both}")
         if not np.isfinite(leaf).all():
-            raise ValueError(f"{prefix + name} has values that are not finite")
+            raise ValueError(f"{name} has values that are not finite")
         leaves[path] = leaf
     constants = stored_normalisation(renamed, len(network.mean))
     for attribute, (name, value) in constants.items():
@@ -99,8 +85,14 @@ def convert_torch(
     known = {name for name, _ in constants.values()}
     for name in renamed:
         if name not in known and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"not a checkpoint of a {_describe(network)}, which has no tensor {name}")
+            raise ValueError(f"not a checkpoint of {what}, which has no tensor {name}")
     return unflatten_dict(leaves)
+
+
+def _rename(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def stored_normalisation(tensors: Mapping[str, np.ndarray], channels: int) -> dict[str, tuple[str, np.ndarray]]:
@@ -112,18 +104,6 @@ def stored_normalisation(tensors: Mapping[str, np.ndarray], channels: int) -> di
             attribute, value = _NORMALISATION[last]
             found[attribute] = name, value(tensor).ravel()
     return found
-
-
-def _leaf(path, tensor) -> np.ndarray:
-    """A tensor with Flax's order of axes: output features of kernels are last."""
-    tensor = np.asarray(tensor, np.float32)
-    if path[-1] == "kernel":
-        return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-    return tensor
-
-
-def _describe(network) -> str:
-    return f"{type(network).__name__} with {network.num_classes} classes"
 
 
 def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -140,10 +120,7 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file")
     found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    for name in _WRAPPERS:
-        if isinstance(found.get(name), Mapping):
-            found = found[name]
-            break
+    found = next((found[name] for name in _WRAPPERS if isinstance(found.get(name), Mapping)), found)
     tensors = {str(name): value for name, value in found.items() if isinstance(value, np.ndarray)}
     if not tensors:
         raise ValueError(f"{path}: the file has no tensors")
@@ -151,9 +128,6 @@ def read_torch(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path) -> dict[str, Any]:
-    import safetensors
-    import safetensors.numpy
-
     try:
         return safetensors.numpy.load(path.read_bytes())
     except KeyError as error:
@@ -182,6 +156,4 @@ def _read_pickled(path) -> dict[str, Any]:
     except Exception as error:  # damaged files raise many types
         line = (str(error).splitlines() or ["empty"])[0]
         raise ValueError(f"{path}: not a readable PyTorch file ({line})") from None
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path}: the file has no tensors")
-    return dict(found)
+    return dict(found) if isinstance(found, Mapping) else {}

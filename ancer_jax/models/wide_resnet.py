@@ -1,7 +1,4 @@
-"""Wide residual networks (Zagoruyko and Komodakis 2016), as RS4A and ANCER use them.
-
-Submodules have their PyTorch names, with `_` for `.`: `torch_import` relies on that.
-"""
+"""Wide residual networks (Zagoruyko and Komodakis 2016), as RS4A and ANCER use them; names are as in `resnet`."""
 
 from collections.abc import Callable
 
@@ -30,14 +27,11 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A WRN that contains its normalisation `(x - mean) / std`: noise and radii are in units of [0, 1] pixels.
+    """A WRN that contains its normalisation.
 
-    Attributes:
+    Attributes (the others are those of `ResNet`):
       depth: 6 n + 4.
       widen_factor: channels of the first stage, in units of 16.
-      num_classes: number of logits.
-      mean, std: of each channel.
-      compute_dtype: of the layers, "float32" or "bfloat16"; normalisation and logits are float32.
     """
 
     depth: int = 40
@@ -55,9 +49,7 @@ class WideResNet(nn.Module):
         x = conv(16, 3, 1, name="conv1")(x)
         for i in range(3):
             for j in range((self.depth - 4) // 6):
-                stride = 2 if i > 0 and j == 0 else 1
-                x = PreActivationBlock(
-                    16 * self.widen_factor * 2**i, stride, conv, norm, name=f"block{i + 1}_layer_{j}"
-                )(x)
+                features, stride = 16 * self.widen_factor * 2**i, 2 if i > 0 and j == 0 else 1
+                x = PreActivationBlock(features, stride, conv, norm, name=f"block{i + 1}_layer_{j}")(x)
         x = nn.relu(norm(name="bn1")(x))
         return dense(self.num_classes, x.mean(axis=(1, 2)))

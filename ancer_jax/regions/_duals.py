@@ -66,25 +66,6 @@ def knapsack_dual(p, q, enough, margin):
       enough: a value that need not be improved on.
       margin: relative error of sums, taken off (static).
     """
-    return _cut(p, q, enough, margin)
-
-
-@knapsack_dual.defjvp
-def _knapsack_dual_jvp(margin, primals, tangents):
-    p, q, enough = primals
-    # The maximum is where the cheapest shares `filled` of q add up to all but 1; one of them may be a part.
-    cost = jnp.where(q > 0, p / jnp.where(q > 0, q, 1.0), jnp.inf)
-    order = jnp.argsort(cost)
-    before = jnp.cumsum(q[order]) - q[order]
-    share = jnp.clip((jnp.sum(q) - 1 - before) / jnp.where(q[order] > 0, q[order], 1.0), 0.0, 1.0)
-    filled = jnp.zeros_like(q).at[order].set(jnp.where(q[order] > 0, share, 0.0))
-    lam = jnp.max(jnp.where(filled > 0, cost, 0.0))
-    slope = jnp.sum(filled * tangents[0]) + lam * jnp.sum((1 - filled) * tangents[1])
-    return _cut(p, q, enough, margin), jnp.where(lam > 0, slope, 0.0)
-
-
-def _cut(p, q, enough, margin):
-    """The value of `knapsack_dual`."""
 
     def unfinished(state):
         i, _, _, best, above = state
@@ -104,3 +85,17 @@ def _cut(p, q, enough, margin):
     left, right = (zero, jnp.sum(q) - 1), (jnp.sum(p), -jnp.ones((), p.dtype))
     above = jnp.where(left[1] > 0, right[0], zero)  # no more than all of p; nothing if the slope falls from 0
     return jax.lax.while_loop(unfinished, cut, (0, left, right, zero, above))[3]
+
+
+@knapsack_dual.defjvp
+def _knapsack_dual_jvp(margin, primals, tangents):
+    p, q, enough = primals
+    # The maximum is where the cheapest shares `filled` of q add up to all but 1; one of them may be a part.
+    cost = jnp.where(q > 0, p / jnp.where(q > 0, q, 1.0), jnp.inf)
+    order = jnp.argsort(cost)
+    before = jnp.cumsum(q[order]) - q[order]
+    share = jnp.clip((jnp.sum(q) - 1 - before) / jnp.where(q[order] > 0, q[order], 1.0), 0.0, 1.0)
+    filled = jnp.zeros_like(q).at[order].set(jnp.where(q[order] > 0, share, 0.0))
+    lam = jnp.max(jnp.where(filled > 0, cost, 0.0))
+    slope = jnp.sum(filled * tangents[0]) + lam * jnp.sum((1 - filled) * tangents[1])
+    return knapsack_dual(p, q, enough, margin), jnp.where(lam > 0, slope, 0.0)

@@ -29,9 +29,7 @@ def is_superset(a: Region, b: Region) -> Values:
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
-    _check_single(a, b)
-    if a.norm != b.norm:
-        raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
+    _check_pair(a, b)
     xnp, center_a, theta_a, gap_a, _ = parts_of(a)
     _, center_b, theta_b, gap_b, _ = parts_of(b)
     return xnp.all(gap_a * theta_a >= gap_b * theta_b) & xnp.all(center_a == center_b)
@@ -43,9 +41,7 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
 
     @functools.wraps(function)
     def wrapper(a: Region, b: Region, **options):
-        _check_single(a, b)
-        if a.norm != b.norm:
-            raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
+        _check_pair(a, b)
         if np.shape(a.center) != np.shape(b.center):
             shapes = f"{list(np.shape(a.center))} and {list(np.shape(b.center))}"
             raise ValueError(f"the centers of two regions must have one shape, got {shapes}")
@@ -62,9 +58,11 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
     return wrapper
 
 
-def _check_single(a: Region, b: Region) -> None:
+def _check_pair(a: Region, b: Region) -> None:
     if np.ndim(a.gap) or np.ndim(b.gap):
         raise ValueError("pairs are of one region each: use jax.vmap for batches")
+    if a.norm != b.norm:
+        raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
 
 
 def _pair(a: Region, b: Region):
@@ -78,9 +76,7 @@ def _pair(a: Region, b: Region):
 
 @_in_float64
 def separation(a: Region, b: Region) -> Values:
-    """How clearly two regions of one norm are separated ([]): they are disjoint if this is above 1.
-
-    Up to rounding, they are disjoint only then.
+    """How clearly two regions of one norm are separated ([]): above 1 they are disjoint; up to rounding, only then.
 
     `max_{0<t<1} s(t)`, where with semi-axes `alpha = gap_a theta_a`, `beta = gap_b theta_b` and
     `d = |center_a - center_b|`, p = 2: `s(t) = sum d^2 / (alpha^2 / t + beta^2 / (1 - t))`; p = 1:
@@ -123,10 +119,7 @@ def separation(a: Region, b: Region) -> Values:
 def disjoint(a: Region, b: Region) -> Values:
     """Whether two regions of one norm (boundaries included) have no point in common.
 
-    Guarantee: True is proven; regions that touch, or nearly, give False.
-
-    Raises:
-      ValueError: if norms or shapes differ, or a region is a batch.
+    Guarantee: True is proven; regions that touch, or nearly, give False. Errors as in `separation`.
     """
     return separation(a, b) > 1
 
@@ -144,11 +137,7 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
       enough: an answer of at least this may be given early, below the largest.
 
     Guarantee: below the exact value by 2^-32 of it and rounding, never above; 0 if the center of a lies in b, or
-    where numbers overflow.
-    Differentiable under jit and grad.
-
-    Raises:
-      ValueError: if norms or shapes differ, or a region is a batch.
+    where numbers overflow. Differentiable under jit and grad. Errors as in `separation`.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     enough = enough / (1 - _slack(margin))  # the slack is taken off below
@@ -162,7 +151,7 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
     else:
         gap = knapsack_dual(d / theta_a, d * inverse, enough, margin)
         point = jnp.sum(d / theta_a)
-    return _finite(jnp.where(gap_b > 0, gap, point * (1 - margin))) * (1 - _slack(margin))
+    return _lowered(jnp.where(gap_b > 0, gap, point * (1 - margin)), margin)
 
 
 @_in_float64
@@ -174,10 +163,7 @@ def largest_inside(a: Region, b: Region) -> Values:
     `gap = (1 - sum d / beta) min(beta / theta_a)`.
 
     Guarantee: below the exact value by about 2^-32 of it (p = 2: 2^-26) and rounding, never above; 0 if the center of a
-    is not inside b.
-
-    Raises:
-      ValueError: if norms or shapes differ, or a region is a batch.
+    is not inside b. Errors as in `separation`.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     beta = theta_b * jnp.where(b.gap > 0, b.gap, 1.0)
@@ -190,7 +176,7 @@ def largest_inside(a: Region, b: Region) -> Values:
         gap = jnp.where((start > 0) & (jnp.sum(e) < 1), _root(dual), 0.0)
     else:
         gap = jnp.maximum(1 - jnp.sum(d / beta) * (1 + margin) - margin, 0.0) * jnp.min(beta / theta_a)
-    return _finite(jnp.where(b.gap > 0, gap, 0.0)) * (1 - _slack(margin))
+    return _lowered(jnp.where(b.gap > 0, gap, 0.0), margin)
 
 
 def _slack(margin: float) -> float:
@@ -198,9 +184,9 @@ def _slack(margin: float) -> float:
     return max(2.0**-32, 2 * margin)
 
 
-def _finite(gap):
-    """0 instead of what overflowed."""
-    return jnp.where(jnp.isfinite(gap), gap, 0.0)
+def _lowered(gap, margin: float):
+    """The answer: smaller by the slack, and 0 instead of what overflowed."""
+    return jnp.where(jnp.isfinite(gap), gap, 0.0) * (1 - _slack(margin))
 
 
 def _root(square):

@@ -6,12 +6,7 @@ from ancer_jax.runs import RunConfig
 
 
 class Passes(NamedTuple):
-    """Passes through the network per image.
-
-    Attributes:
-      forward, backward: of search, guard and certificate.
-      leakage: further forward passes, which only measure leakage.
-    """
+    """Passes per image, forward and backward; `leakage` are further forward passes, which only measure leakage."""
 
     forward: float
     backward: float
@@ -25,9 +20,7 @@ def passes(config: RunConfig, draws: float | None = None) -> Passes:
     many probes as the config asks for; a small data set has fewer. Two costs that arise once per run are left out: the
     smoothed classes of the probes, and the optimization of a universal theta.
 
-    Args:
-      config: the settings of the run.
-      draws: mean number of draws per certificate; None: `n0 + n`.
+    `draws` is the mean number of draws per certificate; None: `n0 + n`.
     """
     forward = config.certify.n0 + config.certify.n if draws is None else draws
     if not config.searches:
@@ -40,9 +33,8 @@ def passes(config: RunConfig, draws: float | None = None) -> Passes:
     limited = config.leakage_limit is not None
     measured = leakage.num_probes * leakage.num_samples if leakage else 0
     held_out = leakage.num_probes * leakage.held_out_samples if leakage else 0
-    for guard in ("off", config.guard)[
-        : len(config.searches)
-    ]:  # isotropic against fixed, anisotropic against isotropic
+    # First isotropic is compared with fixed, then anisotropic with isotropic.
+    for guard in ("off", config.guard)[: len(config.searches)]:
         compared = 2 if guard != "off" else int(limited)
         forward += compared * config.guard_samples + measured * limited
     return Passes(forward, backward, measured + held_out)

@@ -1,5 +1,6 @@
 """What must be said beside figures and pictures: marks of runs, and notes on what their certificates promise."""
 
+from ancer_jax.metrics import round_down
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
@@ -34,8 +35,25 @@ def two_claims(results: list[Results]) -> list[str]:
 
 
 def footnotes(results: list[Results]) -> list[str]:
-    """The lines below a picture of these runs: in short that there are two threat models, and the marks."""
+    """The lines below figures or a picture of these runs: in short that there are two threat models, and the marks."""
     return ([_TWO_CLAIMS_IN_SHORT] if two_claims(results) else []) + legend_of_marks(results)
+
+
+def caveats(results: list[Results], leakage_limit: float = LEAKAGE_LIMIT) -> list[str]:
+    """What must stand right beside the main figures: that a run is unfinished, what is left without leaky thetas."""
+    said = []
+    for r in results:
+        if not r.finished:
+            these = f"its figures are of the {len(r.correct)} images that are certified so far"
+            said.append(f"{mark(r)} is unfinished: {these}. The same ancer-jax certify continues it.")
+        kept, leaky = r.leaks_at_most(leakage_limit), r.leaky(leakage_limit)
+        if kept is not None and leaky:
+            share = f"{leaky} of {len(r.leakages())} thetas leak more than {shortest(leakage_limit)}"
+            columns = {"ACR": "radius", "ACR-tilde": "radius_proxy"}
+            both = {name: (r.acr(column, kept), r.acr(column)) for name, column in columns.items()}
+            figures = [f"{name} is {round_down(a, 3)} instead of {round_down(b, 3)}" for name, (a, b) in both.items()]
+            said.append(f"{mark(r)}: {share}. Without leaky thetas, {', '.join(figures)}.")
+    return said
 
 
 def notes(results: list[Results]) -> list[str]:

@@ -22,10 +22,8 @@ def order_rows(results: list[Results], *, orders: int, seed: int = 0) -> list[di
     rows = []
     for r in results:
         certificates, labels, rng = _certificates(r), r["label"], np.random.default_rng(seed)
-        by_id, others = _figures(certificates, labels), []
-        for _ in range(orders):
-            order = rng.permutation(len(labels))
-            others.append(_figures(certificates[order], labels[order]))
+        shuffled = [rng.permutation(len(labels)) for _ in range(orders)]
+        by_id, *others = [_figures(certificates[order], labels[order]) for order in (np.arange(len(labels)), *shuffled)]
         row = {"run": r.name, "random orders": str(orders)}
         for name, figure in by_id.items():
             values = (figure, min(other[name] for other in others), max(other[name] for other in others))

@@ -17,7 +17,7 @@ from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report import notes, plots, tables
 from ancer_jax.report.notes import mark, shortest
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
-from ancer_jax.runs import Run, RunConfig
+from ancer_jax.runs import Run
 from ancer_jax.runs.settings import flatten
 from ancer_jax.smoothing import ABSTAIN
 
@@ -50,15 +50,14 @@ def write_page(
 
     if not results:
         raise ValueError("results must hold at least one run")
-    template = importlib.resources.files("ancer_jax.report").joinpath("page.html").read_text("utf-8")
+    template = (importlib.resources.files("ancer_jax.report") / "page.html").read_text("utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(**options)
     bounded = [r for r in results if "p_lower" in r.columns]
-    page = environment.from_string(template).render(
+    page = jinja2.Template(template, **options).render(
         runs=[mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
         facts=_facts([r.run for r in results if r.run]),
-        notes=notes.notes(results),
+        notes=notes.caveats(results, leakage_limit) + notes.notes(results),
         curves=_curves(results),
         bounds=_svg(bounded, plots.draw_p_lower) if bounded else "",
         cost=_cost(results),
@@ -68,8 +67,7 @@ def write_page(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         leakage_limit=leakage_limit,
     )
-    with epath.Path(path).open("wb") as file:
-        file.write(page.encode())
+    epath.Path(path).write_bytes(page.encode())
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -87,13 +85,9 @@ def _svg(results: list[Results], draw, *arguments: str) -> str:
 
 def _facts(runs: Sequence[Run]) -> str:
     """The settings without which the figures of these runs mean nothing."""
-    configs: list[RunConfig] = [run.config for run in runs]
-    facts = (
-        ("", [run.data.name for run in runs]),
-        ("", [config.norm for config in configs]),
-        ("n = ", [f"{config.certify.n:,}" for config in configs]),
-        ("alpha = ", [shortest(config.alpha) for config in configs]),
-    )
+    names, norms = [run.data.name for run in runs], [run.config.norm for run in runs]
+    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [shortest(run.config.alpha) for run in runs]
+    facts = (("", names), ("", norms), ("n = ", counts), ("alpha = ", alphas))
     return "; ".join(name + ", ".join(dict.fromkeys(values)) for name, values in facts)
 
 
@@ -105,27 +99,23 @@ def _curves(results: list[Results]) -> list[tuple[str, str]]:
 
 def _cost(results: list[Results]) -> dict[str, Any] | None:
     """Figures against cost, as a table and as pictures; None where no cost is known."""
-    rows, figures = [], []
+    if all(r.seconds is None and r.passes is None for r in results):
+        return None
+    rows = []
     for r in results:
         forward, backward, leakage = (f"{count:,.0f}" for count in r.passes) if r.passes else "---"
         row = {"run": mark(r), "s/image": "-" if r.seconds is None else f"{r.seconds:.3g}"}
         row |= {"forward passes": forward, "backward passes": backward, "for leakage": leakage}
         acr = {"ACR": round_down(r.acr("radius"), 3), "ACR-tilde": round_down(r.acr("radius_proxy"), 3)}
         rows.append(row | acr)
-    for cost, name, known in (
-        ("seconds", "seconds", [r for r in results if r.seconds]),
-        ("passes", "passes through the network, forward and backward,", [r for r in results if r.passes]),
-    ):
-        if known:
-            figures.append((_svg(known, plots.draw_cost, cost), name))
-    known = any(r.seconds is not None or r.passes for r in results)
-    return {"table": _table(rows), "figures": figures} if known else None
+    names = {"seconds": "seconds", "passes": "passes through the network, forward and backward,"}
+    known = {cost: [r for r in results if getattr(r, cost)] for cost in names}
+    figures = [(_svg(known[cost], plots.draw_cost, cost), name) for cost, name in names.items() if known[cost]]
+    return {"table": _table(rows), "figures": figures}
 
 
 def _groups(results: Results) -> list[tuple[str, list[int]]]:
-    """The regions of a run that are shown, as rows of its results: those that the memory changed, the largest, the
-    smallest and the first; all of them if they are few.
-    """
+    """The regions of a run that are shown, under titles, as rows of its results."""
     size, groups = results["radius_proxy"], []
     if "changed" in results.columns and (changed := np.flatnonzero(results["changed"] == 1)).size:
         lost = results.own["radius_proxy"][changed] - size[changed]
@@ -153,7 +143,6 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
     return {
         "name": mark(results),
         "note": "; ".join(notes.legend_of_marks([results])),
-        "maps": bool(shown),
         "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
         "logarithmic": logarithmic,

@@ -166,9 +166,7 @@ def line_styles(results: list[Results]) -> list[dict[str, Any]]:
 
 
 def color_scale(thetas: list[np.ndarray]):
-    """matplotlib's scale from the smallest to the largest of these values, and whether it is logarithmic: the values
-    are far apart.
-    """
+    """matplotlib's scale over these values, and whether it is logarithmic, as it is if they are far apart."""
     from matplotlib.colors import LogNorm, Normalize
 
     smallest, largest = float(np.min(thetas)), float(np.max(thetas))
@@ -208,12 +206,10 @@ def _colors(results: list[Results]) -> list[str]:
 
 
 def _figure(rows, columns, size, **options):
-    """A figure with its own canvas: it needs no display, and shares no state with the user's matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure without pyplot: it needs no display, and shares no state with the user's matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 

@@ -10,7 +10,9 @@ from etils import epath
 from ancer_jax.metrics import average_certified_radius
 from ancer_jax.report.cost import Passes, passes
 from ancer_jax.runs import Run, RunConfig, read_run, read_table
+from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS
 from ancer_jax.smoothing import ABSTAIN
+from ancer_jax.storage import read_text
 
 LEAKAGE_LIMIT = 0.1
 
@@ -27,6 +29,7 @@ class Results:
       norm: "l2" or "l1"; "" where a table does not say.
       before: the columns before memory, if `columns` are those after memory and both are known.
       run: the run directory, if the results come from one.
+      finished: whether these are all results of the run; False if it was stopped, or is still going on.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Results:
     norm: str = ""
     before: dict[str, np.ndarray] | None = None
     run: Run | None = None
+    finished: bool = True
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
@@ -67,16 +71,13 @@ class Results:
         """
         if "method" in self.columns:
             return bool((~np.isin(self["method"], ("fixed", "universal", "shared"))).any())  # "shared" is the old name
-        sigmas = [self.columns[name] for name in ("min_sigma", "sigma") if name in self.columns]
-        if (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas):
-            return True
-        return None
+        sigmas = [self[name] for name in ("min_sigma", "sigma") if name in self.columns]
+        varies = (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas)
+        return True if varies else None
 
     @property
     def reconciled(self) -> bool:
-        """Whether the columns are known to be of one classifier: theta does not depend on the input, or a memory was
-        used.
-        """
+        """Whether the columns are known to be of one classifier: by a memory, or by a theta chosen for all inputs."""
         return "changed" in self.columns or self.data_dependent is False
 
     @property
@@ -113,6 +114,10 @@ class Results:
         values = self.columns[column][~self.abstained] if column in self.columns else ()
         return [value for value in values if value == value]  # NaN is not
 
+    def leaky(self, limit: float) -> int:
+        """How many of the inputs that were answered have a theta that is known to leak more than `limit`."""
+        return sum(leakage > decimal(limit) for leakage in self.leakages())
+
     def leaks_at_most(self, limit: float) -> np.ndarray | None:
         """Whether the theta of each input is known to leak at most `limit`; None if no leakage was measured."""
         values, most = self.columns.get("leakage", ()), decimal(limit)
@@ -121,10 +126,10 @@ class Results:
 
     def thetas(self, ids: Iterable[int]) -> dict[int, np.ndarray]:
         """The thetas of these inputs of a run directory, read on demand: all of them may not fit into memory."""
-        wanted, found = {int(i) for i in ids}, {}
+        wanted, found = set(ids), {}
         for shard in self.run.shards(["theta"]) if self.run else ():
-            rows = [row for row, i in enumerate(shard["ids"]) if int(i) in wanted]
-            found |= {int(shard["ids"][row]): np.array(shard["theta"][row]) for row in rows}  # a view keeps the shard
+            pairs = zip(shard["ids"].tolist(), shard["theta"], strict=True)
+            found |= {i: np.array(theta) for i, theta in pairs if i in wanted}  # a copy: a view keeps the shard
             if len(found) == len(wanted):
                 break
         return dict(sorted(found.items()))
@@ -145,9 +150,10 @@ def load_results(path: epath.PathLike) -> Results:
     before, after = run.results()
     if not before:
         raise ValueError(f"{path}: there are no results yet")
-    if after is None:
-        return Results(path.name, before, run.config.norm, run=run)
-    return Results(path.name, after, run.config.norm, before, run)
+    # The table is written once all images are finished: one of fewer images is from before --max was raised.
+    table = read_text(path / (BEFORE_MEMORY if run.config.data_dependent else RESULTS)) or ""
+    finished = table.count("\n") == len(before["idx"]) + 1
+    return Results(path.name, after or before, run.config.norm, before if after else None, run, finished)
 
 
 def decimal(number: float) -> fractions.Fraction:

@@ -9,16 +9,17 @@ import numpy as np
 import tabulate
 
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report.notes import legend_of_marks, mark, notes, shortest, two_claims
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results, decimal
+from ancer_jax.report.notes import caveats, footnotes, mark, notes, shortest
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 
 _NOT_MEASURED = "not measured"
 
 
 def summary_table(results: list[Results], radii: Sequence[float], leakage_limit: float = LEAKAGE_LIMIT) -> str:
     """The tables of `summary` and their notes, as GitHub-style text."""
-    parts = [part for title, rows in summary(results, radii, leakage_limit) for part in (title, format_table(rows))]
-    return "\n\n".join([*parts[1:], *notes(results)])
+    (_, figures), *others = summary(results, radii, leakage_limit)
+    parts = [part for title, rows in others for part in (title, format_table(rows))]
+    return "\n\n".join([format_table(figures), *caveats(results, leakage_limit), *parts, *notes(results)])
 
 
 def summary(
@@ -48,10 +49,8 @@ def format_table(rows: list[dict[str, str]]) -> str:
 def compare_proxy_radius(results: list[Results], best: Results) -> str:
     """Mean proxy radius, after memory, of the best fixed theta's run and of each data-dependent run, as text.
 
-    Args:
-      results: the runs.
-      best: the run of the best fixed theta. Its certificates must use other draws than those that chose theta: a theta
-        chosen by its own certifying draws is wrong more often than alpha.
+    The certificates of `best` must use other draws than those that chose its theta: a theta chosen by its own
+    certifying draws is wrong more often than alpha.
     """
     lines = []
     for r in (best, *(r for r in results if r.data_dependent)):
@@ -60,7 +59,7 @@ def compare_proxy_radius(results: list[Results], best: Results) -> str:
         without = _NOT_MEASURED if kept is None else round_down((r["radius_proxy"] * kept).mean(), 3)
         text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {without}"
         lines.append(f"  {mark(r):13} {round_down(r.mean_proxy_radius, 3)}   {text}")
-    return "\n".join([*lines, *two_claims(results), *legend_of_marks(results)])
+    return "\n".join([*lines, *footnotes(results)])
 
 
 def percent(share: float) -> str:
@@ -75,7 +74,7 @@ def _figures(results: list[Results]) -> list[dict[str, str]]:
         {
             "run": mark(r),
             "norm": r.norm or "?",
-            "images": str(len(r.correct)),
+            "images": str(len(r.correct)) + " (unfinished)" * (not r.finished),
             **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
             **({"all lines hold": _joint(r)} if certain else {}),
             "accuracy": _share(r.correct),
@@ -142,15 +141,12 @@ def _memory(results: Results) -> dict[str, str]:
 
 
 def _leakage(results: Results, limit: float) -> dict[str, str]:
-    """Distribution of leakage over the inputs that were answered, and the main figures with each input counted as 0
-    unless its theta is known to leak at most the limit.
-    """
+    """Leakage of answered inputs, and figures in which those not known to leak at most the limit count as 0."""
     row, known, soft = {"run": mark(results)}, results.leakages(), results.leakages("soft_leakage")
     for name, figure in (("median", statistics.median), ("mean", statistics.mean), ("largest", max)):
         row[name] = round_up(figure(known), 3) if known else _NOT_MEASURED
     row["mean soft, held out"] = round_up(statistics.mean(soft), 3) if soft else _NOT_MEASURED
-    above = sum(leakage > decimal(limit) for leakage in known)
-    row[f"above {shortest(limit)}"] = f"{above} of {len(known)}" if known else _NOT_MEASURED
+    row[f"above {shortest(limit)}"] = f"{results.leaky(limit)} of {len(known)}" if known else _NOT_MEASURED
     kept = results.leaks_at_most(limit)
     names = [f"{figure} without leaky" for figure in ("accuracy", "ACR", "ACR-tilde")]
     if kept is None:

@@ -98,9 +98,9 @@ class RunConfig:
         check_real("theta", self.theta, "[-inf, inf]")
         if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
-        if self.enumerable and self.sampling is not None:
-            raise ValueError("exact certificates take all draws: no sequential sampling")
         if self.sampling is not None:
+            if self.enumerable:
+                raise ValueError("exact certificates take all draws: no sequential sampling")
             check_divisible(self.certify)
         check_integer("seed", self.seed, 0, 2**31 - 1)
         check_integer("guard_samples", self.guard_samples, 1, bounds.MOST_TRACED_TRIALS)
@@ -113,8 +113,8 @@ class RunConfig:
                 raise ValueError(f"theta_max must be at least theta = {self.theta}, got {search.theta_max}")
         if self.leakage_limit is not None:
             check_real("leakage_limit", self.leakage_limit, "[0, 1]")
-        if self.leakage_limit is not None and not self.data_dependent:
-            raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
+            if not self.data_dependent:
+                raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
         penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
         if self.leakage is None and (penalty > 0 or self.leakage_limit is not None):
             raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")
@@ -193,10 +193,10 @@ class RunConfig:
         fields = {field.name for field in dataclasses.fields(cls)} - {"memory", "precision"}
         values = {name: value for name, value in settings.items() if name in fields}
         try:
-            for name in values.keys() & _PARTS.keys():
-                if values[name] is not None:
-                    part = {k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
-                    values[name] = _PARTS[name](**part)
+            for name, part in _PARTS.items():
+                if values.get(name) is not None:
+                    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
+                    values[name] = part(**given)
             return cls(**values)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from None

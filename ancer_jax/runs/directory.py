@@ -27,14 +27,7 @@ from ancer_jax.data import Dataset
 from ancer_jax.memory import Memory
 from ancer_jax.runs.config import RunConfig
 from ancer_jax.runs.memory_file import MEMORY, read_memory_file, save_memory
-from ancer_jax.runs.settings import (
-    DataInfo,
-    key_of,
-    plain,
-    read_settings,
-    refuse_other_settings,
-    refuse_other_version,
-)
+from ancer_jax.runs.settings import DataInfo, plain, read_settings, refuse_other_settings, refuse_other_version
 from ancer_jax.runs.table import Columns, after_memory, columns_of, digests_of, write_table
 from ancer_jax.search.leakage import LeakageCounts
 from ancer_jax.smoothing.certificate import ABSTAIN, Evidence
@@ -71,7 +64,7 @@ class Run:
     @functools.cached_property
     def key(self) -> str:
         """Hash of the settings; every shard carries it."""
-        return key_of(self.settings)
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def config(self) -> RunConfig:
@@ -82,9 +75,8 @@ class Run:
     def data(self) -> DataInfo:
         """The data set that the run certifies."""
         try:
-            data: dict[str, Any] = dict(self.settings["data"])
-            data["image_shape"] = tuple(data["image_shape"])
-            return DataInfo(**data)
+            data = self.settings["data"]
+            return DataInfo(**{**data, "image_shape": tuple(data["image_shape"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path / 'config.json'}: not the settings of a run ({error!r})") from None
 
@@ -210,17 +202,14 @@ class Run:
           The path of `results.tsv`, or, where no memory made one classifier of them, of the table before memory.
         """
         self.still_held()
-        path = self.path / RESULTS
         before, after = self.results()
-        if not self.config.data_dependent:
-            write_file(path, write_table(before).encode(), self.process)
-            return path
-        remove(path)  # first: the two tables are never of different inputs
-        write_file(self.path / BEFORE_MEMORY, write_table(before).encode(), self.process)
-        if after is None:
-            return self.path / BEFORE_MEMORY
-        write_file(path, write_table(after).encode(), self.process)
-        return path
+        tables = {RESULTS: before}
+        if self.config.data_dependent:
+            remove(self.path / RESULTS)  # first: the two tables are never of different inputs
+            tables = {BEFORE_MEMORY: before} | ({} if after is None else {RESULTS: after})
+        for name, columns in tables.items():
+            write_file(self.path / name, write_table(columns).encode(), self.process)
+        return self.path / (RESULTS if RESULTS in tables else BEFORE_MEMORY)
 
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
@@ -255,10 +244,7 @@ class Run:
 
     def _made_from(self, digests: Sequence[bytes], count: int) -> str:
         """Hash of this run's settings and of the certificates of its first `count` inputs."""
-        digest = hashlib.sha256(f"memory 2 {self.key}".encode())
-        for certificate in digests[:count]:
-            digest.update(certificate)
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join([f"memory 2 {self.key}".encode(), *digests[:count]])).hexdigest()
 
     def set_memory_aside(self) -> tuple[epath.Path, epath.Path] | None:
         """Rename a memory that is not, or no longer, this run's; its name and the new one, or None if there is none."""

@@ -66,11 +66,7 @@ class Pending(NamedTuple):
 class Collected(NamedTuple):
     """The results of a batch, without its padding: columns on the host.
 
-    Attributes:
-      certificate: batched.
-      evidence: the integers it follows from.
-      draws: how many draws each took in all, those that selected the class and those of a pilot included.
-      leakage: what was counted for its leakage.
+    The draws of an image are all that it took: those that selected the class and those of a pilot are among them.
     """
 
     certificate: Certificate
@@ -104,8 +100,7 @@ class Job:
     def launch(self, batch: Mapping[str, np.ndarray]) -> Pending:
         """Find the theta of each image of a batch, and launch the counting of its votes.
 
-        Returns while the votes are being counted. Waits only for the search of theta and, if leakage is measured, for
-        the selected classes.
+        Waits only for the search of theta and, if leakage is measured, for the selected classes.
         """
         config, noise = self.config, self.config.certified_noise
         indices = np.flatnonzero(batch["mask"])
@@ -133,8 +128,8 @@ class Job:
         leaked = LeakageCounts(*(np.asarray(column)[indices] for column in pending.leakage))
         if noise.enumerable:
             selected, evidence = enumerated_evidence(votes, _num_draws(noise, theta))
-            certificate, draws = certificate_from_evidence(selected, evidence, smoothed, images), evidence.n
-            return Collected(certificate, evidence, draws, leaked)
+            certificate = certificate_from_evidence(selected, evidence, smoothed, images)
+            return Collected(certificate, evidence, evidence.n, leaked)
         selected = votes.argmax(axis=1).astype(np.int32)
         if config.sampling is None:
             counts = pending.counter.collect(pending.estimation)[indices, selected]
@@ -156,7 +151,26 @@ class Job:
 
         They should come from the whole of the data set, whatever part of it is certified.
         """
-        return dataclasses.replace(self, probes=_find_probes(self, dataset))
+        config, mesh, settings = self.config, self.mesh, self.config.leakage
+        if settings is None or not config.data_dependent:
+            return self
+        chunk, start = min(self.chunk, _USUAL_ON_CPU[1]), np.float32(config.theta)
+        count, rng = min(settings.num_probes, len(dataset)), np.random.default_rng(config.seed)
+        in_search = rng.choice(len(dataset), count, replace=False)
+        others = np.setdiff1d(np.arange(len(dataset)), in_search)
+        held_out = rng.choice(others, min(count, len(others)), replace=False)
+
+        def probes(rows: np.ndarray) -> Probes:
+            rows = np.sort(rows)
+            ids, images = dataset.ids[rows].astype(np.uint32), dataset.images[rows]
+            filled = np.resize(np.arange(len(rows)), math.ceil(len(rows) / mesh.size) * mesh.size)
+            sharded = devices.shard_rows((ids[filled], images[filled]), mesh)
+            classes = np.asarray(_classes(*sharded, self.classifier, start, config=config, chunk=chunk, mesh=mesh))
+            ids, images, classes = devices.replicate((ids, images, classes[: len(rows)]), mesh)
+            return Probes(example_keys(config.seed, ids), images, classes, settings.num_samples)
+
+        found = ProbeSets(probes(in_search), probes(held_out) if len(held_out) else None)
+        return dataclasses.replace(self, probes=found)
 
     def thetas(self, count: int) -> np.ndarray:
         """The starting theta, once for each of `count` images."""
@@ -165,13 +179,19 @@ class Job:
     def search(self, ids: np.ndarray, images: np.ndarray) -> Program:
         """The program that finds the theta of each image."""
         in_search = None if self.probes is None else self.probes.in_search
-        arguments = self._place((ids, images, self.thetas(len(ids))))
-        return Program(_find_theta, (*arguments, self._searched_classifier, in_search), self._static)
+        return self._program(_find_theta, (ids, images, self.thetas(len(ids))), in_search)
 
     def measure_leakage(self, images: np.ndarray, theta: np.ndarray, predictions: np.ndarray) -> Program:
         """The program that counts for the leakage of each image, of its theta and class."""
-        arguments = self._place((images, theta, predictions))
-        return Program(_measure_leakage, (*arguments, self._searched_classifier, self.probes), self._static)
+        return self._program(_measure_leakage, (images, theta, predictions), self.probes)
+
+    def _program(self, function: Any, of_images: tuple[np.ndarray, ...], probes: Probes | ProbeSets | None) -> Program:
+        """A program on arrays with an entry for each image, which shards the images or the draws."""
+        place, classifier = devices.shard_rows, self.classifier
+        if self.shard == "draws":
+            place, classifier = devices.replicate, devices.shard_classifier(classifier, self.mesh)
+        static = {"config": self.config, "shard": self.shard, "chunk": self.chunk, "mesh": self.mesh}
+        return Program(function, (*place(of_images, self.mesh), classifier, probes), static)
 
     def counter(self, ids: np.ndarray, images: np.ndarray, theta: np.ndarray) -> VoteCounter:
         """The vote counter of a batch."""
@@ -185,18 +205,6 @@ class Job:
         smoothed = Smoothed(self.classifier, config.certified_noise, on_all[2])
         return VoteCounter(example_keys(config.seed, on_all[0]), on_all[1], smoothed, chunk, items, self.mesh)
 
-    @property
-    def _searched_classifier(self) -> Classifier:
-        return self.classifier if self.shard == "images" else devices.shard_classifier(self.classifier, self.mesh)
-
-    @property
-    def _static(self) -> dict[str, Any]:
-        return {"config": self.config, "shard": self.shard, "chunk": self.chunk, "mesh": self.mesh}
-
-    def _place(self, tree: Any) -> Any:
-        """Arrays of a batch, where searches and leakage want them."""
-        return (devices.shard_rows if self.shard == "images" else devices.replicate)(tree, self.mesh)
-
 
 def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execution: Execution, mesh: Mesh) -> Job:
     """The job of a run, with the chunk that is asked for or usual; `Job.with_probes` is needed to measure leakage."""
@@ -207,31 +215,6 @@ def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execu
 def usual_sizes(mesh: Mesh) -> tuple[int, int]:
     """Images for each device, and noisy copies of each at a time, where nothing is asked for."""
     return _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
-
-
-def _find_probes(job: Job, dataset: Dataset) -> ProbeSets | None:
-    """The leakage probes of a run, chosen by its seed; None if leakage is not measured."""
-    config, mesh = job.config, job.mesh
-    if config.leakage is None or not config.data_dependent:
-        return None
-    settings, chunk = config.leakage, min(job.chunk, _USUAL_ON_CPU[1])
-    count, rng = min(settings.num_probes, len(dataset)), np.random.default_rng(config.seed)
-    in_search = rng.choice(len(dataset), count, replace=False)
-    others = np.setdiff1d(np.arange(len(dataset)), in_search)
-    held_out = rng.choice(others, min(count, len(others)), replace=False)
-
-    def probes(rows: np.ndarray) -> Probes:
-        rows = np.sort(rows)
-        padded = np.resize(rows, math.ceil(len(rows) / mesh.size) * mesh.size)
-        sharded = devices.shard_rows((dataset.ids[padded].astype(np.uint32), dataset.images[padded]), mesh)
-        classes = _classes(*sharded, job.classifier, np.float32(config.theta), config=config, chunk=chunk, mesh=mesh)
-        classes = np.asarray(classes)[: len(rows)]
-        ids, images, classes = devices.replicate(
-            (dataset.ids[rows].astype(np.uint32), dataset.images[rows], classes), mesh
-        )
-        return Probes(example_keys(config.seed, ids), images, classes, settings.num_samples)
-
-    return ProbeSets(probes(in_search), probes(held_out) if len(held_out) else None)
 
 
 def _num_draws(noise: Noise, theta: np.ndarray) -> np.ndarray:

@@ -18,11 +18,10 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     Raises:
       OSError: if it cannot be written, or is a folder.
     """
-    regions = memory.regions
-    arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
-    path = epath.Path(path)
+    path, regions = epath.Path(path), memory.regions
     if not in_bucket(path) and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
+    arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
     named: dict[str, Any] = arrays | more
     write_file(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
 

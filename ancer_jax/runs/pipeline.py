@@ -56,18 +56,12 @@ def certify_dataset(
       Path of the table that is written when all processes have finished: `results.tsv`, whose lines are of one
       classifier; or, for data-dependent noise without memory, `results_before_memory.tsv`.
 
-    Guarantee: each certificate holds with probability at least 1 - alpha, as one of `certify`. With method "fixed" or
-    "universal" all lines speak of one smoothed classifier, for any y in the region.
-
-    With "isotropic" or "ancer" each certificate speaks of the smoothed classifier of the theta found for its image, and
-    the lines of `results.tsv` speak of the classifier with memory, for inputs that come later in the order of ids. Such
-    a line holds if some smoothed classifier gives the line's class everywhere in the line's region: that of this
-    image's theta or, if the class was taken from an earlier image, that of the earlier image's theta. This follows if
-    its own certificate and those of all earlier images hold: for the i-th line with probability at least 1 - i alpha.
-    (An earlier image may be left out of the count only if it cannot reach this one, whatever the draws.)
-
-    With every method the first m lines hold together with probability at least 1 - m alpha. So `alpha = A / number of
-    images` gives a table that holds as a whole with probability at least 1 - A.
+    Guarantee: each certificate holds with probability at least 1 - alpha, as one of `certify`, and the first m lines of
+    a table hold together with probability at least 1 - m alpha. With "fixed" or "universal" all lines speak of one
+    smoothed classifier. With "isotropic" or "ancer" those of `results.tsv` speak of the classifier with memory, for
+    inputs that come later in the order of ids. Such a line holds if the smoothed classifier of its image's theta, or of
+    the theta of the earlier image whose class it was given, has the line's class everywhere in the line's region: the
+    i-th line alone with probability at least 1 - i alpha (docs/guarantee.md, "alpha applies to each certificate").
 
     Whatever is chosen by looking at certified figures, a `theta_map` or the best of several thetas by a finished run,
     is to be certified with another seed.
@@ -90,8 +84,8 @@ def certify_dataset(
         check_classifier(classifier, dataset.images[0])
         settings = describe_run(classifier, dataset, config, start, mesh)
         job = make_job(devices.replicate(classifier, mesh), config, start, execution, mesh)
-        processes = {"process": jax.process_index(), "processes": jax.process_count()}
-        with open_run(out, settings, made_with(), **processes) as run:
+        process, processes = jax.process_index(), jax.process_count()
+        with open_run(out, settings, made_with(), process=process, processes=processes) as run:
             _certify_missing(run, job, dataset, execution)
             if {*dataset.ids.tolist()} <= run.done():
                 with run.exporting() as ours:
@@ -103,14 +97,13 @@ def certify_dataset(
 
 
 def _check_labels(classifier: Classifier, dataset: Dataset) -> None:
-    if dataset.num_classes > classifier.num_classes:
+    there, known = dataset.num_classes, classifier.num_classes
+    if there > known:
+        raise ValueError(f"{dataset.name} has {there} classes, the classifier only {known}")
+    if dataset.classes and there < known:
         raise ValueError(
-            f"{dataset.name} has {dataset.num_classes} classes, the classifier only {classifier.num_classes}"
-        )
-    if dataset.classes and dataset.num_classes < classifier.num_classes:
-        raise ValueError(
-            f"{dataset.name} has folders of {dataset.num_classes} classes, the classifier knows "
-            f"{classifier.num_classes}: labels are places in the list of folders, so all must be there"
+            f"{dataset.name} has folders of {there} classes, the classifier knows {known}: labels are places in the "
+            "list of folders, so all must be there"
         )
 
 
@@ -143,7 +136,6 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
     if run.calls_the_host:
         _warn_or_refuse(run, begun=bool(done))
     job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
-
     ended, pending = time.perf_counter(), None
     for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
         # Before the previous batch is collected, so that the devices stay busy.
@@ -209,5 +201,5 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
     certificates = Certificate(new["predictions"], region, unused, unused, unused)
     memory, answers = memory.insert_batch(certificates, progress=functools.partial(execution.progress, "remembered"))
     places = np.asarray(answers.inside)
-    inside_id = np.where(places < 0, -1, columns["ids"][places])
-    run.write_memory(memory, columns["ids"], np.concatenate([inside, inside_id]))
+    inside = np.concatenate([inside, np.where(places < 0, -1, columns["ids"][places])])
+    run.write_memory(memory, columns["ids"], inside)

@@ -37,7 +37,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """All settings of a run, which are hashed: the config's, and fingerprints of classifier, data and arithmetic."""
     device, image = mesh.devices.flat[0], dataset.images[0]
-    data = DataInfo(dataset.name, dataset.fingerprint, dataset.images.shape[1:], dataset.num_classes)
+    data = DataInfo(dataset.name, dataset.fingerprint, image.shape, dataset.num_classes)
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
         **config.settings(),
@@ -65,18 +65,8 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"results_version": RESULTS_VERSION, **json.loads(text)}
 
 
-def key_of(settings: Mapping[str, Any]) -> str:
-    """Hash of the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
-    """The settings of the run in the directory `path`.
-
-    Raises:
-      ValueError: if there is no `config.json`, or it is another file.
-      OSError: if it cannot be read.
-    """
+    """The settings of the run in the directory `path`; refuses one without a `config.json`, or with another file."""
     config = epath.Path(path) / "config.json"
     try:
         if (text := read_text(config)) is None:
@@ -92,11 +82,7 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
 
 
 def refuse_other_version(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
-    """Refuse the run in the directory `path`, with these settings, if its results mean something else than today's.
-
-    Raises:
-      ValueError: saying so.
-    """
+    """Refuse the run in the directory `path`, with these settings, if its results mean something else than today's."""
     if settings.get("results_version") != RESULTS_VERSION:
         raise ValueError(
             f"{path} was made by another version of ancer_jax (results_version {settings.get('results_version')}, not "
@@ -105,17 +91,11 @@ def refuse_other_version(path: epath.PathLike, settings: Mapping[str, Any]) -> N
 
 
 def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to go on in the directory `path`, made with the settings `there`, if these are not those `asked` for.
-
-    Raises:
-      ValueError: naming the settings that differ, and both values.
-    """
-    flat = [dict(flatten(settings)) for settings in (there, asked)]
-    differ = [name for name in sorted({*flat[0], *flat[1]}) if flat[0].get(name) != flat[1].get(name)]
+    """Refuse to go on in the directory `path`, made with the settings `there`, if these are not those `asked` for."""
+    old, new = dict(flatten(there)), dict(flatten(asked))
+    differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if differ:
-        text = "; ".join(
-            f"{name} is {_short(flat[0].get(name))} there, {_short(flat[1].get(name))} here" for name in differ
-        )
+        text = "; ".join(f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in differ)
         raise ValueError(f"{path} was made with other settings ({text}); a new run needs a new directory")
 
 

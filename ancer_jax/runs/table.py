@@ -33,12 +33,7 @@ _UP = dict.fromkeys(("at_theta_max", *_LEAKAGES), 4)
 def columns_of(
     shards: Iterable[Mapping[str, np.ndarray]], config: RunConfig, image_shape: tuple[int, ...]
 ) -> tuple[Columns, Columns]:
-    """Exact columns of the certificates before memory, in order of idx, from shards that are each read once.
-
-    Args:
-      shards: finished batches (`Run.shards`).
-      config: settings of the run.
-      image_shape: of each input.
+    """Exact columns of the certificates before memory, in order of idx, from the shards of a run (`Run.shards`).
 
     Returns:
       The columns of a table: names as in `COLUMNS`, with `seconds` for time, and `draws`. Leakages are Fractions, or
@@ -127,16 +122,10 @@ def digests_of(shard: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def after_memory(before: Columns, unit: Columns, answers: Columns, image_shape: tuple[int, ...]) -> Columns:
-    """The columns of the classifier with memory.
+    """The columns of the classifier with memory (`MEMORY_COLUMNS`), from those of `columns_of` and the answers.
 
-    Args:
-      before, unit: from `columns_of`.
-      answers: `prediction`, `gap` and `inside` (idx of an earlier input in whose region it lies, or -1) of each input.
-      image_shape: of each input.
-
-    Returns:
-      The columns of `MEMORY_COLUMNS`. An input that was given the class of an earlier one has the leakage of the theta
-      whose class that is.
+    Answers: `prediction`, `gap` and `inside` (idx of an earlier input in whose region it lies, or -1) of each input. An
+    input that was given the class of an earlier one has the leakage of the theta whose class that is.
     """
     predictions, gap, inside = (answers[name] for name in ("prediction", "gap", "inside"))
     overruled = predictions != before["predict"]
@@ -211,12 +200,10 @@ def parse_table(text: str, path: epath.PathLike) -> Columns:
         except ValueError as error:
             raise ValueError(f"{path}: column {name!r}: {error}") from None
     columns = {"radius_proxy": columns["radius"]} | columns
-    for name, valid in (
-        ("radius", (columns["radius"] >= 0) & np.isfinite(columns["radius"])),
-        ("radius_proxy", (columns["radius_proxy"] >= 0) & np.isfinite(columns["radius_proxy"])),
-        ("correct", columns["correct"] == (columns["predict"] == columns["label"])),
-        ("idx", np.isin(np.arange(len(rows)), np.unique(columns["idx"], return_index=True)[1])),
-    ):
+    checks = {name: (columns[name] >= 0) & np.isfinite(columns[name]) for name in ("radius", "radius_proxy")}
+    checks["correct"] = columns["correct"] == (columns["predict"] == columns["label"])
+    checks["idx"] = np.isin(np.arange(len(rows)), np.unique(columns["idx"], return_index=True)[1])
+    for name, valid in checks.items():
         if not valid.all():
             row = valid.argmin()
             raise ValueError(f"{path}: line {row + 2}: {name} cannot be {columns[name][row]:g}")

@@ -84,10 +84,9 @@ class VoteCounter(NamedTuple):
 
     def program(self, stage: Stage, items: np.ndarray, steps: int) -> Program:
         """The program that counts work items (index, first, stop), int32 [items, 3], of so many chunks."""
-        arguments = devices.shard_rows(items, self.mesh), np.int32(steps), np.int32(stage)
-        return Program(
-            _count_items, (self.keys, self.images, self.smoothed, *arguments), {"chunk": self.chunk, "mesh": self.mesh}
-        )
+        batch = self.keys, self.images, self.smoothed
+        arguments = (*batch, devices.shard_rows(items, self.mesh), np.int32(steps), np.int32(stage))
+        return Program(_count_items, arguments, {"chunk": self.chunk, "mesh": self.mesh})
 
     def collect(self, launches: list[Launch]) -> np.ndarray:
         """Wait for the votes that were launched: int64 [batch, K], for all images of the batch."""

@@ -37,7 +37,7 @@ def optimize_isotropic(
     smoothed: Smoothed,
     x: Float[ArrayLike, "*d"],
     *,
-    config: IsotropicConfig,
+    config: IsotropicConfig = IsotropicConfig(),
     probes: Probes | None = None,
 ) -> tuple[Float[Array, ""], SearchTrace]:
     """One noise level for this input: gradient ascent of `theta * soft_gap(theta)` over a scalar theta.
@@ -61,11 +61,13 @@ def optimize_isotropic(
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
+    _check_config(config, IsotropicConfig)
     check_start(smoothed.theta)
     x = jnp.asarray(x)
     start = jnp.asarray(smoothed.theta, noise_dtype(x))
-    problem = _Problem(lambda theta, gap: theta * gap, start / 100, optax.sgd(config.learning_rate), config)
-    return _climb(stage_key(key, Stage.ISOTROPIC), smoothed.with_theta(start), x, problem, probes)
+    key, smoothed = stage_key(key, Stage.ISOTROPIC), smoothed.with_theta(start)
+    objective = lambda theta, gap: theta * gap
+    return _climb(key, smoothed, x, config, probes, objective, start / 100, published=optax.sgd(config.learning_rate))
 
 
 def optimize_anisotropic(
@@ -73,7 +75,7 @@ def optimize_anisotropic(
     smoothed: Smoothed,
     x: Float[ArrayLike, "*d"],
     *,
-    config: AnisotropicConfig,
+    config: AnisotropicConfig = AnisotropicConfig(),
     probes: Probes | None = None,
 ) -> tuple[Float[Array, "*d"], SearchTrace]:
     """One noise parameter per coordinate: projected gradient ascent.
@@ -81,21 +83,26 @@ def optimize_anisotropic(
     Maximises `soft_gap * (geometric_mean(theta) + kappa * min(theta))` (or, with `objective="log_volume"`,
     `log(soft_gap) + mean(log theta)`) subject to `start <= theta <= theta_max`, projecting after every step.
 
-    Arguments and errors as in `optimize_isotropic`, but the theta where the search starts, which is also its lower
-    bound, is [] or [*d]: the isotropic theta.
+    Arguments and errors as in `optimize_isotropic`, but the start is [] or [*d]: the isotropic theta.
 
     Returns:
-      theta [*d] and the trace. Where a step is NaN, the last theta is kept. `theta >= start` alone does
-      not make the certified region larger, because the class probability can fall: see `guarded_choice`.
+      theta [*d] and the trace. Where a step is NaN, the last theta is kept. `theta >= start` alone does not make the
+      certified region larger, because the class probability can fall: see `guarded_choice`.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
+    _check_config(config, AnisotropicConfig)
     check_start(smoothed.theta)
     x = jnp.asarray(x)
     start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(x)), x.shape)
+    key, smoothed = stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start)
     objective = lambda theta, gap: gap * (geometric_mean(theta) + config.kappa * theta.min())
-    problem = _Problem(objective, start, optax.adam(config.learning_rate), config)
-    return _climb(stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start), x, problem, probes)
+    return _climb(key, smoothed, x, config, probes, objective, start, published=optax.adam(config.learning_rate))
+
+
+def _check_config(config: SearchConfig, wanted: type[SearchConfig]) -> None:
+    if not isinstance(config, wanted):
+        raise TypeError(f"config must be of type {wanted.__name__}, got {type(config).__name__}")
 
 
 def check_start(theta: ArrayLike) -> None:
@@ -106,40 +113,47 @@ def check_start(theta: ArrayLike) -> None:
             raise ValueError(f"the theta where the search starts must be positive and finite, got {theta.min()}")
 
 
-class _Problem(NamedTuple):
-    """What a search maximises.
-
-    Attributes:
-      objective: of theta and the soft gap at it; "log_volume" replaces it.
-      lower: lower bound of theta.
-      published: optimizer of theta in the papers' code; the "log" ascent has its own, of log(theta).
-      config: search settings.
-    """
-
-    objective: Callable[[jax.Array, jax.Array], jax.Array]
-    lower: jax.Array
-    published: optax.GradientTransformation
-    config: SearchConfig
-
-
 def _climb(
-    key: Key[Array, ""], smoothed: Smoothed, x: jax.Array, problem: _Problem, probes: Probes | None
+    key: Key[Array, ""],
+    smoothed: Smoothed,
+    x: jax.Array,
+    config: SearchConfig,
+    probes: Probes | None,
+    objective: Callable[[jax.Array, jax.Array], jax.Array],
+    lower: jax.Array,
+    *,
+    published: optax.GradientTransformation,
 ) -> tuple[jax.Array, SearchTrace]:
-    """theta and the trace, from `smoothed.theta`: projected gradient ascent with fresh draws at every step."""
-    config, lower, start = problem.config, problem.lower, jnp.asarray(smoothed.theta)
+    """theta and the trace, from `smoothed.theta`: projected gradient ascent with fresh draws at every step.
+
+    The objective is one of theta and the soft gap at it; "log_volume" replaces it. `published` optimizes theta in the
+    papers' code; the "log" ascent has its own optimizer, of log(theta).
+    """
+    start = jnp.asarray(smoothed.theta)
     if config.leakage_weight > 0 and probes is None:
         raise ValueError(f"leakage_weight = {config.leakage_weight} needs leakage probes, got None")
-    upper = THETA_MAX_FACTOR * start if config.theta_max is None else config.theta_max
-    upper = jnp.maximum(upper, start)
+    upper = jnp.maximum(THETA_MAX_FACTOR * start if config.theta_max is None else config.theta_max, start)
     if config.ascent == "log":
         # Searches are short: b2 = 0.99 averages squared gradients over a hundred steps, not over a thousand.
         optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), b2=0.99)
         to_position, to_theta = jnp.log, jnp.exp
     else:
-        optimizer, to_position, to_theta = problem.published, jnp.asarray, jnp.asarray
+        optimizer, to_position, to_theta = published, jnp.asarray, jnp.asarray
 
     def loss(position, key):
-        return _loss(key, smoothed.with_theta(to_theta(position)), x, problem, probes)
+        theta = to_theta(position)
+        searched = smoothed.with_theta(theta)
+        probs = smoothed_probs(key, searched, x, num_samples=config.num_samples)
+        gap = smoothed.noise.proxy_gap(probs)
+        if config.objective == "log_volume":
+            value = jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
+        else:
+            value = objective(theta, gap)
+        if config.leakage_weight > 0 and probes is not None:  # the penalty is for the class that x has at this step
+            key = jax.random.fold_in(key, config.num_samples)  # the draws of x have smaller indices
+            leaked = soft_leakage(key, probes, searched, x, probs.argmax(), batch=config.leakage_batch)
+            value -= config.leakage_weight * leaked
+        return -value, SearchTrace(gap, gap * geometric_mean(theta))
 
     def step(carry, i):
         position, state = carry
@@ -154,20 +168,3 @@ def _climb(
     (position, _), trace = jax.lax.scan(step, carry, jnp.arange(config.steps))
     theta = jnp.where(position >= to_position(upper), upper, to_theta(position))  # exp may round the bound
     return jnp.clip(theta, lower, upper), trace
-
-
-def _loss(key: Key[Array, ""], smoothed: Smoothed, x: jax.Array, problem: _Problem, probes: Probes | None):
-    """What a step decreases, and the trace. The leakage penalty is of the class that x has at this step."""
-    config, theta = problem.config, jnp.asarray(smoothed.theta)
-    probs = smoothed_probs(key, smoothed, x, num_samples=config.num_samples)
-    gap = smoothed.noise.proxy_gap(probs)
-    if config.objective == "log_volume":
-        value = jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
-    else:
-        value = problem.objective(theta, gap)
-    if config.leakage_weight > 0 and probes is not None:
-        # The draws of x have the indices below num_samples.
-        key = jax.random.fold_in(key, config.num_samples)
-        leaked = soft_leakage(key, probes, smoothed, x, probs.argmax(), batch=config.leakage_batch)
-        value -= config.leakage_weight * leaked
-    return -value, SearchTrace(gap, gap * geometric_mean(theta))

@@ -1,6 +1,7 @@
 """Settings of the searches for theta, of the guarded choice, and of leakage."""
 
 import dataclasses
+import inspect
 from typing import Any, Literal, TypeVar
 
 from ancer_jax._checks import check_choice, check_integer, check_real
@@ -18,7 +19,7 @@ THETA_MAX_FACTOR = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-    """Settings that the isotropic and the anisotropic search share; they change the thetas that are found.
+    """Settings that the isotropic and the anisotropic search share; one out of range is a ValueError.
 
     Attributes:
       steps: ascent steps.
@@ -27,14 +28,11 @@ class SearchConfig:
       ascent: "log", Adam over log(theta) with a rate that falls to 0 along a cosine; or "published", as in the code of
         the papers: plain gradient ascent over theta (isotropic), or Adam (anisotropic). See `published`.
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
-      theta_max: upper bound of every coordinate of theta (never below the start); None means 4 times the start; `inf`
-        is no bound.
+      theta_max: upper bound of every coordinate of theta (never below the start); `inf` is no bound. None means 4 times
+        the start, which in the anisotropic search is the isotropic theta; `RunConfig` sets both to 4 times its theta.
       leakage_weight: weight of the soft leakage (`leakage.soft_leakage`) that is subtracted from the objective; 0 is
         none. With weights of 20 and more plain gradient ascent can overshoot.
       leakage_batch: leakage probes per step.
-
-    Raises:
-      ValueError: if a setting is out of range.
     """
 
     steps: int = 100
@@ -45,6 +43,12 @@ class SearchConfig:
     theta_max: float | None = None
     leakage_weight: float = 0.0
     leakage_batch: int = 32
+
+    def __init_subclass__(cls) -> None:
+        """Add the attributes above to the docstring of a search's config, for `help`."""
+        docs = (inspect.cleandoc(doc or "") for doc in (cls.__doc__, SearchConfig.__doc__))
+        (head, _, own), (_, _, shared) = (doc.partition("Attributes:") for doc in docs)
+        cls.__doc__ = f"{head.rstrip()}\n\nAttributes:{shared}{own}"
 
     def __post_init__(self):
         for name in ("steps", "num_samples", "leakage_batch"):
@@ -60,8 +64,7 @@ class SearchConfig:
     def published(cls: type[_Config], **changes: Any) -> _Config:
         """The schedule of the papers' code, with `changes`: 100 draws, rate 0.04, and 900 (isotropic) or 100 steps."""
         steps = 900 if cls is IsotropicConfig else 100
-        settings = {"steps": steps, "num_samples": 100, "learning_rate": 0.04, "ascent": "published"}
-        return cls(**settings | changes)
+        return cls(**{"steps": steps, "num_samples": 100, "learning_rate": 0.04, "ascent": "published"} | changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,7 @@ class AnisotropicConfig(SearchConfig):
 
 @dataclasses.dataclass(frozen=True)
 class UniversalConfig:
-    """Settings of `optimize_universal`.
+    """Settings of `optimize_universal`; one out of range is a ValueError.
 
     Attributes:
       steps, batch_size, num_samples: of the ascent, images of each step, and draws for each image. All noisy copies of
@@ -99,9 +102,6 @@ class UniversalConfig:
       alpha: of the Clopper-Pearson bound in the estimate. At 1/2, a lucky few draws would count as a region, and
         the more so the larger the noise.
       theta_max: upper bound, never below the start; None is 4 times that. ACR-tilde depends on it: report it.
-
-    Raises:
-      ValueError: if a setting is out of range.
     """
 
     steps: int = 300
@@ -122,7 +122,7 @@ class UniversalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Settings of `guarded_choice`.
+    """Settings of `guarded_choice`; one out of range is a ValueError.
 
     Attributes:
       criterion: "volume", "superset", or "off".
@@ -130,9 +130,6 @@ class GuardConfig:
       alpha: error probability of the bounds that are compared; no guarantee depends on it.
       leakage_limit: largest share of the eligible leakage probes, in [0, 1]; None is no limit.
       chunk: draws at a time; changes speed and memory only.
-
-    Raises:
-      ValueError: if a setting is out of range.
     """
 
     criterion: Guard = "volume"
@@ -152,15 +149,12 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LeakageConfig:
-    """Settings that change a measured leakage.
+    """Settings that change a measured leakage; one that is not an integer of at least 1 is a ValueError.
 
     Attributes:
       num_probes: how many leakage probes a search may see; and how many more, held out from every search, for the soft
         leakage.
       num_samples: noise draws for each probe; an eighth for those that are held out.
-
-    Raises:
-      ValueError: if a setting is not an integer of at least 1.
     """
 
     num_probes: int = 200

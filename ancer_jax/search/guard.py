@@ -50,20 +50,15 @@ def guarded_choice(
     current, candidate = (
         jnp.broadcast_to(jnp.asarray(theta, noise_dtype(x)), x.shape) for theta in (smoothed.theta, candidate)
     )
+    if config.criterion == "off" and config.leakage_limit is None:
+        return candidate, jnp.asarray(True)
+    key = stage_key(key, Stage.GUARD)
 
     def class_and_region(theta: jax.Array) -> tuple[jax.Array, Region]:
-        counts = class_counts(
-            stage_key(key, Stage.GUARD),
-            smoothed.with_theta(theta),
-            x,
-            num_samples=config.num_samples,
-            chunk=config.chunk,
-        )
+        counts = class_counts(key, smoothed.with_theta(theta), x, num_samples=config.num_samples, chunk=config.chunk)
         p_lower = bounds.clopper_pearson_lower_traced(counts.max(), config.num_samples, config.alpha)
         return counts.argmax(), Region(x, theta, smoothed.noise.gap(p_lower), smoothed.noise.norm)
 
-    if config.criterion == "off" and config.leakage_limit is None:
-        return candidate, jnp.asarray(True)
     class_candidate, region_candidate = class_and_region(candidate)
     taken = jnp.asarray(True)
     if config.criterion != "off":
@@ -74,8 +69,6 @@ def guarded_choice(
             taken = jnp.asarray(is_superset(region_candidate, region_current) & (region_candidate.gap > 0))
         taken &= class_candidate == class_current
     if config.leakage_limit is not None and probes is not None:
-        num_leaked, num_eligible = leakage(
-            probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk
-        )
-        taken &= num_leaked / jnp.maximum(num_eligible, 1) <= config.leakage_limit
+        leaked, eligible = leakage(probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk)
+        taken &= leaked / jnp.maximum(eligible, 1) <= config.leakage_limit
     return jnp.where(taken, candidate, current), taken

@@ -37,24 +37,14 @@ class Probes:
 
 
 class ProbeSets(NamedTuple):
-    """The leakage probes of a run.
-
-    Attributes:
-      in_search: those of `leakage`, and of the penalty and the limit of a search.
-      held_out: others, that no search sees; None if the data set has no more images.
-    """
+    """The leakage probes of a run: those of `leakage` and of searches, and others that no search sees, if there are."""
 
     in_search: Probes
     held_out: Probes | None
 
 
 class LeakageCounts(NamedTuple):
-    """What was counted, for each input of a batch: int32 [batch] each.
-
-    Attributes:
-      num_leaked, num_eligible: how many of the eligible probes have the input's class under its theta, of how many.
-      votes, draws: how many draws of the eligible held-out probes vote for that class, of how many.
-    """
+    """For each input of a batch, int32 [batch]: what `leakage` counted, and `vote_leakage` of the held-out probes."""
 
     num_leaked: np.ndarray | jax.Array
     num_eligible: np.ndarray | jax.Array
@@ -65,7 +55,19 @@ class LeakageCounts(NamedTuple):
 def make_probes(
     keys: Key[Array, " m"], smoothed: Smoothed, images: Float[ArrayLike, "m *d"], *, num_samples: int, chunk: int
 ) -> Probes:
-    """Leakage probes, of the theta where the search starts. Arguments and errors as in `smoothed_classes`."""
+    """Leakage probes: images, and the majority of few draws for each.
+
+    Args:
+      keys: [m] typed keys, one per image; the stage is folded in here.
+      smoothed: smoothed classifier of the theta where the search starts.
+      images: [m, *d].
+      num_samples: draws for each image (static).
+      chunk: how many draws at a time (static); changes speed and memory, never the draws. Memory is that of so many
+        noisy copies (of `num_samples`, if that is less), whatever the number of images.
+
+    Raises:
+      ValueError: at trace time, as in `class_counts`.
+    """
     images = jnp.asarray(images)
     classes = smoothed_classes(keys, smoothed, images, num_samples=num_samples, chunk=chunk)
     return Probes(keys, images, classes, num_samples)
@@ -74,22 +76,9 @@ def make_probes(
 def smoothed_classes(
     keys: Key[Array, " m"], smoothed: Smoothed, images: Float[ArrayLike, "m *d"], *, num_samples: int, chunk: int
 ) -> Int[Array, " m"]:
-    """Smoothed class of every image: the majority of few draws, ties to the lowest class.
+    """Smoothed class of every image, int32 [m]: the majority of few draws, ties to the lowest class; -1 if all are NaN.
 
-    Memory is that of `chunk` noisy copies (`num_samples`, if that is less), whatever the number of images.
-
-    Args:
-      keys: [m] typed keys, one per image; the stage is folded in here.
-      smoothed: smoothed classifier.
-      images: [m, *d].
-      num_samples: draws for each image (static).
-      chunk: how many draws at a time (static); changes speed and memory, never the draws.
-
-    Returns:
-      int32 [m]; -1 for an image all of whose draws give NaN.
-
-    Raises:
-      ValueError: at trace time, as in `class_counts`.
+    Arguments and errors as in `make_probes`.
     """
     counts = _counts(Stage.LEAKAGE, keys, smoothed, images, num_samples, chunk)
     return jnp.where(counts.any(axis=1), counts.argmax(axis=1), -1).astype(jnp.int32)
@@ -120,23 +109,20 @@ def leakage(
       smoothed: smoothed classifier of the theta found for x.
       x: [*d] one input.
       prediction: [] class of x; negative is an abstention, to which nothing can leak.
-      chunk: as in `smoothed_classes`.
+      chunk: as in `make_probes`.
 
     Returns:
-      int32 [] leaked, int32 [] eligible; both 0 for an abstention.
-
-    Guarantee: none is needed, nothing is certified by it. At the starting theta every probe has the same draws and the
-    same class again, so that none leaks.
+      int32 [] leaked, int32 [] eligible; both 0 for an abstention. At the starting theta none leaks: every probe has
+      the same draws, and so the same class, again.
 
     Raises:
       ValueError: at trace time, if `x` has another shape than the probes; as in `class_counts`.
     """
     eligible = _eligible(probes, x, prediction)
-    classes = smoothed_classes(
-        jnp.asarray(probes.keys), smoothed, jnp.asarray(probes.images), num_samples=probes.num_samples, chunk=chunk
-    )
-    count = lambda mask: mask.sum(dtype=jnp.int32)
-    return count(eligible & (classes == prediction)), count(eligible)
+    keys, images = jnp.asarray(probes.keys), jnp.asarray(probes.images)
+    classes = smoothed_classes(keys, smoothed, images, num_samples=probes.num_samples, chunk=chunk)
+    leaked = eligible & (classes == prediction)
+    return leaked.sum(dtype=jnp.int32), eligible.sum(dtype=jnp.int32)
 
 
 def vote_leakage(
@@ -150,9 +136,8 @@ def vote_leakage(
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """How many draws of the eligible leakage probes vote for the class of `x`, and out of how many.
 
-    The column `soft_leakage` of the tables; the function `soft_leakage` is the penalty of a search. This is `leakage`
-    without its threshold at a majority. Arguments and errors as there; `num_samples` draws are counted of each probe
-    (static). The probes should be held out from the search, so that no search could fit them.
+    This is `leakage` without its threshold at a majority; the tables call it `soft_leakage`. Arguments and errors as in
+    `leakage`, but `num_samples` draws are counted of each probe (static), and no search should have seen the probes.
 
     Returns:
       int32 [] votes, int32 [] draws; both 0 for an abstention.
@@ -182,10 +167,7 @@ def soft_leakage(
       batch: how many probes (static), drawn without replacement; all that are eligible, if there are fewer.
 
     Returns:
-      float [] in [0, 1]; 0 if no probe is eligible.
-
-    Raises:
-      ValueError: at trace time, if `x` has another shape than the probes.
+      float [] in [0, 1]; 0 if no probe is eligible. Errors as in `leakage`.
     """
     batch_key, draw_key = jax.random.split(key)
     eligible = _eligible(probes, x, prediction)

@@ -28,23 +28,20 @@ def optimize_universal(
 
     Adam ascent of the mean estimated proxy radius: ACR-tilde with estimated regions (`estimated_region`, soft, of the
     images' labels), where an image that the smoothed classifier gets wrong counts 0. It ascends `log theta`, with a
-    rate that falls to 0 along a cosine, in `[start / 10, theta_max]`. The upper bound is needed here, too: noise that
-    erases every image leaves a constant classifier, right on the images of one class, with regions as large as the
-    noise.
+    rate that falls to 0 along a cosine, in `[start / 10, theta_max]`. The upper bound keeps the noise from erasing
+    every image: the constant classifier would be right on one class, with regions as large as the noise.
 
     Args:
       key: typed key of the draws and of the choice of images.
       smoothed: smoothed classifier of the theta [] or [*d] where the ascent starts.
-      images, labels: of the training data. Theta must not depend on the draws of the certificates that use it. On test
-        images, it must be learned with another seed than that of the run that certifies, and would flatter the
-        accuracy.
+      images, labels: of the training data. Theta must not depend on the draws of the certificates that use it: learned
+        on test images, it needs another seed than the run that certifies, and flatters the accuracy.
       config: settings of the ascent (static).
 
     Returns:
       theta [*d], and the objective at each step [steps]. Where a step is not finite, the last finite theta is kept.
 
-    Guarantee: none of size. A certificate with this theta is one of the single smoothed classifier `g_theta`, for
-    whatever input: it needs no memory.
+    Guarantee: none of size. Certificates with this theta are all of one smoothed classifier: they need no memory.
 
     Raises:
       ValueError: if there is not a label for each image; outside jit, if one is not a class, or the start is not

@@ -26,23 +26,19 @@ _SLACK = 1e-6
 LEAST_ALPHA = 1e-200  # below, the incomplete beta function underflows
 # Traced twin: terms of the tail that are summed one by one, bisection steps, and the margin on log(alpha), which
 # covers the float32 error of the log tail (about 1e-3 at n = 1e7).
-_TERMS = 128
-_BISECTIONS = 40
-_FLOAT64 = np.finfo(np.float64)
-_LOG_MARGIN = 2e-3
+_TERMS, _BISECTIONS, _LOG_MARGIN = 128, 40, 2e-3
 MOST_TRACED_TRIALS, LEAST_TRACED_ALPHA = 2**24 - 1, 1e-9
 
 
 def clopper_pearson_lower(successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike) -> HostValues:
     """One-sided Clopper-Pearson lower bound: the p with `P(Bin(trials, p) >= successes) = alpha`.
 
+    Returns float64 [...], 0 where there are no successes.
+
     Args:
       successes: integers [...], in [0, trials].
       trials: integers [...], at least 1.
       alpha: probability of error, in [1e-200, 1).
-
-    Returns:
-      float64 [...]; 0 where there are no successes.
 
     Guarantee: if the count is `Bin(trials, p)`, the bound exceeds p with probability at most alpha.
 
@@ -62,8 +58,7 @@ def clopper_pearson_lower(successes: ArrayLike, trials: ArrayLike, alpha: ArrayL
         upper = scipy.special.betaincc(failures + 1, k, 1 - p)
         return np.where(p < 0.5, scipy.special.betainc(k, failures + 1, p), upper)
 
-    proven = _proven(tail, guess, 0.0, alpha)
-    return np.where(successes == 0, 0.0, proven)
+    return np.where(successes == 0, 0.0, _proven(tail, guess, 0.0, alpha))
 
 
 def clopper_pearson_upper(successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike) -> HostValues:
@@ -128,16 +123,13 @@ def separate_bounds(counts: ArrayLike, top: int, alpha: float) -> tuple[float, f
 
     alpha is split in two: half for the lower bound, half for the K - 1 upper bounds (Bonferroni), of which the
     largest counts. For `Noise.gap(p_lower, p_b_upper)`; better than the two-class bound when the votes of the
-    other classes are spread.
+    other classes are spread. Returns `(p_lower, p_b_upper)`.
 
     Args:
       counts: integers [K], votes per class of draws that did not select `top`. They may add up to less than the
         number of draws only if the missing draws are appended as one more class.
       top: the class that other draws selected.
       alpha: probability that any of the bounds fails, in [1e-200, 1).
-
-    Returns:
-      `(p_lower, p_b_upper)`.
 
     Raises:
       ValueError: if an argument is outside its range.
@@ -159,11 +151,8 @@ def separate_bounds(counts: ArrayLike, top: int, alpha: float) -> tuple[float, f
 def binomial_test(count_a: ArrayLike, count_b: ArrayLike) -> HostValues:
     """Two-sided p-value of the exact binomial test that classes a and b are equally likely.
 
-    Args:
-      count_a, count_b: non-negative integers [...], votes of the two classes.
-
-    Returns:
-      float64 [...] in (0, 1], rounded up; 1 where both are 0.
+    Takes the votes of the two classes, non-negative integers [...]. Returns float64 [...] in (0, 1], rounded up; 1
+    where both counts are 0.
 
     References: Hung & Fithian 2019; Cohen et al. 2019, algorithm 1 (Predict).
 
@@ -175,7 +164,7 @@ def binomial_test(count_a: ArrayLike, count_b: ArrayLike) -> HostValues:
         raise ValueError("counts must not be negative")
     high, total = np.maximum(count_a, count_b), count_a + count_b
     tail = scipy.special.betainc(np.maximum(high, 1), total - high + 1, 0.5)
-    p_value = np.maximum(2 * tail * (1 + _SLACK), _FLOAT64.tiny)  # it may underflow, but it is no 0
+    p_value = np.maximum(2 * tail * (1 + _SLACK), np.finfo(np.float64).tiny)  # it may underflow, but it is no 0
     return np.where(high == 0, 1.0, np.minimum(p_value, 1.0))
 
 
@@ -183,11 +172,8 @@ def clopper_pearson_lower_traced(successes: ArrayLike, trials: ArrayLike, alpha:
     """Traced float32 twin of `clopper_pearson_lower`, for use under jit, vmap and grad.
 
     Arguments broadcast. Gradients are the implicit derivatives of the defining equation; counts may then be real
-    numbers (expected counts).
-
-    Returns:
-      float32 [...]; 0 where `trials` is 2^24 or more (float32 counts no further), alpha is below 1e-9, or an argument
-      is out of range.
+    numbers (expected counts). Returns float32 [...]; 0 where `trials` is 2^24 or more (float32 counts no further),
+    alpha is below 1e-9, or an argument is out of range.
 
     Guarantee: never above the exact bound; `1 - p` at most 1 % too large, plus float32's resolution below 1 (6e-8;
     `clopper_pearson_upper_traced(trials - successes, ...)` gives `1 - p` itself with all its digits), for alpha
@@ -196,20 +182,18 @@ def clopper_pearson_lower_traced(successes: ArrayLike, trials: ArrayLike, alpha:
     # As float32 at once: narrower integers would wrap in the subtraction.
     successes, trials = jnp.asarray(successes, jnp.float32), jnp.asarray(trials, jnp.float32)
     q = clopper_pearson_upper_traced(trials - successes, trials, alpha)
-    p = 1 - q
     # Round down: 1 - q is exact for q >= 1/2, and otherwise to nearest, half a spacing of float32 off at most.
-    return jnp.where(q < 0.5, p - 2.0**-24, p)
+    return jnp.where(q < 0.5, 1 - q - 2.0**-24, 1 - q)
 
 
 def clopper_pearson_upper_traced(successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike) -> Float[Array, "..."]:
     """Traced float32 twin of `clopper_pearson_upper`: never below the exact bound, at most 1 % above it.
 
+    Returns float32 [...]; 1 where `clopper_pearson_lower_traced` is 0 for want of range.
+
     Solves `log P(Bin(n, q) <= k) = log(alpha)` for q by bisection, with an upper bound of the tail: its first 128
     terms, then a geometric series. Everything is in logarithms and deviations from the mean, so that float32
     suffices below n = 2^24.
-
-    Returns:
-      float32 [...]; 1 where the lower bound is 0 for want of range.
     """
     k, n, alpha = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (successes, trials, alpha)))
     valid = (k >= 0) & (k < n) & (n <= MOST_TRACED_TRIALS) & (alpha >= 0.99 * LEAST_TRACED_ALPHA) & (alpha < 1)
@@ -250,8 +234,8 @@ def _excess(q, k, n, alpha):
 
 def _log_tail(k, n, q):
     """Upper bound of `log P(Bin(n, q) <= k)`, close for q above k / n; elementwise, float32."""
-    # Saddle-point form of the log mass function at k (Loader 2000): deviances are computed from k - n q.
-    # k - n q, in the form that keeps its digits near 1.
+    # Saddle-point form of the log mass function at k (Loader 2000): deviances are computed from k - n q, in the form
+    # that keeps its digits near 1.
     deviation = jnp.where(q < 0.5, k - n * q, n * (1 - q) - (n - k))
     deviance = _deviance(deviation, n * q) + _deviance(-deviation, n * (1 - q))
     log_mass = _log_stirling(n) - _log_stirling(k) - _log_stirling(n - k) - deviance
@@ -295,19 +279,10 @@ def _checked(successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike) -> tuple
         raise ValueError(f"trials must be at least 1, got {trials.min()}")
     if ((successes < 0) | (successes > trials)).any():
         raise ValueError(f"successes must be in 0..{trials.min()}, got {successes.min()} to {successes.max()}")
-    return successes, trials, check_alpha(alpha)
-
-
-def check_alpha(alpha: ArrayLike) -> HostValues:
-    """`alpha` as float64, if it lies in [1e-200, 1).
-
-    Raises:
-      ValueError: otherwise.
-    """
-    value = np.asarray(alpha)
-    if value.dtype.kind != "f":
+    values = np.asarray(alpha)
+    if values.dtype.kind != "f":
         raise ValueError(f"alpha must be a real number below 1, got {alpha!r}")
-    value = value.astype(np.float64)
-    if not ((value >= LEAST_ALPHA) & (value < 1)).all():
+    values = values.astype(np.float64)
+    if not ((values >= LEAST_ALPHA) & (values < 1)).all():
         raise ValueError(f"alpha must be in [{LEAST_ALPHA:g}, 1), got {alpha}")
-    return value
+    return successes, trials, values

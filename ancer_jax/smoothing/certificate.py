@@ -136,23 +136,23 @@ def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostVa
 def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed: Smoothed, x: ArrayLike) -> Certificate:
     """The certificates of the classes `selected` [...] for the inputs x [..., *d], in float64 on the host.
 
-    Args:
-      selected: int [...].
-      evidence: [...] each.
-      smoothed: the smoothed classifier of theta [], [*d], [...] or [..., *d].
-      x: [..., *d].
+    theta may be [], [*d], [...] or [..., *d].
 
     Guarantee: as in `certify`, if the evidence comes from draws that did not choose `selected`. Of enumerable noise it
       holds without alpha, for the inputs that the noise speaks of (`Noise.check_inputs`).
     """
     p_lower, gap = evidence.bound_and_gap(smoothed.noise)
-    x, theta = np.asarray(x), np.asarray(smoothed.theta)
-    input_shape = x.shape[gap.ndim :]
-    if gap.ndim and theta.shape == gap.shape == input_shape:
-        shapes = f"{list(theta.shape)} may be one map or a number for each input: give it shape {list(x.shape)}"
+    x = np.asarray(x)
+    theta = theta_of_each(smoothed.theta, gap.shape, x.shape[gap.ndim :])
+    prediction = np.where(gap > 0, np.asarray(selected), ABSTAIN)
+    p_lower, count, n = (np.asarray(column)[()] for column in (p_lower, evidence.votes, evidence.n))
+    return Certificate(prediction[()], Region(x, theta, gap[()], smoothed.noise.norm), p_lower, count, n)
+
+
+def theta_of_each(theta: ArrayLike, batch: tuple[int, ...], shape: tuple[int, ...]) -> HostValues:
+    """theta [...] or [..., *d], of each input of a batch [...]. One of [] or [*d], an input's shape, is for all."""
+    theta = np.asarray(theta)
+    if batch and theta.shape == batch == shape:
+        shapes = f"{list(shape)} may be one map or a number for each input: give it shape {[*batch, *shape]}"
         raise ValueError(f"theta of shape {shapes}")
-    if theta.shape in ((), input_shape):  # one theta for all inputs
-        theta = np.broadcast_to(theta, gap.shape + theta.shape)
-    columns = (np.where(gap > 0, np.asarray(selected), ABSTAIN), p_lower, evidence.votes, evidence.n)
-    prediction, p_lower, count, n = (np.asarray(column)[()] for column in columns)
-    return Certificate(prediction, Region(x, theta, gap[()], smoothed.noise.norm), p_lower, count, n)
+    return np.broadcast_to(theta, batch + theta.shape) if theta.shape in ((), shape) else theta

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.core
@@ -21,9 +22,10 @@ from ancer_jax.smoothing.certificate import (
     CertifyConfig,
     certificate_from_evidence,
     random_evidence,
+    theta_of_each,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, stage_key
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -34,21 +36,12 @@ def count_votes(
     """The traced half of `certify`, for jit, vmap and many devices: the selected class and its count.
 
     `config.n0` draws select the class, `config.n` fresh draws count it. Arguments as in `class_counts`; `key` is the
-    example's key, the stages are folded in here.
-
-    Returns:
-      int32 [] selected class, int32 [] its count among the n draws; `certificate_from_votes` makes a certificate.
+    example's key, the stages are folded in here. Returns the class and its count among the n draws, int32 [] each;
+    `certificate_from_votes` makes a certificate of them.
     """
-    selected = select_class(key, smoothed, x, n0=config.n0, chunk=chunk)
+    selected = class_counts(stage_key(key, Stage.SELECT), smoothed, x, num_samples=config.n0, chunk=chunk).argmax()
     counts = class_counts(stage_key(key, Stage.ESTIMATE), smoothed, x, num_samples=config.n, chunk=chunk)
     return selected, counts[selected]
-
-
-def select_class(
-    key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, n0: int, chunk: int
-) -> Int[Array, ""]:
-    """The class that most of `n0` draws vote for, int32 []; arguments as in `count_votes`."""
-    return class_counts(stage_key(key, Stage.SELECT), smoothed, x, num_samples=n0, chunk=chunk).argmax()
 
 
 def certificate_from_votes(
@@ -56,14 +49,13 @@ def certificate_from_votes(
 ) -> Certificate:
     """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
 
+    They are certificates around x and theta in JAX's precision (float32 by default), with which the votes were counted.
+
     Args:
       smoothed: of theta [], [*d], [...] or [..., *d].
       x: [..., *d].
       selected, count: int [...], as `count_votes` returns them.
       config: the settings that they were counted with.
-
-    Returns:
-      Certificates around x and theta in JAX's precision (float32 by default), with which the votes were counted.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
@@ -146,35 +138,35 @@ def certify_batch(
     config: CertifyConfig | None = None,
     chunk: int = 1000,
 ) -> Certificate:
-    """`certify` one smoothed classifier at many inputs, from one key.
+    """`certify` at many inputs, from one key: a `Certificate` with a row for each input.
 
     Args:
       key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`. Two
         calls with one key and the same ids use the same draws: do not choose theta by one and certify by the other.
-      smoothed, config, chunk: as in `certify`.
+      smoothed: smoothed classifier of theta [] or [*d]; or, of theta [m] or [m, *d], one for each input.
+      config, chunk: as in `certify`.
       xs: [m, *d] inputs.
       ids: numbers that name the inputs, in [0, 2^31), all different; by default 0, ..., m - 1.
 
-    Returns:
-      A `Certificate` with a row for each input.
-
-    Guarantee: each row's, as in `certify`.
+    Guarantee: each row's, as in `certify`. A theta for each input makes per-input smoothed classifiers, of which
+    `Memory.insert_batch` makes one.
 
     Raises:
-      ValueError: as in `certify`; if there are no inputs, or ids do not fit.
+      ValueError: as in `certify`; if there are no inputs, or thetas or ids do not fit.
     """
     config = config or CertifyConfig()
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
-    rows = [
-        _certify(jax.random.fold_in(key, i), smoothed, x, config, chunk)
-        for i, x in zip(_ids(ids, xs), np.asarray(xs), strict=True)
-    ]
+    rows = [_certify(*example, config, chunk) for example in _examples(key, smoothed, ids, xs)]
     return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 
-def _ids(ids: ArrayLike | Sequence[int] | None, xs: ArrayLike) -> np.ndarray:
-    """The ids of a batch of inputs, checked: uint32 [m]."""
+def _examples(
+    key: Key[Array, ""], smoothed: Smoothed, ids: ArrayLike | Sequence[int] | None, xs: ArrayLike
+) -> list[tuple[Any, Smoothed, np.ndarray]]:
+    """The key of each input of a batch, its smoothed classifier, and the input; keys, ids and shapes are checked."""
+    _refuse_tracers(smoothed.theta, xs)
+    check_key(key)
     count = np.shape(xs)[0] if np.ndim(xs) else 0
     if not count:
         raise ValueError(f"xs must be one or more inputs [m, *d], got shape {list(np.shape(xs))}")
@@ -183,14 +175,20 @@ def _ids(ids: ArrayLike | Sequence[int] | None, xs: ArrayLike) -> np.ndarray:
         raise ValueError(f"ids must be {count} integers, got {numbers.dtype} {list(numbers.shape)}")
     if numbers.min() < 0 or numbers.max() >= 2**31 or len(np.unique(numbers)) < count:
         raise ValueError(f"ids must be different numbers in 0..2^31 - 1, got {numbers.min()} to {numbers.max()}")
-    return numbers.astype(np.uint32)
+    xs = np.asarray(xs)
+    thetas = theta_of_each(smoothed.theta, (count,), xs.shape[1:])
+    if thetas.shape not in ((count,), xs.shape):
+        shapes = f"{list(xs.shape[1:])}, got {list(thetas.shape)}"
+        raise ValueError(f"theta must be a scalar or have x's shape {shapes}; or one for each of {count} inputs")
+    keys = [jax.random.fold_in(key, i) for i in numbers.astype(np.uint32)]
+    return list(zip(keys, map(smoothed.with_theta, thetas), xs, strict=True))
 
 
 def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLike) -> Certificate:
-    """Restate a certificate for the caller's x and theta.
+    """Restate a certificate of x and theta as float32 for the caller's x and theta.
 
-    What was certified is the region around their float32 values. The caller's region is shifted and stretched against
-    it by the rounding: its gap is reduced until it provably lies inside. Abstains if that gap is 0.
+    The caller's region is shifted and stretched by the rounding: its gap is reduced until it provably lies inside the
+    region that was certified. Abstains if that gap is 0.
     """
     region = certificate.region
     center, center32, axes, axes32 = (
@@ -261,23 +259,15 @@ def predict_batch(
     n: int = 1000,
     alpha: float = 0.001,
 ) -> Int[np.ndarray, " m"]:
-    """`predict` at many inputs, from one key: int64 [m]. Keys, ids and errors as in `certify_batch`."""
+    """`predict` at many inputs, from one key: int64 [m]. Arguments and errors as in `certify_batch`."""
     _check_prediction(n, alpha)
-    images = zip(_ids(ids, xs), np.asarray(xs), strict=True)
-    return np.array([_predict(jax.random.fold_in(key, i), smoothed, x, n, alpha, 1000) for i, x in images])
+    return np.array([_predict(*example, n, alpha, 1000) for example in _examples(key, smoothed, ids, xs)])
 
 
 def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array]:
-    """`smoothed` and `x` with theta and x as float32, if they can be certified (values are checked here, outside jit).
-
-    Raises:
-      ValueError: naming the argument and the value.
-      TypeError: under jit or vmap, where values cannot be checked and nothing can be reported: use `count_votes`.
-    """
-    theta = smoothed.theta
-    if isinstance(x, jax.core.Tracer) or isinstance(theta, jax.core.Tracer):
-        raise TypeError("certify and predict report on the host; under jit and vmap use count_votes")
-    x, theta = np.asarray(x), np.asarray(theta)
+    """`smoothed` and `x` with theta and x as float32, if they can be certified. Values are checked here, not in jit."""
+    _refuse_tracers(smoothed.theta, x)
+    x, theta = np.asarray(x), np.asarray(smoothed.theta)
     for name, value in (("x", x), ("theta", theta)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
@@ -288,3 +278,8 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
     if not (theta >= _FLOAT32.tiny).all():
         raise ValueError(f"theta must be positive as float32, got {theta.min()}")
     return smoothed.with_theta(jnp.asarray(theta, jnp.float32)), jnp.asarray(x, jnp.float32)
+
+
+def _refuse_tracers(*values: ArrayLike) -> None:
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        raise TypeError("certify and predict report on the host; under jit and vmap use count_votes")

@@ -4,6 +4,7 @@ A wrapper separates what is compiled (`apply`, hashable by value) from what is d
 it, or loading other weights, compiles nothing again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -49,14 +50,25 @@ class Classifier:
         """Logits [n, K] of inputs [n, *d].
 
         Raises:
-          ValueError: at trace time, if the logits have another shape.
+          ValueError: at trace time, if `apply` fails, or the logits have another shape.
         """
         x = jnp.asarray(x)
-        logits = self.apply(self.variables, x)
-        if logits.shape != (x.shape[0], self.num_classes):
+        try:
+            logits = self.apply(self.variables, x)
+            shape = logits.shape
+        except jax.errors.JaxRuntimeError:  # of the device, not of the shape: out of memory, say
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            with contextlib.suppress(Exception):
+                if jax.eval_shape(self.apply, self.variables, x[0]).shape == (x.shape[1], self.num_classes):
+                    reason = "that is a batch; for many inputs use certify_batch, predict_batch or jax.vmap"
+            message = f"the classifier does not work on inputs of shape {list(x.shape[1:])}: {reason}"
+            raise ValueError(message) from error
+        if shape != (x.shape[0], self.num_classes):
             raise ValueError(
                 f"the classifier must return logits of shape {[x.shape[0], self.num_classes]} for inputs "
-                f"{list(x.shape)}, got {list(logits.shape)}"
+                f"{list(x.shape)}, got {list(shape)}"
             )
         return logits
 
@@ -66,7 +78,7 @@ class _LinenApply:
     module: nn.Module
     arguments: tuple[tuple[str, Any], ...]
 
-    def __call__(self, variables, x):
+    def __call__(self, variables, x) -> Any:
         return self.module.apply(variables, x, **dict(self.arguments))
 
 
@@ -94,7 +106,7 @@ def from_linen(module: nn.Module, variables: Any, *, num_classes: int, **argumen
     Raises:
       ValueError: if an argument contradicts evaluation mode, or `num_classes` is below 2.
     """
-    return _classifier(_LinenApply(module, _evaluation(module, arguments)), variables, num_classes)
+    return from_function(_LinenApply(module, _evaluation(module, arguments)), variables, num_classes=num_classes)
 
 
 def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
@@ -108,7 +120,7 @@ def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
     model = nnx.clone(model)
     model.eval()
     graph, variables = nnx.split(model)
-    return _classifier(_NnxApply(graph, _evaluation(model, {})), variables, num_classes)
+    return from_function(_NnxApply(graph, _evaluation(model, {})), variables, num_classes=num_classes)
 
 
 def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: Any, *, num_classes: int) -> Classifier:
@@ -119,33 +131,24 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
     Raises:
       ValueError: if `num_classes` is below 2.
     """
-    return _classifier(function, variables, num_classes)
+    return Classifier(function, jax.tree.map(jnp.asarray, variables), num_classes)
 
 
 def _evaluation(module, arguments) -> tuple[tuple[str, Any], ...]:
     """`arguments`, and those that put the module's call into evaluation mode."""
-    for name in inspect.signature(type(module).__call__).parameters:
-        if name in _EVALUATION_ARGUMENTS:
-            wanted = _EVALUATION_ARGUMENTS[name]
-            if arguments.setdefault(name, wanted) != wanted:
-                raise ValueError(f"{name}={arguments[name]} is training mode, which voids the certificate")
+    taken = inspect.signature(type(module).__call__).parameters
+    for name, wanted in _EVALUATION_ARGUMENTS.items():
+        if name in taken and arguments.setdefault(name, wanted) != wanted:
+            raise ValueError(f"{name}={arguments[name]} is training mode, which voids the certificate")
     return tuple(sorted(arguments.items()))
-
-
-def _classifier(apply, variables, num_classes) -> Classifier:
-    return Classifier(apply, jax.tree.map(jnp.asarray, variables), num_classes)
 
 
 def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     """Refuse a classifier that no smoothing certificate can be true of.
 
-    Runs it on a few inputs around `x` and checks that logits are finite and that each row's logits depend on that
+    Runs it on a few inputs around `x` [*d] and checks that logits are finite and that each row's logits depend on that
     row alone, not on its place or on the rest of the batch: a batch norm in training mode or a dropout would void
     every certificate silently.
-
-    Args:
-      classifier: the base classifier.
-      x: one input [*d].
 
     Raises:
       ValueError: naming what is wrong.
@@ -153,29 +156,23 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     x = np.asarray(x, np.float32)
     noise = np.random.default_rng(0).normal(size=(7, *x.shape)).astype(np.float32)
     batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
-    others = np.concatenate([noise[3:6], x[None] + 0.5 * noise[6:]])
+    others = np.concatenate([x[None], noise[4:6], x[None] + 0.5 * noise[6:]])
     run = jax.jit(Classifier.__call__)
-    try:
-        logits = np.asarray(run(classifier, batch), np.float64)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {reason}") from error
+    logits = np.asarray(run(classifier, batch), np.float64)
     if not np.isfinite(logits).all():
         raise ValueError("the classifier's logits are not finite")
     tolerance = 1e-3 * np.ptp(logits, axis=-1).max() + 1e-5 * np.abs(logits).max()
     moved = np.asarray(run(classifier, batch[::-1]), np.float64)[::-1]
     if np.abs(moved - logits).max() > tolerance:
         raise ValueError("the classifier's logits depend on a row's place in the batch (dropout?)")
-    company = np.asarray(run(classifier, np.concatenate([batch[:1], others[1:]])), np.float64)
-    if np.abs(company[0] - logits[0]).max() > tolerance:
+    company = np.asarray(run(classifier, others), np.float64)[0]
+    if np.abs(company - logits[0]).max() > tolerance:
         raise ValueError("the classifier's logits depend on the rest of the batch (batch norm in training mode?)")
 
 
 def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
-    """Whether the program that classifies inputs like `x` [*d] calls code outside of it: by `jax.pure_callback`,
-    `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`.
-
-    What such a function computes is not in the program, and so not in its `fingerprint`.
+    """Whether classifying inputs like `x` [*d] calls code outside of the program, which its `fingerprint` cannot hash:
+    by `jax.pure_callback`, `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`.
     """
     program = str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
     return bool({*re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", program)} - {"debug_callback"})
@@ -185,8 +182,8 @@ def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
     """Hash of every variable and of the program that classifies inputs like `x` [*d]: names a base classifier.
 
     The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
-    version of JAX may write it differently. What it calls back to on the host is not noticed (`calls_the_host`), nor is
-    the arithmetic of the device that runs it: the programs for a CPU and for a GPU are the same text.
+    version of JAX may write it differently. The arithmetic of the device that runs it is not noticed: the programs for
+    a CPU and for a GPU are the same text.
     """
     inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
     # Shapes alone, without the devices that the variables are on.

@@ -29,10 +29,7 @@ class Noise(abc.ABC):
     finitely many equally likely draws, numbered `0, ..., num_draws(theta) - 1`, and all of them are counted:
     certificates hold without alpha. Such noise overrides `num_draws`, `exact_gap` and `for_search` and, where not every
     theta or input will do, `admissible` and `check_inputs`. Its `perturb` must ignore the key. If draws are not equally
-    likely, certificates are wrong, with no alpha to allow for it.
-
-    Attributes:
-      norm: 2 or 1, the norm in which it certifies.
+    likely, certificates are wrong, with no alpha to allow for it. `norm` is 2 or 1, the norm in which it certifies.
     """
 
     norm: ClassVar[int]
@@ -83,11 +80,7 @@ class Noise(abc.ABC):
         return self
 
     def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:
-        """Refuse inputs [m, *d], named by their ids [m], of which the certificates of this noise say nothing.
-
-        Raises:
-          ValueError: naming the first such input.
-        """
+        """Refuse inputs [m, *d] of which certificates of this noise say nothing, naming the first by its id."""
         return None
 
 
@@ -107,10 +100,7 @@ class AdditiveNoise(Noise):
 
     @abc.abstractmethod
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
-        """One noise draw `theta * eps`, of the shape of `theta`, in float32 or wider.
-
-        A draw in bfloat16 would have at most 128 distinct normal values, none of them beyond 2.5.
-        """
+        """One noise draw `theta * eps`, of the shape of `theta`, in float32 or wider: bfloat16 has too few values."""
 
     def perturb(
         self, key: Key[Array, ""], draw: Int[ArrayLike, ""], x: Float[Array, "*d"], theta: Float[Array, "*d"]

@@ -3,12 +3,10 @@
 An input's draws are counted at a few looks, of growing numbers of draws. Each look gives a Clopper-Pearson bound, and
 the error probabilities of all looks add up to alpha, so that every bound holds at once, and sampling may stop at any
 look for any reason. Over so few looks this is tighter than a confidence sequence that holds after every single draw
-(`bounds.confidence_sequence_lower`; benchmarks/sequential.py compares them).
+(`bounds.confidence_sequence_lower`; benchmarks/claims/sequential.py compares them).
 """
 
 import dataclasses
-import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +20,7 @@ from ancer_jax._checks import check_integer, check_real
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
-from ancer_jax.smoothing.certify import check_example, in_callers_numbers, select_class, warn_if_undecidable
+from ancer_jax.smoothing.certify import check_example, in_callers_numbers, warn_if_undecidable
 from ancer_jax.smoothing.noise import Noise
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts_between, stage_key
 
@@ -60,21 +58,16 @@ class SequentialConfig:
             raise ValueError(
                 f"sequential sampling takes either radii or a tolerance, got {self.radii} and {self.tolerance}"
             )
-        if self.radii is not None:
-            if not self.radii:
-                raise ValueError("radii must be one or more numbers, got none")
-            for radius in self.radii:
-                check_real("radii", radius, "[0, inf)")
+        if self.radii is not None and not self.radii:
+            raise ValueError("radii must be one or more numbers, got none")
+        for radius in self.radii or ():
+            check_real("radii", radius, "[0, inf)")
         if self.tolerance is not None:
             check_real("tolerance", self.tolerance, "(0, 1)")
 
 
 def check_divisible(config: CertifyConfig) -> None:
-    """Refuse an alpha whose parts, which are 1e-4 of it at least, could be below `bounds.LEAST_ALPHA`.
-
-    Raises:
-      ValueError: naming it.
-    """
+    """Refuse an alpha whose parts, which are 1e-4 of it at least, could be below `bounds.LEAST_ALPHA`."""
     check_real("alpha", config.alpha, "[1e-196, 1)")
 
 
@@ -95,15 +88,15 @@ def certify_sequentially(
     check_integer("chunk", chunk)
     config = config or CertifyConfig()
     warn_if_undecidable(config, smoothed.noise)
-    selected = int(_select_class(key, as_float32, x32, n0=config.n0, chunk=chunk))
+
+    def counts(stage, first, stop):
+        of_stage, steps = stage_key(key, stage), math.ceil((stop - first) / chunk)
+        return np.asarray(_counts_between(of_stage, as_float32, x32, (first, stop), steps=steps, chunk=chunk))
 
     def votes_in(stage, indices, first, stop):
-        first, stop = int(first[0]), int(stop[0])
-        counts = _counts_between(
-            stage, key, as_float32, x32, (first, stop), steps=math.ceil((stop - first) / chunk), chunk=chunk
-        )
-        return np.asarray(counts)[None, selected]
+        return counts(stage, int(first[0]), int(stop[0]))[None, selected]
 
+    selected = int(counts(Stage.SELECT, 0, config.n0).argmax())
     scales = scales_of(np.asarray(as_float32.theta)[None])
     found = sample_until_decided(
         votes_in, np.array([selected]), scales, noise=smoothed.noise, config=config, sequential=sequential
@@ -112,12 +105,7 @@ def certify_sequentially(
     return in_callers_numbers(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
 
 
-_select_class = jax.jit(select_class, static_argnames=("n0", "chunk"))
-
-
-@functools.partial(jax.jit, static_argnames="chunk")
-def _counts_between(stage, key, smoothed, x, draws, *, steps, chunk):
-    return class_counts_between(stage_key(key, stage), smoothed, x, draws, steps=steps, chunk=chunk)
+_counts_between = jax.jit(class_counts_between, static_argnames="chunk")
 
 
 class SequentialVotes(NamedTuple):
@@ -167,9 +155,6 @@ def sample_until_decided(
       scales: what a gap of 1 is worth, for each kind of radius that is to be decided (`scales_of`).
       noise, config, sequential: noise law, limits, and when to stop.
 
-    Raises:
-      ValueError: if the noise is enumerable, or alpha is too small to be divided.
-
     Guarantee: each input's `p_lower` is above the probability of its selected class with probability at most
       `config.alpha`, whatever made it stop. The looks and their parts of alpha are fixed before the draws that they
       count (for a tolerance by a pilot of other draws); the bound of a look fails with probability at most its part;
@@ -192,9 +177,8 @@ def sample_until_decided(
     goals = np.maximum(goals * (1 + 1e-9), 1e-12)
     count, drawn, p_lower = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
     best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), sizes[:, 0].copy())
-    for look in itertools.count():
-        if not going.size:
-            break
+    look = 0
+    while going.size:
         size = sizes[going, look]
         count[going] += votes_in(Stage.ESTIMATE, going, drawn[going], size)
         drawn[going], votes = size, count[going]
@@ -210,7 +194,7 @@ def sample_until_decided(
         else:
             whole = bounds.clopper_pearson_lower(np.rint(votes / size * n).astype(np.int64), n, config.alpha)
             enough = (futility == 0) | ((gap > 0) & (gap >= (1 - tolerance) * noise.gap(whole)))
-        going = going[~enough & (size < n)]
+        going, look = going[~enough & (size < n)], look + 1
     return SequentialVotes(best, count, drawn, pilot)
 
 

@@ -30,7 +30,7 @@ class Smoothed:
       theta: [] or [*d] noise parameter, positive, in the units of the input.
 
     Raises:
-      ValueError: if arguments are in the wrong order.
+      ValueError: if arguments are in the wrong order, or the network is no `Classifier`.
     """
 
     classifier: Classifier
@@ -38,10 +38,13 @@ class Smoothed:
     theta: Leaf
 
     def __post_init__(self):
-        # JAX puts placeholders into the fields of pytrees, so that only a wrong order can be recognised.
+        # JAX puts placeholders into the fields of pytrees, so that only what is no placeholder can be recognised.
         if not isinstance(self.noise, Noise) or isinstance(self.theta, Classifier):
             got = ", ".join(type(value).__name__ for value in (self.classifier, self.noise, self.theta))
             raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
+        if callable(self.classifier) and not isinstance(self.classifier, Classifier):
+            kind = type(self.classifier).__name__
+            raise ValueError(f"{kind} is not a Classifier: wrap it with from_linen, from_nnx or from_function")
 
     def with_theta(self, theta: ArrayLike) -> "Smoothed":
         """The smoothed classifier of another theta."""
@@ -64,14 +67,19 @@ class Stage(enum.IntEnum):
 
 
 def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:
-    """The key of one stage of one example.
-
-    Raises:
-      ValueError: at trace time, if `key` is not a typed threefry key: the draws of other generators change under vmap.
-    """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or str(jax.random.key_impl(key)) != "threefry2x32":
-        raise ValueError("key must be a typed threefry key: jax.random.key(seed, impl='threefry2x32')")
+    """The key of one stage of one example."""
+    check_key(key)
     return jax.random.fold_in(key, stage)
+
+
+def check_key(key: Key[Array, ""]) -> None:
+    """Refuse all but one typed threefry key: other draws change under vmap."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError("key must be a typed threefry key: jax.random.key(seed, impl='threefry2x32')")
+    if key.shape:
+        many = "for many inputs use certify_batch or predict_batch with one key and ids, or jax.vmap"
+        raise ValueError(f"key must be a single key, got keys of shape {list(key.shape)}; {many}")
 
 
 def _noisy_logits(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, draws: jax.Array) -> jax.Array:
@@ -92,7 +100,7 @@ def _noisy_logits(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, draws: 
 def class_counts(
     key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, num_samples: int, chunk: int
 ) -> Int[Array, " K"]:
-    """How many of `num_samples` noisy copies of `x` the base classifier puts into each class.
+    """How many of `num_samples` noisy copies of `x` the base classifier puts into each class: int32 [K].
 
     `counts[c] = #{i : f(noisy copy i of x) = c}`. A draw with a NaN logit votes for no class, so that the counts may
     add up to less than `num_samples`. Memory is that of `chunk` copies, whatever `num_samples`.
@@ -103,9 +111,6 @@ def class_counts(
       x: [*d] one input.
       num_samples: number of draws (static).
       chunk: how many draws at a time (static); changes speed and memory, never the draws.
-
-    Returns:
-      int32 [K].
 
     Raises:
       ValueError: at trace time, if `num_samples` or `chunk` is not an integer of at least 1, x is not floating point,
@@ -119,11 +124,7 @@ def class_counts(
 
 
 def check_random(noise: Noise) -> None:
-    """Refuse enumerable noise, all draws of which have to be counted.
-
-    Raises:
-      ValueError: if it is enumerable.
-    """
+    """Refuse enumerable noise, all draws of which have to be counted."""
     if noise.enumerable:
         raise ValueError("the draws of enumerable noise must all be counted, which only certify_dataset does")
 
@@ -137,18 +138,14 @@ def class_counts_between(
     steps: Int[ArrayLike, ""],
     chunk: int,
 ) -> Int[Array, " K"]:
-    """`class_counts` of a range of draws alone: counts of ranges add up to those of their union.
+    """`class_counts` of a range of draws alone, of enumerable noise, too: counts of ranges add up to their union's.
 
     Args:
-      key, smoothed, x, chunk: as in `class_counts`; enumerable noise, too.
+      key, smoothed, x, chunk: as in `class_counts`.
       draws: first and stop: the draws `first, ..., stop - 1`. May be traced.
       steps: how many chunks are computed, `(stop - first) / chunk` or more; draws from `stop` on are left out. May be
         traced, but should be the same for all examples of a batch.
-
-    Raises:
-      ValueError: at trace time, if `chunk` is not an integer of at least 1 or x is not floating point.
     """
-    check_integer("chunk", chunk)
     first, stop = draws
 
     def add(step, counts):
@@ -165,13 +162,10 @@ def class_counts_between(
 def smoothed_probs(
     key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, num_samples: int
 ) -> Float[Array, " K"]:
-    """Mean softmax output over `num_samples` noisy copies of `x`: a soft estimate of the class probabilities.
+    """Mean softmax output over `num_samples` noisy copies of `x`, float [K]: a soft estimate of class probabilities.
 
     Differentiable in x, theta (reparameterised noise) and the classifier's variables. All copies are held at once.
     Arguments and errors as in `class_counts`.
-
-    Returns:
-      float [K], sums to 1.
     """
     check_integer("num_samples", num_samples)
     check_random(smoothed.noise)
@@ -180,20 +174,9 @@ def smoothed_probs(
 
 
 def probs_of_each(key: Key[Array, ""], smoothed: Smoothed, images: Float[ArrayLike, "m *d"]) -> Float[Array, "m K"]:
-    """Softmax output at one noisy copy of each of several images.
+    """Softmax output at one noisy copy of each of several images, that of image i from the key `fold_in(key, i)`.
 
     Differentiable like `smoothed_probs`. All copies are held at once.
-
-    Args:
-      key: typed key of the draws; image i uses `fold_in(key, i)`.
-      smoothed: smoothed classifier.
-      images: [m, *d].
-
-    Returns:
-      float [m, K], each row sums to 1.
-
-    Raises:
-      ValueError: at trace time, if the images are not floating point, or the noise is enumerable.
     """
     check_random(smoothed.noise)
     return jax.nn.softmax(_noisy_logits(key, smoothed, images, jnp.arange(jnp.shape(images)[0])), axis=-1)

@@ -86,10 +86,7 @@ class Splitting(LinearGap):
         """The largest theta of the exact form not above this one: `2 theta levels` is whole, from 1 to 2^14.
 
         One theta per coordinate ([*d], not []) also divides `period`. A thousandth of a step above counts as rounding
-        of float32. The random form takes any theta.
-
-        Returns:
-          float32, of the shape of theta.
+        of float32. The random form takes any theta. Returns float32, of the shape of theta.
         """
         theta = jnp.asarray(theta, jnp.float32)
         if not self.exact:

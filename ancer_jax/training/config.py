@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from ancer_jax._checks import check_integer, check_real
+from ancer_jax._checks import check_choice, check_integer, check_real
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
-from ancer_jax.smoothing.registry import DEFAULT_NOISE, NoiseName, make_noise
+from ancer_jax.smoothing.registry import NoiseName, make_noise
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability", "volume"]
@@ -60,9 +60,8 @@ class TrainConfig:
     noise: NoiseName | None = None
 
     def __post_init__(self):
-        for name, choices in (("method", tuple(METHODS)), ("norm", tuple(DEFAULT_NOISE))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_choice("method", self.method, TrainingMethod)
+        check_choice("norm", self.norm, Literal["l2", "l1"])
         for name in ("epochs", "batch_size", "copies"):
             check_integer(name, getattr(self, name))
         if self.drop_every is not None:

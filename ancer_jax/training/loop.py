@@ -52,8 +52,7 @@ def train(
     as one that was never stopped, on the same CPU (other devices may choose other algorithms in another process).
 
     Every batch is sharded over the devices, and batch norm is over the whole batch: the number of devices changes
-    rounding only. Several CPU devices of one process are refused (`devices.refuse_collectives`). If JAX runs as several
-    processes (`jax.distributed`), all of them call this with the same arguments and `out`.
+    rounding only. If JAX runs as several processes (`jax.distributed`), all call this with the same arguments.
 
     Args:
       network: takes `train=True` and may have batch statistics.
@@ -75,11 +74,8 @@ def train(
     training, out = _set_up(network, datasets, config, devices), absolute(out)
     history = np.full((config.epochs, len(HISTORY)), np.nan)
     state = TrainState(*initial_state(training, datasets[0].images), history)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    with (
-        _same_training(out, network, datasets, config),
-        ocp.CheckpointManager(out / STATE, options=options) as manager,
-    ):
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with _same_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
         done = manager.latest_step() or 0
         if done:
             state = _restore(manager, done, state)
@@ -121,24 +117,23 @@ def _train_epoch(
 ) -> TrainState:
     """One epoch and its evaluation; a loss that is not finite is a ValueError."""
     (data, test), (_, config, steps, mesh) = datasets, training
+    variables, moments, history = state
     clock, first, sums = time.perf_counter(), epoch * steps, 0.0
     epsilon = np.float32(config.epsilon * min(1.0, (epoch + 1) / max(config.warmup_epochs, 1)))
-    for number, chosen in enumerate(_order(config, epoch, len(data), steps)):
+    for step, chosen in enumerate(_order(config, epoch, len(data), steps), start=first):
         batch = tuple(devices.take_rows(column, chosen, mesh) for column in (data.images, data.labels))
-        variables, moments, figures = train_step(
-            state.variables, state.optimizer, batch, np.int32(first + number), epsilon, training=training
-        )
-        state, sums = state._replace(variables=variables, optimizer=moments), sums + figures
+        variables, moments, figures = train_step(variables, moments, batch, np.int32(step), epsilon, training=training)
+        sums += figures
         progress(1, {})
     loss, accuracy = np.asarray(sums / steps)
-    test_loss, test_accuracy = evaluate(training, state.variables, test)
+    test_loss, test_accuracy = evaluate(training, variables, test)
     if not (math.isfinite(loss) and math.isfinite(test_loss)):
         both = f"{loss:g}, and {test_loss:g} on test images"
         raise ValueError(f"the loss of epoch {epoch + 1} is {both}: a smaller learning rate may help")
     rate, seconds = learning_rate(config, steps)(first), time.perf_counter() - clock
-    history = state.history.copy()
+    history = history.copy()
     history[epoch] = (epoch + 1, rate, loss, accuracy, test_loss, test_accuracy, seconds)
-    return state._replace(history=history)
+    return TrainState(variables, moments, history)
 
 
 def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> np.ndarray:

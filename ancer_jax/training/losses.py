@@ -18,8 +18,7 @@ _ALPHA = 0.5  # of the bound in `volume`, which is the median of its beta distri
 def augmentation(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
     """Noise augmentation: the mean cross-entropy of the noisy copies.
 
-    References: Cohen et al. 2019 (arXiv 1902.02918), section 3.3; for uniform noise Yang et al. 2020 (arXiv
-    2002.08118).
+    References: Cohen et al. 2019 (arXiv 1902.02918), section 3.3; uniform noise: Yang et al. 2020 (arXiv 2002.08118).
     """
     return -jax.nn.log_softmax(logits)[:, label].mean()
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("here", "quick_compilation")
 )
 def test_certify_on_the_bundled_images(here, capsys, norm, method, theta):
     flags = ["certify", "--norm", norm, "--method", method, "--n", "100", "--skip", "100", "--max", "3"]
-    cli.main([*flags, *SMALL, *SEARCH])
+    cli.main([*flags, *SMALL, *(SEARCH if method != "fixed" else ())])
     printed = capsys.readouterr()
     out = here / "runs" / f"{norm}-{method}-{theta:g}"
     table = pd.read_csv(out / "results.tsv", sep="\t")
@@ -44,6 +44,7 @@ def test_certify_on_the_bundled_images(here, capsys, norm, method, theta):
     assert NOT_RECONCILED not in printed.out
     assert all((title in printed.out) == (method != "fixed") for title in ("Memory (before -> after)", "Leakage into"))
     assert (out / "results_before_memory.tsv").exists() == (out / "memory.npz").exists() == (method != "fixed")
+    assert "(compiling, then the first batch):   0%" in printed.err and f"{method} {theta:g}: 100%" in printed.err
     assert "3/3" in printed.err
 
 
@@ -57,10 +58,12 @@ def test_certify_again_continues_and_changes_nothing(here, capsys):
     whole = (here / "run" / "results.tsv").read_bytes()
     shards = {file.name: file.stat().st_mtime_ns for file in (here / "run" / "shards").iterdir()}
     assert sorted(shards) == ["0.npz", "2.npz"]
+    capsys.readouterr()
     cli.main(toy())
     assert (here / "run" / "results.tsv").read_bytes() == whole
     assert {file.name: file.stat().st_mtime_ns for file in (here / "run" / "shards").iterdir()} == shards
-    assert "4/4" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "4/4" in printed and "compiling" not in printed
 
 
 def test_an_own_classifier_certifies_what_it_says(here):
@@ -205,9 +208,33 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_input_is_one_line(here, capsys, flags, message):
-    assert re.search(message, error_line(capsys, toy(*flags)))
+    assert re.search(message, error_line(capsys, toy(*flags, method="ancer")))
     assert not (here / "run").exists()
     assert sorted(path.name for path in here.iterdir() if path.name != "__pycache__") == ["plugin.py", "toy.npz"]
+
+
+@pytest.mark.parametrize("method", ["fixed", "universal"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            ("--preset", "published"),
+            ("--iso-steps", "3"),
+            ("--ancer-lr", "0.1"),
+            ("--kappa", "1.5"),
+            ("--guard", "off"),
+        ),
+        *(("--theta-max", "inf"), ("--leakage-probes", "3"), ("--leakage-weight", "5"), ("--leakage-limit", "0.1")),
+    ],
+    ids=" ".join,
+)
+def test_flags_of_searches_are_refused_where_theta_is_not_searched(here, capsys, flags, method):
+    np.save(here / "theta.npy", np.full((2, 1, 1), 0.25))
+    arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three", "--out", "run", "--method", method]
+    arguments += ["--theta-map", "theta.npy"] if method == "universal" else ["--sigma", "0.25"]
+    refused = f"--method {method} searches no theta: {flags[0]} must not be given"
+    assert refused in error_line(capsys, [*arguments, *flags])
+    assert not (here / "run").exists()
 
 
 def test_a_theta_map_from_a_file(here, capsys):

@@ -47,7 +47,7 @@ def test_demo_compares_three_methods_and_draws_them(here, capsys, monkeypatch):
     seeds = [settings_of(here / "demo-l2" / name)["seed"] for name in (best, *lines)]
     assert seeds == [1, 0, 0, 0]
     assert printed.count("x the best fixed theta") == 3
-    assert "1.00 x the best fixed theta" in printed and TWO_CLAIMS in printed
+    assert "1.00 x the best fixed theta" in printed and printed.count(TWO_CLAIMS) == 1
 
 
 @pytest.mark.parametrize(("flag", "message"), [("--max", "max must be"), ("--n", "n must be")])

@@ -62,6 +62,32 @@ def test_processes_that_are_not_named_well_are_one_line(here, capsys, flags, mes
     assert message in error_line(capsys, toy(*flags))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["certify", "--n", "1e5"], "error: --n: invalid literal for int() with base 10: '1e5'"),
+        (["certify", "--theta-max", "x"], "error: --theta-max: no type matching {None}|FLOAT could be instantiated"),
+        (["report", "run", "--orders", "1.5"], "error: --orders: invalid literal for int() with base 10: '1.5'"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_one_line(capsys, arguments, message):
+    assert message in error_line(capsys, arguments)
+
+
+def test_help_breaks_lines_only_where_they_are_full(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command, text in (
+        ("certify", "(prepared TensorFlow data set); an npz file (images, labels[, ids]); or a folder of idx files"),
+        ("certify", "(or $JAX_COMPILATION_CACHE_DIR), so that starting again is quick."),
+        ("report", "RUN [RUN ...]  Run directories, or TSV files"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert text in capsys.readouterr().out
+
+
 def test_a_device_that_is_too_small_is_one_line(monkeypatch, capsys):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nmore")

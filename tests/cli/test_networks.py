@@ -26,7 +26,9 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
     flags = ["--epochs", "2", "--batch-size", "100", "--lr", "0.02", "--max", "300", "--sigma", "0.3", "--shift", "0"]
     flags += ["--devices", "1"]
     cli.main(["train", "--out", "net", *flags])
-    assert "on 500 test images" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "on 500 test images" in printed.out
+    assert "small_cnn, augmentation (compiling):   0%" in printed.err and "small_cnn, augmentation: 100%" in printed.err
     checkpoint = load_network("net")
     assert (checkpoint.name, checkpoint.norm, checkpoint.theta) == ("small_cnn", "l2", 0.3)
     assert checkpoint.history["epochs"] == 2

@@ -36,6 +36,8 @@ def test_report_compares_runs_and_files(here, capsys):
         (["empty"], "empty is not a run directory"),
         (["toy.tsv", "--leakage-limit", "2"], r"--leakage-limit must be in \[0, 1\], got 2.0"),
         (["toy.tsv", "--radii", "0", "nan"], "--radii must be finite"),
+        (["toy.tsv", "--radii", "0,1", "abc"], "--radii takes numbers, like 0,0.25,0.5, got 'abc'"),
+        (["--radii", "0.25", "0.5", "toy.tsv", "wrong.tsv"], "--radii takes numbers, like 0,0.25,0.5, got 'toy.tsv'"),
         (["toy.tsv", "--orders", "2"], "--orders needs a run directory with a memory"),
         (["negative.tsv"], "negative.tsv: line 3: radius cannot be -5"),
         (["wrong.tsv"], "wrong.tsv: line 3: correct cannot be 1"),
@@ -82,6 +84,20 @@ def test_bad_numbers_of_orders_are_one_line(here, capsys, orders, message):
     cli.main(toy())
     capsys.readouterr()
     assert message in error_line(capsys, ["report", "run", "--orders", orders])
+
+
+def test_an_unfinished_run_is_called_so(here, capsys):
+    cli.main(toy())
+    (here / "run" / "shards" / "2.npz").unlink()  # as if it had been stopped before the second batch
+    (here / "run" / "results.tsv").unlink()
+    capsys.readouterr()
+    cli.main(["report", "run"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| run +\| l2 +\| 2 \(unfinished\) +\|", printed, re.MULTILINE)
+    assert "run is unfinished: its figures are of the 2 images that are certified so far. The same ancer" in printed
+    assert "run is unfinished" in (here / "report" / "report.html").read_text("utf-8")
+    cli.main(toy())
+    assert "unfinished" not in capsys.readouterr().out
 
 
 def test_report_of_nothing_exits_with_2(capsys):

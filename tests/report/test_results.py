@@ -49,8 +49,10 @@ def test_thetas_are_read_for_the_images_that_are_asked_for(tmp_path):
 
 def test_results_of_an_unfinished_run_come_from_its_shards(tmp_path):
     path = write_run(tmp_path / "run", "isotropic", np.ones(3, np.float32))
+    assert report.load_results(path).finished
     (path / "results_before_memory.tsv").unlink()
-    assert report.load_results(path)["idx"].tolist() == [0, 20, 40]
+    results = report.load_results(path)
+    assert results["idx"].tolist() == [0, 20, 40] and not results.finished
     (path / "shards" / "0.npz").unlink()
     with pytest.raises(ValueError, match="there are no results yet"):
         report.load_results(path)

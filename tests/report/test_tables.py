@@ -103,7 +103,7 @@ def test_fixed_noise_beside_a_memory_is_another_threat_model(tmp_path):
     ancer, cohen = from_text(tmp_path, "ancer.tsv", ANCER), from_text(tmp_path, "cohen.tsv", FIXED)
     for other in (fixed, cohen):
         assert report.TWO_CLAIMS in report.summary_table([other, ancer], [0.0])
-        assert report.TWO_CLAIMS in report.compare_proxy_radius([other, ancer], other)
+        assert "Two threat models" in report.compare_proxy_radius([other, ancer], other)
     for alone in (fixed, ancer):
         assert report.TWO_CLAIMS not in report.summary_table([alone], [0.0])
 
@@ -135,6 +135,18 @@ def test_leakage_that_was_not_measured_is_not_none(tmp_path):
     assert {*rows[1].values()} == {"none*", "not measured"}
     lines = report.compare_proxy_radius([some, none], none).splitlines()
     assert "without leaky thetas not measured" in lines[0] and "without leaky thetas 0.375" in lines[1]
+
+
+def test_what_is_left_without_leaky_thetas_is_said_below_the_first_table(tmp_path):
+    header, *lines = ANCER.splitlines()
+    text = "\n".join([f"{header}\tleakage", f"{lines[0]}\t0.05", f"{lines[1]}\t0.4", f"{lines[2]}\t0.3"])
+    results, fixed = from_text(tmp_path, "a.tsv", text), from_text(tmp_path, "fixed.tsv", FIXED)
+    table = report.summary_table([fixed, results], [0.0])
+    # 0.5 / 3 and 1.5 / 3, 0.75 / 3 and 2.25 / 3
+    left = "Without leaky thetas, ACR is 0.166 instead of 0.500, ACR-tilde is 0.250 instead of 0.750."
+    assert table.splitlines()[4:7] == ["", f"a*: 2 of 3 thetas leak more than 0.1. {left}", ""]
+    assert "a*: 1 of 3 thetas leak more than 0.3. " in report.summary_table([results], [0.0], 0.3)
+    assert "thetas leak" not in report.summary_table([results], [0.0], 0.4)
 
 
 def test_leakage_is_rounded_up_from_exact_shares(tmp_path):

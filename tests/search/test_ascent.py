@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,13 @@ def test_the_last_finite_theta_is_kept(search, Config):
 def test_a_start_that_is_not_positive_and_finite_is_refused(search, Config, theta, text):
     with pytest.raises(ValueError, match=f"theta where the search starts must be positive and finite, {text}"):
         search(KEY, Smoothed(interval(1.0), Gaussian(), theta), ORIGIN, config=Config())
+
+
+@BOTH_SEARCHES
+def test_the_config_of_the_other_search_is_refused(search, Config):
+    (other,) = {IsotropicConfig, AnisotropicConfig} - {Config}
+    with pytest.raises(TypeError, match=f"config must be of type {Config.__name__}, got {other.__name__}"):
+        inspect.unwrap(search)(KEY, Smoothed(interval(1.0), Gaussian(), 0.5), ORIGIN, config=other())
 
 
 def test_isotropic_theta_stays_positive():

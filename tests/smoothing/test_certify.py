@@ -195,9 +195,9 @@ def test_settings_out_of_range_are_refused(change):
         CertifyConfig(**change)
 
 
-@pytest.mark.parametrize("function", [certify, predict])
+@pytest.mark.parametrize("function", [certify, predict, certify_batch, predict_batch])
 def test_reports_are_refused_inside_jit(function):
-    smoothed, x = Smoothed(reference.linear([1.0, 1.0]), Gaussian(), 1.0), np.zeros(2, np.float32)
+    smoothed, x = Smoothed(reference.linear([1.0, 1.0]), Gaussian(), 1.0), np.zeros((1, 2), np.float32)
     with pytest.raises(TypeError, match="count_votes"):
         jax.jit(lambda x: jnp.asarray(function(KEY, smoothed, x)))(x)
     with pytest.raises(TypeError, match="count_votes"):
@@ -239,6 +239,39 @@ def test_predict_batch_gives_what_predict_gives_for_each_input(noise, theta, ids
         np.testing.assert_array_equal(answers, expected)
     assert answers.dtype == np.int64 and answers.shape == (6,)
     assert len(np.unique(answers)) > 1
+
+
+THETAS = np.random.default_rng(2).uniform(0.2, 1, XS.shape)
+
+
+@pytest.mark.parametrize("thetas", [np.float32(THETAS[:, 0, 0]), THETAS], ids=["numbers", "maps of float64"])
+def test_a_batch_may_have_a_theta_for_each_input(thetas):
+    smoothed, config = Smoothed(LINEAR, Gaussian(), thetas), CertifyConfig(n0=20, n=300)
+    batch = certify_batch(KEY, smoothed, XS, config=config)
+    keys = [jax.random.fold_in(KEY, i) for i in range(6)]
+    each = list(zip(keys, map(smoothed.with_theta, thetas), XS, strict=True))
+    reference.assert_same_certificates(batch, [certify(*one, config=config) for one in each])
+    np.testing.assert_array_equal(batch.region.theta, thetas)
+    np.testing.assert_array_equal(predict_batch(KEY, smoothed, XS), [predict(*one) for one in each])
+
+
+@pytest.mark.parametrize(
+    ("xs", "theta", "text"),
+    [
+        (XS, THETAS[:5], r"have x's shape \[3, 2\], got \[5, 3, 2\]; or one for each of 6 inputs"),
+        (XS, THETAS[:, 0], r"got \[6, 2\]; or one for each"),
+        (
+            XS[:2, 0],
+            THETAS[:2, 0, 0],
+            r"theta of shape \[2\] may be .* a number for each input: give it shape \[2, 2\]",
+        ),
+        (XS, -THETAS, "theta must be positive"),
+    ],
+)
+def test_thetas_that_do_not_fit_a_batch_are_refused(xs, theta, text):
+    for function in (certify_batch, predict_batch):
+        with pytest.raises(ValueError, match=text):
+            function(KEY, Smoothed(LINEAR, Gaussian(), theta), xs)
 
 
 def test_the_id_of_an_input_decides_its_draws_not_its_place():

@@ -9,10 +9,25 @@ import pytest
 from flax import nnx
 
 import ancer_jax
-from ancer_jax.smoothing import Classifier, check_classifier, from_function, from_linen, from_nnx
+from ancer_jax.smoothing import (
+    CertifyConfig,
+    Classifier,
+    Gaussian,
+    SequentialConfig,
+    Smoothed,
+    certify,
+    certify_batch,
+    certify_sequentially,
+    check_classifier,
+    from_function,
+    from_linen,
+    from_nnx,
+    predict,
+)
 from ancer_jax.smoothing.classifier import fingerprint
 from tests import reference
 
+KEY = jax.random.key(0)
 X = np.linspace(0, 1, 6, dtype=np.float32)
 
 
@@ -36,6 +51,14 @@ class Nnx(nnx.Module):
 
     def __call__(self, x):
         return self.last(self.dropout(self.norm(self.first(x))))
+
+
+class FlatLinen(nn.Module):
+    """A network of inputs of any number of axes, but of one size."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.reshape(len(x), -1))
 
 
 def linen_variables():
@@ -94,6 +117,40 @@ def one_column_too_many(variables, x):
 def test_what_voids_a_certificate_is_refused(function, text):
     with pytest.raises(ValueError, match=text):
         check_classifier(from_function(function, (), num_classes=2), X)
+
+
+WRONG_SHAPE = {
+    "another shape": (X[:3], r"does not work on inputs of shape \[3\]: For parameter .kernel. in "),
+    "a batch": (np.stack([X, X]), r"of shape \[2, 6\]: that is a batch; for many inputs use certify_batch"),
+}
+
+
+@pytest.mark.parametrize(("x", "text"), WRONG_SHAPE.values(), ids=WRONG_SHAPE)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda smoothed, x: check_classifier(smoothed.classifier, x),
+        lambda smoothed, x: certify(KEY, smoothed, x, config=CertifyConfig(n=10, alpha=0.5)),
+        lambda smoothed, x: certify_batch(KEY, smoothed, x[None], config=CertifyConfig(n=10, alpha=0.5)),
+        lambda smoothed, x: certify_sequentially(KEY, smoothed, x, sequential=SequentialConfig(radii=(0.0,))),
+        lambda smoothed, x: predict(KEY, smoothed, x),
+    ],
+    ids=["check_classifier", "certify", "certify_batch", "certify_sequentially", "predict"],
+)
+def test_inputs_of_a_wrong_shape_are_refused_in_one_line(function, x, text):
+    image_network = from_linen(FlatLinen(), FlatLinen().init(jax.random.key(0), X[None]), num_classes=3)
+    with pytest.raises(ValueError, match=text) as refused:
+        function(Smoothed(image_network, Gaussian(), 0.5), x)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def returns_a_pair(variables, x):
+    return x, x
+
+
+def test_a_classifier_that_returns_no_array_is_refused():
+    with pytest.raises(ValueError, match=r"inputs of shape \[6\]: 'tuple' object has no attribute 'shape'"):
+        check_classifier(from_function(returns_a_pair, (), num_classes=2), X)
 
 
 def test_fewer_than_two_classes_are_refused():

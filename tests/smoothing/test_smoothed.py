@@ -2,13 +2,26 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from flax import nnx
 
-from ancer_jax.smoothing import CertifyConfig, Gaussian, Smoothed, Splitting, Uniform, count_votes, from_function
+from ancer_jax.smoothing import (
+    CertifyConfig,
+    Gaussian,
+    Smoothed,
+    Splitting,
+    Uniform,
+    certify,
+    certify_batch,
+    count_votes,
+    from_function,
+    predict_batch,
+)
 from ancer_jax.smoothing.smoothed import (
     Stage,
     class_counts,
@@ -165,10 +178,26 @@ def test_nothing_is_compiled_again_for_another_example():
     assert len(traces) == 2  # the noise is static
 
 
-@pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.zeros(2, np.uint32)])
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.zeros(2, np.uint32), 0])
 def test_keys_whose_draws_depend_on_the_batch_are_refused(key):
-    with pytest.raises((ValueError, TypeError), match="key"):
+    with pytest.raises(ValueError, match="key must be a typed threefry key"):
         stage_key(key, Stage.SELECT)
+
+
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda keys: certify(keys, SMOOTHED, X),
+        lambda keys: certify_batch(keys, SMOOTHED, X[None]),
+        lambda keys: predict_batch(keys, SMOOTHED, X[None]),
+    ],
+    ids=["certify", "certify_batch", "predict_batch"],
+)
+def test_many_keys_are_refused(function):
+    with pytest.raises(ValueError, match=r"key must be a single key, got keys of shape \[6\]; .*one key and ids"):
+        function(jax.random.split(KEY, 6))
 
 
 @pytest.mark.parametrize(
@@ -221,6 +250,13 @@ def test_with_theta_changes_theta_alone():
     other = SMOOTHED.with_theta(MAP)
     assert other.classifier is SMOOTHED.classifier and other.noise is SMOOTHED.noise
     assert other.theta is MAP and SMOOTHED.theta == 0.5
+
+
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize("network", [nn.Dense(2), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), lambda x: x])
+def test_a_network_that_is_not_wrapped_is_refused(network):
+    with pytest.raises(ValueError, match="is not a Classifier: wrap it with from_linen, from_nnx or from_function"):
+        Smoothed(network, Gaussian(), 0.5)
 
 
 WRONG_ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]

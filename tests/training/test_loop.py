@@ -30,7 +30,7 @@ NETWORK = make_network("small_cnn", features=(4, 8, 8), hidden=16)
 SOME = take(TRAIN, np.arange(500))
 
 
-# For the other methods, the default suite tests the equations, and benchmarks/training.py measures the gain.
+# For the other methods, the default suite tests the equations, and benchmarks/claims/training.py measures the gain.
 _QUICK = ("augmentation",)
 
 

@@ -1,0 +1,1 @@
+"""What this library claims, measured. `python -m benchmarks list` names the benchmarks."""

@@ -1,0 +1,1 @@
+"""Data and networks: fetched, made, and compared."""
