@@ -15,9 +15,10 @@ test: $(VENV)/installed
 test-extras: $(VENV)/extras
 	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models tests/cli/test_networks.py tests/test_notebooks.py
 
-# Of the slow tests, those of several processes.
+# Of the slow tests, those of several processes, and all benchmarks in small.
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_multihost.py
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_benchmarks.py
 
 # Small versions of the large comparisons; minutes. The first installs PyTorch, and needs Python 3.11.
 bench: $(VENV)/package

@@ -166,5 +166,6 @@ BENCHMARK = Benchmark(
         "flips-l1": lambda: _table("l1"),
         "inside": lambda: "{} of {}".format(*_flips(0)),
         "enlarged": lambda: "{} of {}".format(*_flips(-1)),
+        "sizes": lambda: " and ".join(f"{SCALES[norm][-1]:g}" for norm in ("l2", "l1")),
     },
 )
