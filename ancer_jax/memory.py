@@ -12,9 +12,9 @@ Invariants: stored regions of different classes (`ABSTAIN` counts as one) are pa
 center; every answer inside a stored region is its class; no region is larger than the certificate it came from. All
 decisions are made in float64 and err on the safe side. The answers depend on the order of the inputs.
 
-Later inputs in a stored region get its class by rule, whether its certificate holds or not. That some smoothed
-classifier gives this class everywhere in the i-th stored region holds if its own certificate and the i - 1 before it
-do: with probability at least 1 - i alpha. This speaks of later inputs only, unlike certificates of a universal theta.
+Later inputs in a stored region get its class by rule, whether its certificate holds or not. The i-th stored region is
+right (some smoothed classifier gives its class everywhere in it) if the first i certificates hold: with probability at
+least 1 - i alpha. This speaks of later inputs only, unlike certificates of a universal theta.
 
 References: Alfarra et al. 2022 (arXiv 2012.04351); Eiras et al. 2022 (arXiv 2107.04570).
 """

@@ -48,9 +48,10 @@ class Benchmark:
     Attributes:
       claim: what it shows, in one sentence.
       takes: how long, on two CPU cores.
-      measure: yields results that grow; each is stored in place of the one before. Gets the options.
+      measure: gets the options and yields the results so far; the last ones are kept. It may set `options.output` to go
+        on to another raw output.
       sizes: a flag for each size, with its value for `--small` and its usual value. A list is a flag that takes several
-        values; None has to be filled in by `measure`.
+        values.
       arguments: adds other flags.
       small_is_judged: whether the bars mean something with `--small`.
       outputs: for each raw output its lines. A run makes the first, unless `--as` names another.

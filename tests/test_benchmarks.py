@@ -58,7 +58,9 @@ def test_a_page_that_disagrees_is_found_and_filled(tmp_path, monkeypatch, capsys
     page = tmp_path / "README.md"
     page.write_text("It took <!-- memory.few -->1 MiB<!-- end -->, then <!-- memory.many --><!-- end -->.\n")
     (tmp_path / "benchmarks" / "README.md").write_text("<!-- benchmarks.overview --><!-- end -->\n")
-    (tmp_path / "docs" / "a.md").write_text("<!-- benchmarks.measurements --><!-- end -->\n")
+    (tmp_path / "docs" / "a.md").write_text(
+        "<!-- benchmarks.missed --><!-- end -->\n\n<!-- benchmarks.measurements --><!-- end -->\n"
+    )
     monkeypatch.setattr(render, "TOP", tmp_path)
     assert render.render({"memory": benchmark}, check=True) == 1
     assert "README.md" in capsys.readouterr().out

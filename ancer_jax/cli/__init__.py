@@ -59,7 +59,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
+            command = tyro.extras.subcommand_cli_from_dict(commands, prog="ancer-jax", args=arguments)
     except SystemExit:
         lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[\d;]*m", "", box.getvalue()).splitlines()]  # no colours
         value_error = itertools.dropwhile(lambda line: not line.startswith("Error parsing "), lines)
@@ -67,6 +67,8 @@ def _parse(arguments: Sequence[str] | None) -> Any:
             _fail(line.removeprefix("Error parsing "))
         print(box.getvalue(), end="", file=sys.stderr)
         raise
+    print(box.getvalue(), end="", file=sys.stderr)
+    return command
 
 
 def _join_lines(flags: type) -> None:

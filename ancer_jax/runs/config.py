@@ -150,7 +150,7 @@ class RunConfig:
     def theta_bound(self) -> float:
         """Upper bound of the last search, as a float32; infinite without a search.
 
-        A coordinate of theta that is not below it is at its bound: above `theta_max`, a search stays at its start.
+        Coordinates of theta at or above it count as at the bound: a search that starts above `theta_max` stays there.
         """
         if not self.data_dependent:
             return np.inf

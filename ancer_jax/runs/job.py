@@ -24,7 +24,7 @@ from ancer_jax.runs.config import Execution, RunConfig, Shard
 from ancer_jax.runs.votes import Launch, Program, VoteCounter
 from ancer_jax.search.ascent import optimize_anisotropic, optimize_isotropic
 from ancer_jax.search.guard import guarded_choice
-from ancer_jax.search.leakage import LeakageCounts, Probes, ProbeSets, leakage, smoothed_classes, vote_leakage
+from ancer_jax.search.leakage import LeakageCounts, Probes, ProbeSets, leakage, smoothed_classes, soft_leakage
 from ancer_jax.smoothing.certificate import (
     Certificate,
     Evidence,
@@ -291,7 +291,7 @@ def _measure_leakage(
         if probes.held_out is None:
             return LeakageCounts(*counted, jnp.int32(0), jnp.int32(0))
         samples = settings.held_out_samples
-        votes = vote_leakage(probes.held_out, smoothed, x, prediction, num_samples=samples, chunk=chunk)
+        votes = soft_leakage(probes.held_out, smoothed, x, prediction, num_samples=samples, chunk=chunk)
         return LeakageCounts(*counted, *votes)
 
     of_all = _for_each(per_image, shard, mesh)

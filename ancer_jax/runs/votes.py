@@ -49,7 +49,7 @@ class VoteCounter(NamedTuple):
       keys, images: an entry for each image, on every device.
       smoothed: smoothed classifier of the theta of each image, [batch] or [batch, *d], on every device.
       chunk: noisy copies at a time of each work item.
-      items: work items of each launch, a multiple of the devices.
+      num_items: work items of each launch, a multiple of the devices.
       mesh: the devices.
     """
 
@@ -57,7 +57,7 @@ class VoteCounter(NamedTuple):
     images: jax.Array
     smoothed: Smoothed
     chunk: int
-    items: int
+    num_items: int
     mesh: Mesh
 
     def __call__(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> np.ndarray:
@@ -74,11 +74,11 @@ class VoteCounter(NamedTuple):
         while wanted:
             # Every item of a launch runs the same number of chunks (steps), as one compiled program. With this number,
             # one launch holds about all that is wanted; what is left is cut again, smaller, for the next launch.
-            steps = max(1, sum(math.ceil((b - a) / self.chunk) for _, a, b in wanted) // self.items)
+            steps = max(1, sum(math.ceil((b - a) / self.chunk) for _, a, b in wanted) // self.num_items)
             size = steps * self.chunk
             cut = [(index, i, min(i + size, b)) for index, a, b in wanted for i in range(a, b, size)]
-            now, wanted = cut[: self.items], cut[self.items :]
-            now += [(0, 0, 0)] * (self.items - len(now))  # padding, of no draws
+            now, wanted = cut[: self.num_items], cut[self.num_items :]
+            now += [(0, 0, 0)] * (self.num_items - len(now))  # padding, of no draws
             launches.append(Launch(np.array(now)[:, 0], self.program(stage, np.array(now, np.int32), steps).run()))
         return launches
 

@@ -10,7 +10,7 @@ from ancer_jax.search.config import (
     UniversalConfig,
 )
 from ancer_jax.search.guard import guarded_choice
-from ancer_jax.search.leakage import Probes, leakage, make_probes, soft_leakage, vote_leakage
+from ancer_jax.search.leakage import Probes, leakage, leakage_penalty, make_probes, soft_leakage
 from ancer_jax.search.universal import optimize_universal
 
 __all__ = [
@@ -24,10 +24,10 @@ __all__ = [
     "UniversalConfig",
     "guarded_choice",
     "leakage",
+    "leakage_penalty",
     "make_probes",
     "optimize_anisotropic",
     "optimize_isotropic",
     "optimize_universal",
     "soft_leakage",
-    "vote_leakage",
 ]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.search.config import THETA_MAX_FACTOR, AnisotropicConfig, IsotropicConfig, SearchConfig
-from ancer_jax.search.leakage import Probes, soft_leakage
+from ancer_jax.search.leakage import Probes, leakage_penalty
 from ancer_jax.smoothing.noise import noise_dtype
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
 
@@ -83,7 +83,7 @@ def optimize_anisotropic(
     Maximises `soft_gap * (geometric_mean(theta) + kappa * min(theta))` (or, with `objective="log_volume"`,
     `log(soft_gap) + mean(log theta)`) subject to `start <= theta <= theta_max`, projecting after every step.
 
-    Arguments and errors as in `optimize_isotropic`, but the start is [] or [*d]: the isotropic theta.
+    Arguments and errors as in `optimize_isotropic`, but the start is [] or [*d], usually the isotropic theta.
 
     Returns:
       theta [*d] and the trace. Where a step is NaN, the last theta is kept. `theta >= start` alone does not make the
@@ -119,15 +119,15 @@ def _climb(
     x: jax.Array,
     config: SearchConfig,
     probes: Probes | None,
-    objective: Callable[[jax.Array, jax.Array], jax.Array],
+    ancer_objective: Callable[[jax.Array, jax.Array], jax.Array],
     lower: jax.Array,
     *,
     published: optax.GradientTransformation,
 ) -> tuple[jax.Array, SearchTrace]:
     """theta and the trace, from `smoothed.theta`: projected gradient ascent with fresh draws at every step.
 
-    The objective is one of theta and the soft gap at it; "log_volume" replaces it. `published` optimizes theta in the
-    papers' code; the "log" ascent has its own optimizer, of log(theta).
+    `ancer_objective(theta, soft gap)` is maximised, unless `config.objective` is "log_volume". `published` optimizes
+    theta in the papers' code; the "log" ascent has its own optimizer, of log(theta).
     """
     start = jnp.asarray(smoothed.theta)
     if config.leakage_weight > 0 and probes is None:
@@ -148,10 +148,10 @@ def _climb(
         if config.objective == "log_volume":
             value = jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
         else:
-            value = objective(theta, gap)
+            value = ancer_objective(theta, gap)
         if config.leakage_weight > 0 and probes is not None:  # the penalty is for the class that x has at this step
             key = jax.random.fold_in(key, config.num_samples)  # the draws of x have smaller indices
-            leaked = soft_leakage(key, probes, searched, x, probs.argmax(), batch=config.leakage_batch)
+            leaked = leakage_penalty(key, probes, searched, x, probs.argmax(), batch=config.leakage_batch)
             value -= config.leakage_weight * leaked
         return -value, SearchTrace(gap, gap * geometric_mean(theta))
 

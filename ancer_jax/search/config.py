@@ -30,8 +30,8 @@ class SearchConfig:
       objective: "ancer" (the paper's) or "log_volume" (log-volume divided by the dimension, up to constants).
       theta_max: upper bound of every coordinate of theta (never below the start); `inf` is no bound. None means 4 times
         the start, which in the anisotropic search is the isotropic theta; `RunConfig` sets both to 4 times its theta.
-      leakage_weight: weight of the soft leakage (`leakage.soft_leakage`) that is subtracted from the objective; 0 is
-        none. With weights of 20 and more plain gradient ascent can overshoot.
+      leakage_weight: weight of `leakage_penalty`, which is subtracted from the objective; 0 is none. With weights
+        of 20 and more plain gradient ascent can overshoot.
       leakage_batch: leakage probes per step.
     """
 

@@ -23,16 +23,16 @@ def guarded_choice(
     config: GuardConfig,
     probes: Probes | None = None,
 ) -> tuple[Float[Array, "*d"], Bool[Array, ""]]:
-    """Choose between two thetas of one input, say the isotropic and the anisotropic, on draws that certify nothing.
+    """Choose between two thetas of one input, say the isotropic and the anisotropic, on draws of their own.
 
     Both thetas get a Clopper-Pearson gap from the same `config.num_samples` draws. With the criterion "volume" the
     candidate must have the same class and the larger proxy radius; with "superset" the same class and a region that
-    contains the other one; with "off" neither. With a leakage limit, whatever the criterion, it must keep `leakage` to
-    the class it votes for at or below the limit.
+    contains the other one; with "off" it is taken. With a leakage limit, whatever the criterion, it must also keep
+    `leakage` to the class it votes for at or below the limit.
 
     Args:
       key: the example's key (the stage is folded in here).
-      smoothed: smoothed classifier of the current theta, [] or [*d], which is kept otherwise.
+      smoothed: smoothed classifier of the current theta, [] or [*d], kept unless the candidate is taken.
       x: [*d] one input.
       candidate: theta [] or [*d] that may replace it.
       config: criterion and draws (static).

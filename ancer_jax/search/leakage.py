@@ -44,7 +44,7 @@ class ProbeSets(NamedTuple):
 
 
 class LeakageCounts(NamedTuple):
-    """For each input of a batch, int32 [batch]: what `leakage` counted, and `vote_leakage` of the held-out probes."""
+    """For each input of a batch, int32 [batch]: what `leakage` counted, and `soft_leakage` of the held-out probes."""
 
     num_leaked: np.ndarray | jax.Array
     num_eligible: np.ndarray | jax.Array
@@ -125,7 +125,7 @@ def leakage(
     return leaked.sum(dtype=jnp.int32), eligible.sum(dtype=jnp.int32)
 
 
-def vote_leakage(
+def soft_leakage(
     probes: Probes,
     smoothed: Smoothed,
     x: Float[ArrayLike, "*d"],
@@ -136,8 +136,8 @@ def vote_leakage(
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """How many draws of the eligible leakage probes vote for the class of `x`, and out of how many.
 
-    This is `leakage` without its threshold at a majority; the tables call it `soft_leakage`. Arguments and errors as in
-    `leakage`, but `num_samples` draws are counted of each probe (static), and no search should have seen the probes.
+    This is `leakage` without its threshold at a majority. Arguments and errors as in `leakage`, but `num_samples` draws
+    of each probe are counted (static), and no search should have seen the probes.
 
     Returns:
       int32 [] votes, int32 [] draws; both 0 for an abstention.
@@ -148,7 +148,7 @@ def vote_leakage(
     return votes, eligible.sum(dtype=jnp.int32) * num_samples
 
 
-def soft_leakage(
+def leakage_penalty(
     key: Key[Array, ""],
     probes: Probes,
     smoothed: Smoothed,

@@ -97,14 +97,16 @@ def confidence_sequence_lower(successes: ArrayLike, trials: ArrayLike, alpha: Ar
     error = 1e-9 + 1e-12 * t  # of the logarithms, many times
 
     def tail(p):
-        log_m = scipy.special.betaln(k + 0.5, t - k + 0.5) - math.log(math.pi)
-        return np.exp(scipy.special.xlogy(k, p) + scipy.special.xlog1py(t - k, -p) - log_m + error)
+        log_ratio = scipy.special.betaln(k + 0.5, t - k + 0.5) - math.log(math.pi)  # B(1/2, 1/2) is pi
+        return np.exp(scipy.special.xlogy(k, p) + scipy.special.xlog1py(t - k, -p) - log_ratio + error)  # 1 / M_t(p)
 
     return _proven(tail, k / t, 0.0, alpha)
 
 
 def _proven(tail: Callable[[HostValues], HostValues], guess: Any, safe: float, alpha: HostValues) -> HostValues:
-    """`guess`, or, where its tail is above alpha, or far below it, the result of a bisection."""
+    """A bound whose tail is proven to be at most alpha: `guess`, if its tail is that and close to alpha; otherwise the
+    result of a bisection from `safe`, which is 0 for a lower bound and 1 for an upper one.
+    """
     at_guess, limit = tail(guess), alpha / (1 + _SLACK)
     holds = at_guess <= limit
     right = holds & (at_guess >= alpha / (1 + 4 * _SLACK))

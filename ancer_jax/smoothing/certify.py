@@ -143,7 +143,8 @@ def certify_batch(
     Args:
       key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`. Two
         calls with one key and the same ids use the same draws: do not choose theta by one and certify by the other.
-      smoothed: smoothed classifier of theta [] or [*d]; or, of theta [m] or [m, *d], one for each input.
+      smoothed: smoothed classifier of theta [] or [*d]; or, of theta [m] or [m, *d], one for each input. For m
+        inputs [m], theta [m] could mean both, and is refused.
       config, chunk: as in `certify`.
       xs: [m, *d] inputs.
       ids: numbers that name the inputs, in [0, 2^31), all different; by default 0, ..., m - 1.
@@ -178,17 +179,17 @@ def _examples(
     xs = np.asarray(xs)
     thetas = theta_of_each(smoothed.theta, (count,), xs.shape[1:])
     if thetas.shape not in ((count,), xs.shape):
-        shapes = f"{list(xs.shape[1:])}, got {list(thetas.shape)}"
-        raise ValueError(f"theta must be a scalar or have x's shape {shapes}; or one for each of {count} inputs")
+        allowed = f"a scalar, have x's shape {list(xs.shape[1:])}, or be one for each of {count} inputs"
+        raise ValueError(f"theta must be {allowed}, got shape {list(thetas.shape)}")
     keys = [jax.random.fold_in(key, i) for i in numbers.astype(np.uint32)]
     return list(zip(keys, map(smoothed.with_theta, thetas), xs, strict=True))
 
 
 def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLike) -> Certificate:
-    """Restate a certificate of x and theta as float32 for the caller's x and theta.
+    """The certificate of the caller's x and theta, from one that was made for them in float32.
 
-    The caller's region is shifted and stretched by the rounding: its gap is reduced until it provably lies inside the
-    region that was certified. Abstains if that gap is 0.
+    Rounding shifts and stretches the caller's region: its gap is reduced until it provably lies inside the region that
+    was certified. Abstains if that gap is 0.
     """
     region = certificate.region
     center, center32, axes, axes32 = (

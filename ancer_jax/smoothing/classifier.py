@@ -56,13 +56,13 @@ class Classifier:
         try:
             logits = self.apply(self.variables, x)
             shape = logits.shape
-        except jax.errors.JaxRuntimeError:  # of the device, not of the shape: out of memory, say
+        except (jax.errors.JaxRuntimeError, MemoryError):  # not of the shape
             raise
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             with contextlib.suppress(Exception):
                 if jax.eval_shape(self.apply, self.variables, x[0]).shape == (x.shape[1], self.num_classes):
-                    reason = "that is a batch; for many inputs use certify_batch, predict_batch or jax.vmap"
+                    reason += f" (if this is a batch of {x.shape[1]}: use certify_batch, predict_batch or jax.vmap)"
             message = f"the classifier does not work on inputs of shape {list(x.shape[1:])}: {reason}"
             raise ValueError(message) from error
         if shape != (x.shape[0], self.num_classes):
@@ -158,7 +158,13 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
     others = np.concatenate([x[None], noise[4:6], x[None] + 0.5 * noise[6:]])
     run = jax.jit(Classifier.__call__)
-    logits = np.asarray(run(classifier, batch), np.float64)
+    try:
+        logits = np.asarray(run(classifier, batch), np.float64)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {line}") from error
     if not np.isfinite(logits).all():
         raise ValueError("the classifier's logits are not finite")
     tolerance = 1e-3 * np.ptp(logits, axis=-1).max() + 1e-5 * np.abs(logits).max()

@@ -64,7 +64,7 @@ class Noise(abc.ABC):
     @property
     def enumerable(self) -> bool:
         """Whether there are finitely many draws, all of which are counted."""
-        return self.num_draws(1.0) is not None
+        return self.num_draws(1.0) is not None  # the same answer for every theta
 
     def exact_gap(self, votes_top: ArrayLike, votes_second: ArrayLike, num_draws: ArrayLike) -> Values:
         """Gap [...] from the votes of all draws for the top class and the second one, of enumerable noise."""
@@ -181,7 +181,7 @@ class Uniform(LinearGap, AdditiveNoise):
 def _failure_probabilities(p_lower: Any, p_b_upper: Any) -> tuple[ModuleType, Any, Any, float]:
     """(library, `1 - p_lower`, `p_b_upper`, margin).
 
-    The margin is many times the relative error of ndtri in float64 (SciPy) or float32 (XLA).
+    The margin is many times the rounding of a gap, that of ndtri included, in float64 (SciPy) or float32 (XLA).
     """
     xnp = array_library(p_lower, p_b_upper)
     not_top = 1 - xnp.asarray(p_lower, dtype=float)

@@ -86,6 +86,7 @@ def certify_sequentially(
     """
     as_float32, x32 = check_example(smoothed, x)
     check_integer("chunk", chunk)
+    check_random(smoothed.noise)
     config = config or CertifyConfig()
     warn_if_undecidable(config, smoothed.noise)
 

@@ -38,7 +38,7 @@ class Smoothed:
     theta: Leaf
 
     def __post_init__(self):
-        # JAX puts placeholders into the fields of pytrees, so that only what is no placeholder can be recognised.
+        # JAX may put placeholders into the fields of a pytree: only what is certainly wrong is refused.
         if not isinstance(self.noise, Noise) or isinstance(self.theta, Classifier):
             got = ", ".join(type(value).__name__ for value in (self.classifier, self.noise, self.theta))
             raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
@@ -93,7 +93,8 @@ def _noisy_logits(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, draws: 
     x = jnp.asarray(x, wide)
     theta = jnp.broadcast_to(jnp.asarray(smoothed.theta, wide), x.shape[1:])
     copy = lambda draw, x: smoothed.noise.perturb(key, draw, x, theta)
-    copies = jax.vmap(copy, (0, 0 if len(x) > 1 else None))(draws, x if len(x) > 1 else x[0])
+    axis, x = (0, x) if len(x) > 1 else (None, x[0])
+    copies = jax.vmap(copy, (0, axis))(draws, x)
     return smoothed.classifier(copies.astype(dtype))
 
 
@@ -145,7 +146,11 @@ def class_counts_between(
       draws: first and stop: the draws `first, ..., stop - 1`. May be traced.
       steps: how many chunks are computed, `(stop - first) / chunk` or more; draws from `stop` on are left out. May be
         traced, but should be the same for all examples of a batch.
+
+    Raises:
+      ValueError: if `chunk` is not an integer or below 1.
     """
+    check_integer("chunk", chunk)  # a fraction would count draws twice
     first, stop = draws
 
     def add(step, counts):

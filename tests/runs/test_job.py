@@ -89,7 +89,7 @@ def counter(config, batch, chunk):
 def test_no_more_noisy_copies_than_draws_as_far_as_equal_chunks_allow(n, chunk):
     found = counter(RunConfig(certify=CertifyConfig(n=n)), 3, chunk)
     steps = -(-n // chunk)
-    assert found.items == 3 and found.chunk <= chunk and -(-n // found.chunk) == steps
+    assert found.num_items == 3 and found.chunk <= chunk and -(-n // found.chunk) == steps
     assert n <= steps * found.chunk < n + steps
 
 
@@ -98,7 +98,7 @@ def test_looks_of_sequential_sampling_are_whole_chunks():
     config = RunConfig(sampling=SequentialConfig(tolerance=0.1))
     for chunk, expected in ((60, (60, 3)), (100, (100, 3)), (128, (100, 3)), (500, (100, 15))):
         found = counter(config, 3, chunk)
-        assert (found.chunk, found.items) == expected
+        assert (found.chunk, found.num_items) == expected
 
 
 def test_devices_share_the_rows_of_a_call():

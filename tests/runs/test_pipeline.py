@@ -32,7 +32,7 @@ from ancer_jax.metrics import round_down
 from ancer_jax.runs import votes
 from ancer_jax.runs.directory import read_run
 from ancer_jax.runs.table import parse_table
-from ancer_jax.search.leakage import LeakageCounts, leakage, make_probes, vote_leakage
+from ancer_jax.search.leakage import LeakageCounts, leakage, make_probes, soft_leakage
 from ancer_jax.smoothing.certify import Certificate, count_votes
 from ancer_jax.smoothing.registry import NOISES
 from tests import reference
@@ -317,7 +317,7 @@ def test_leakage_in_the_table_is_what_the_measure_gives(crowd):
         return leakage(probes, smoothed.with_theta(theta), x, prediction, chunk=8)
 
     def soft(probes, x, theta, prediction):
-        return vote_leakage(probes, smoothed.with_theta(theta), x, prediction, num_samples=1, chunk=8)
+        return soft_leakage(probes, smoothed.with_theta(theta), x, prediction, num_samples=1, chunk=8)
 
     answered = columns["predictions"] >= 0
     for measure, of_rows, counted in ((hard, rows, names[:2]), (soft, others, names[2:])):

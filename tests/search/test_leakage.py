@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ancer_jax import Gaussian, Smoothed, Uniform, from_function, load_bundled, load_dataset
-from ancer_jax.search.leakage import leakage, make_probes, smoothed_classes, soft_leakage
+from ancer_jax.search.leakage import leakage, leakage_penalty, make_probes, smoothed_classes
 from ancer_jax.smoothing.smoothed import Stage, probs_of_each
 from tests import reference
 
@@ -23,7 +23,7 @@ make_probes, smoothed_classes = (
     jax.jit(function, static_argnames=("num_samples", "chunk")) for function in (make_probes, smoothed_classes)
 )
 leakage = jax.jit(leakage, static_argnames="chunk")
-soft_leakage = jax.jit(soft_leakage, static_argnames="batch")
+leakage_penalty = jax.jit(leakage_penalty, static_argnames="batch")
 
 
 def largest_logits(threshold, x):
@@ -54,7 +54,7 @@ def measure(probes, theta, c, *, smoothed=LARGEST, x=ELSEWHERE):
 
 
 def measure_softly(key, probes, theta, c, *, batch=100):
-    return soft_leakage(key, probes, LARGEST.with_theta(jnp.asarray(theta)), ELSEWHERE, np.int32(c), batch=batch)
+    return leakage_penalty(key, probes, LARGEST.with_theta(jnp.asarray(theta)), ELSEWHERE, np.int32(c), batch=batch)
 
 
 def naive_classes(smoothed, theta):
@@ -155,7 +155,7 @@ def test_probs_of_each_are_those_of_one_draw_each():
     np.testing.assert_allclose(probs, jax.nn.softmax(LARGEST.classifier(noisy)), rtol=1e-5)
 
 
-def test_soft_leakage_is_the_mean_over_eligible_probes():
+def test_leakage_penalty_is_the_mean_over_eligible_probes():
     """With hardly any noise each probe has a probability of its own."""
     probes, still = probes_of(), np.full(3, 1e-6, np.float32)
     eligible = np.asarray(probes.classes != 2)
@@ -167,13 +167,13 @@ def test_soft_leakage_is_the_mean_over_eligible_probes():
     assert distances.min(axis=0).max() < 1e-4, "an eligible probe is never drawn"
 
 
-def test_soft_leakage_is_zero_where_no_probe_is_eligible():
+def test_leakage_penalty_is_zero_where_no_probe_is_eligible():
     probes = dataclasses.replace(probes_of(), classes=jnp.ones(12, jnp.int32))
     assert measure_softly(KEYS[0], probes, WIDE, 0) > 0
     assert measure_softly(KEYS[0], probes, WIDE, 1) == measure_softly(KEYS[0], probes, WIDE, -1) == 0
 
 
-def test_soft_leakage_has_the_gradient_of_finite_differences():
+def test_leakage_penalty_has_the_gradient_of_finite_differences():
     value = lambda theta: measure_softly(KEYS[0], probes_of(), theta, 1)
     theta, step = jnp.array([0.5, 0.7, 0.4]), 1e-2 * jnp.eye(3)
     differences = [(value(theta + s) - value(theta - s)) / 2e-2 for s in step]
@@ -187,4 +187,4 @@ def test_an_input_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=text):
         measure(probes_of(), START, 1, x=flat)
     with pytest.raises(ValueError, match=text):
-        soft_leakage(KEYS[0], probes_of(), LARGEST, flat, 1, batch=5)
+        leakage_penalty(KEYS[0], probes_of(), LARGEST, flat, 1, batch=5)

@@ -120,8 +120,14 @@ def test_what_voids_a_certificate_is_refused(function, text):
 
 
 WRONG_SHAPE = {
-    "another shape": (X[:3], r"does not work on inputs of shape \[3\]: For parameter .kernel. in "),
-    "a batch": (np.stack([X, X]), r"of shape \[2, 6\]: that is a batch; for many inputs use certify_batch"),
+    "another shape": (
+        X[:3],
+        r"does not work on inputs of shape \[3\]: ScopeParamShapeError: For parameter .kernel. in ",
+    ),
+    "a batch": (
+        np.stack([X, X]),
+        r"of shape \[2, 6\]: .* \(if this is a batch of 2: use certify_batch, predict_batch or jax.vmap\)",
+    ),
 }
 
 
@@ -144,12 +150,27 @@ def test_inputs_of_a_wrong_shape_are_refused_in_one_line(function, x, text):
     assert len(str(refused.value).splitlines()) == 1
 
 
+def fails_at_run_time(variables, x):
+    def refuse(x):
+        raise RuntimeError("no license")
+
+    return jax.pure_callback(refuse, jax.ShapeDtypeStruct((len(x), 2), x.dtype), x)
+
+
+def test_an_error_of_the_program_is_one_line_too():
+    with pytest.raises(ValueError, match=r"does not work on inputs of shape \[6\]: ") as refused:
+        check_classifier(from_function(fails_at_run_time, (), num_classes=2), X)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def returns_a_pair(variables, x):
     return x, x
 
 
 def test_a_classifier_that_returns_no_array_is_refused():
-    with pytest.raises(ValueError, match=r"inputs of shape \[6\]: 'tuple' object has no attribute 'shape'"):
+    with pytest.raises(
+        ValueError, match=r"inputs of shape \[6\]: AttributeError: 'tuple' object has no attribute 'shape'"
+    ):
         check_classifier(from_function(returns_a_pair, (), num_classes=2), X)
 
 

@@ -70,6 +70,12 @@ def test_counts_of_ranges_add_up(chunk):
     assert not between(5, 5, 3).any()
 
 
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_a_chunk_that_would_miscount_ranges_is_refused(chunk):
+    with pytest.raises(ValueError, match="chunk must be"):
+        class_counts_between(KEY, SMOOTHED, X, (0, 1000), steps=3, chunk=chunk)
+
+
 def test_batch_and_order_change_no_count():
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(5))
     xs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
