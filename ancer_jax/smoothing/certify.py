@@ -179,8 +179,8 @@ def _examples(
     xs = np.asarray(xs)
     thetas = theta_of_each(smoothed.theta, (count,), xs.shape[1:])
     if thetas.shape not in ((count,), xs.shape):
-        allowed = f"a scalar, have x's shape {list(xs.shape[1:])}, or be one for each of {count} inputs"
-        raise ValueError(f"theta must be {allowed}, got shape {list(thetas.shape)}")
+        allowed = f"a scalar or have x's shape {list(xs.shape[1:])}, or be one for each of {count} inputs"
+        raise ValueError(f"theta must be {allowed}, got {list(thetas.shape)}")
     keys = [jax.random.fold_in(key, i) for i in numbers.astype(np.uint32)]
     return list(zip(keys, map(smoothed.with_theta, thetas), xs, strict=True))
 

@@ -176,7 +176,11 @@ def test_the_region_is_that_of_the_callers_theta_and_center():
         (np.float32([0.0, 1.0]), np.float32([1.0, 0.0]), "theta must be positive"),
         (np.float32([0.0, 1.0]), 1e-50, "theta must be positive as float32, got 1e-50"),
         (np.float32([0.0, 1.0]), 1e39, r"theta must be finite as float32, got 1e\+39"),
-        (np.float32([0.0, 1.0]), np.ones(3, np.float32), r"theta must be a scalar or have x's shape \[2\], got \[3\]"),
+        (
+            np.float32([0.0, 1.0]),
+            np.ones(3, np.float32),
+            r"theta must be a scalar or have x's shape \[2\],.* got \[3\]",
+        ),
     ],
 )
 def test_what_cannot_be_certified_is_refused(x, theta, text):
@@ -258,8 +262,8 @@ def test_a_batch_may_have_a_theta_for_each_input(thetas):
 @pytest.mark.parametrize(
     ("xs", "theta", "text"),
     [
-        (XS, THETAS[:5], r"have x's shape \[3, 2\], got \[5, 3, 2\]; or one for each of 6 inputs"),
-        (XS, THETAS[:, 0], r"got \[6, 2\]; or one for each"),
+        (XS, THETAS[:5], r"have x's shape \[3, 2\], or be one for each of 6 inputs, got \[5, 3, 2\]"),
+        (XS, THETAS[:, 0], r"one for each of 6 inputs, got \[6, 2\]"),
         (
             XS[:2, 0],
             THETAS[:2, 0, 0],
