@@ -16,7 +16,16 @@ from benchmarks.benchmark import RESULTS, Line, load, markdown  # noqa: E402
 
 NAMES = [*cli.names()]
 # They need data, packages or pictures that have to be fetched, or are the makers of what ships.
-NOT_RUN = {"cifar10", "demo", "fetch_cifar10", "imagenet_pictures", "loading", "peers", "train_bundled"}
+NOT_RUN = {
+    "cifar10",
+    "demo",
+    "fetch_cifar10",
+    "imagenet_pictures",
+    "loading",
+    "peers",
+    "train_bundled",
+    "training_step",
+}
 FLAGS = {"leakage": ["--norm", "l2"], "search": ["--norm", "l2"]}
 
 

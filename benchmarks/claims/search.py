@@ -214,7 +214,7 @@ def _fewer_passes() -> str:
 
 
 BENCHMARK = Benchmark(
-    claim="The fast search finds regions as large as those of the published schedule, with a tenth of its passes.",
+    claim="The fast search finds regions as large as the published schedule, with at most a tenth of its passes.",
     takes="15 minutes (with `--cifar10`: 2 hours)",
     measure=measure,
     sizes={"images": (2, 16), "cifar_images": (1, 3), "norm": (["l2"], ["l2", "l1"])},

@@ -1,0 +1,106 @@
+"""A training step on this machine's CPUs, against PyTorch: the same network, batch and number of threads, in turn.
+
+Both add Gaussian noise, go forward and backward, and update by SGD with momentum and weight decay; ours also shifts and
+mirrors the images, as `ancer-jax train` does. The twins in PyTorch are those with which the tests compare logits. The
+two take turns in one process; figures are medians. Needs PyTorch (the extra `torch`).
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ancer_jax import devices
+from ancer_jax.models import make_network
+from ancer_jax.training import PRESETS
+from ancer_jax.training.step import Training, initial_state, train_step
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, machine
+from benchmarks.speed.overhead import seconds
+
+SIGMA = 0.25
+
+
+def ours(name: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], jax.Array]:
+    """A step of `ancer-jax train`, from the state that the last one left."""
+    mesh = devices.device_mesh(1)
+    config = dataclasses.replace(PRESETS["augmentation"], batch_size=len(images), theta=SIGMA)
+    step = functools.partial(train_step, training=Training(make_network(name), config, 100, mesh))
+    batch = devices.replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
+    state = [*initial_state(step.keywords["training"], images)]
+
+    def run():
+        *state[:], figures = step(*state, batch, np.int32(0), np.float32(0))
+        return figures
+
+    return run
+
+
+def theirs(name: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
+    """The same in PyTorch."""
+    import torch
+    from torch import nn
+
+    from tests import torch_networks
+
+    torch.set_num_threads(machine()["cores"])
+    small = [nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1)]
+    network: nn.Module = {
+        "small_cnn": lambda: nn.Sequential(
+            *small, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)
+        ),
+        "cifar_resnet20": lambda: torch_networks.ResNet((3, 3, 3), 16, "cifar"),
+        "ancer_resnet18": lambda: torch_networks.ResNet((2, 2, 2, 2), 64, "imagenet", stem_norm=False),
+    }[name]()
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    x, y = torch.tensor(np.moveaxis(images, -1, 1).copy()), torch.tensor(labels)
+
+    def run():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(x + SIGMA * torch.randn_like(x)), y)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+def measure(options: argparse.Namespace) -> Iterator[Any]:
+    """Each network."""
+    rows = []
+    for name in options.networks:
+        rng = np.random.default_rng(options.seed)
+        shape = (28, 28, 1) if name == "small_cnn" else (32, 32, 3)
+        images, labels = rng.random((options.batch, *shape), np.float32), rng.integers(0, 10, options.batch)
+        both = {"ours": ours(name, images, labels), "PyTorch": theirs(name, images, labels)}
+        times = seconds(both, options.repeats)
+        rates = {who: options.batch / statistics.median(some) for who, some in times.items()}
+        rows.append({"network": name, "batch": options.batch, "images a second": rates, "seconds": times})
+        yield {"rows": rows}
+
+
+def lines(found: Found) -> Lines:
+    for r in found["results"]["rows"]:
+        us, them = (r["images a second"][who] for who in ("ours", "PyTorch"))
+        what = f"{r['network']}, training step of {r['batch']}: images a second, ours / PyTorch"
+        yield Line(what, f"{us:,.0f} / {them:,.0f} (ratio {us / them:.2f})", "ratio >= 1", us >= them)
+
+
+BENCHMARK = Benchmark(
+    claim="A training step on CPUs is as fast as PyTorch's.",
+    takes="2 minutes",
+    measure=measure,
+    sizes={
+        "networks": (["small_cnn"], ["small_cnn", "cifar_resnet20", "ancer_resnet18"]),
+        "batch": (16, 128),
+        "repeats": (2, 15),
+    },
+    small_is_judged=False,
+    outputs={"training_step": lines},
+)
