@@ -7,13 +7,11 @@ import sys
 
 import pytest
 
+from benchmarks import __main__ as cli
+from benchmarks import render
+from benchmarks.benchmark import RESULTS, Line, load, markdown
+
 TOP = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(TOP))
-
-from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import render  # noqa: E402
-from benchmarks.benchmark import RESULTS, Line, load, markdown  # noqa: E402
-
 NAMES = [*cli.names()]
 # They need data, packages or pictures that have to be fetched, or are the makers of what ships.
 NOT_RUN = {

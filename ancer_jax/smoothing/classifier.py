@@ -59,7 +59,8 @@ class Classifier:
         except (jax.errors.JaxRuntimeError, MemoryError):  # not of the shape
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            line, *_ = str(error).splitlines() or [""]
+            reason = f"{type(error).__name__}: {line}"
             with contextlib.suppress(Exception):
                 if jax.eval_shape(self.apply, self.variables, x[0]).shape == (x.shape[1], self.num_classes):
                     reason += f" (if this is a batch of {x.shape[1]}: use certify_batch, predict_batch or jax.vmap)"

@@ -198,11 +198,9 @@ def _gain() -> str:
     """ACR-tilde in l2: of the best fixed theta, of ANCER, and of ANCER without leaky thetas."""
     rows = _rows("l2")
     fixed, free, bound = (rows[name] for name in ("best fixed theta", "ANCER, weight 0", "ANCER, weight 20"))
-    kept = figures.down(free, "acr_tilde_without_leaky")
-    return (
-        f"{figures.down(fixed, 'acr_tilde')}; {figures.down(free, 'acr_tilde')} (without leaky thetas {kept}); "
-        f"with a penalty {figures.down(bound, 'acr_tilde')} ({figures.down(bound, 'acr_tilde_without_leaky')})"
-    )
+    size, kept = (lambda r: figures.down(r, "acr_tilde")), (lambda r: figures.down(r, "acr_tilde_without_leaky"))
+    searched = f"{size(free)} (without leaky thetas {kept(free)})"
+    return f"{size(fixed)}; {searched}; with a penalty of weight 20 {size(bound)} ({kept(bound)})"
 
 
 BENCHMARK = Benchmark(
