@@ -200,7 +200,7 @@ def _gain() -> str:
     fixed, free, bound = (rows[name] for name in ("best fixed theta", "ANCER, weight 0", "ANCER, weight 20"))
     size, kept = (lambda r: figures.down(r, "acr_tilde")), (lambda r: figures.down(r, "acr_tilde_without_leaky"))
     searched = f"{size(free)} (without leaky thetas {kept(free)})"
-    return f"{size(fixed)}; {searched}; with a penalty of weight 20 {size(bound)} ({kept(bound)})"
+    return f"{size(fixed)}; {searched}; with a penalty (weight 20): {size(bound)} ({kept(bound)})"
 
 
 BENCHMARK = Benchmark(
