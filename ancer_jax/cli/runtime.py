@@ -1,5 +1,6 @@
 """JAX's runtime: compiled programs that are kept, and several processes that do one job."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -70,7 +71,8 @@ def advance(bar: "tqdm.tqdm[Any]", title: str, done: int, begins: str) -> None:
 
 def leave() -> None:
     """Wait until all processes that live have come here; then end, the first one last: the runtime is its."""
-    with multihost_utils.live_devices(jax.devices()):
+    # Whoever dies while the others wait is an error to JAX; to us it is one process less to wait for.
+    with contextlib.suppress(multihost_utils.ProcessFailureError), multihost_utils.live_devices(jax.devices()):
         pass
     if jax.process_index() > 0:
         sys.stdout.flush()
