@@ -6,7 +6,7 @@ from ancer_jax import metrics as metrics
 from ancer_jax import report as report
 from ancer_jax.data import load_dataset
 from ancer_jax.memory import Answer, Memory
-from ancer_jax.models import load_bundled
+from ancer_jax.models import bundled_models, load_bundled
 from ancer_jax.regions import Region, disjoint, is_superset
 from ancer_jax.runs import Execution, RunConfig, certify_dataset, load_memory, save_memory
 from ancer_jax.search import (
@@ -68,6 +68,7 @@ __all__ = [
     "Splitting",
     "Uniform",
     "UniversalConfig",
+    "bundled_models",
     "certificate_from_votes",
     "certify",
     "certify_batch",

@@ -1,10 +1,12 @@
 """Devices: a mesh over the local devices, or those of all processes, and the rows of a batch sharded over it."""
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +34,20 @@ def use_all_cores() -> None:
     if not asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has computed something: it keeps its devices
             jax.config.update("jax_num_cpu_devices", min(cores, _MOST_CPU_DEVICES))
+
+
+def keep_freed_memory() -> None:
+    """Make this process keep the memory that it frees, for its next allocation; call it before anything is computed.
+
+    On CPUs, JAX allocates the work space of a program anew in each call. By default the C library fetches it from the
+    operating system and returns it every time, which takes a fifth of a training step. Does nothing where the C library
+    is not glibc.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: one heap, never by mmap, never trimmed, in large steps.
+        for option, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 2**28)):
+            mallopt(option, value)
 
 
 def device_mesh(num_devices: int | None = None, *, all_processes: bool = False) -> Mesh:

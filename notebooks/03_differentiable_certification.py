@@ -127,7 +127,7 @@ plt.show()
 # once, and compute the norm of the derivative of each radius: in the pixels, and in the variables of the network.
 
 # %%
-bundled = aj.load_bundled("l2")
+bundled = aj.load_bundled("fashion-mnist-cnn-l2-0.25")
 test = aj.load_dataset("fashion-mnist-subset")
 keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(3)))(test.ids[:4])
 

@@ -45,7 +45,7 @@ plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figur
 # spread:
 
 # %%
-bundled = aj.load_bundled("l2")
+bundled = aj.load_bundled("fashion-mnist-cnn-l2-0.25")
 test = aj.load_dataset("fashion-mnist-subset")
 images = select(test, skip=50, max_images=10)
 print(f"trained with theta = {bundled.theta}; images {images.ids.tolist()}")

@@ -1,15 +1,25 @@
 """Benchmarks: README and guides show what the raw outputs say, and all of them run in small."""
 
+import dataclasses
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from ancer_jax import cli as command_line
+from ancer_jax.data import load_dataset
+from ancer_jax.models import bundled, load_bundled, load_network
+from ancer_jax.report import load_results
+from ancer_jax.smoothing.classifier import fingerprint
 from benchmarks import __main__ as cli
 from benchmarks import render
 from benchmarks.benchmark import RESULTS, Line, load, markdown
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TOP = pathlib.Path(__file__).parents[1]
 NAMES = [*cli.names()]
@@ -17,10 +27,10 @@ NAMES = [*cli.names()]
 NOT_RUN = {
     "cifar10",
     "demo",
-    "fetch_cifar10",
     "imagenet_pictures",
     "loading",
     "peers",
+    "ship_model",
     "train_bundled",
     "training_step",
 }
@@ -94,3 +104,65 @@ def test_runs_in_small(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.glob("small-*.json")] == [f"small-{name}.json"]
+
+
+def test_a_trained_network_becomes_a_bundled_model(tmp_path, monkeypatch, capsys):
+    name, ship_model = "fashion-mnist-tiny-l1-0.5-stability", cli.modules()["ship_model"]
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--norm", "l1", "--method", "stability", "--sigma", "0.5", "--max", "300", "--test-max", "20"]
+    command_line.main([*train, "--epochs", "1", "--batch-size", "100", "--mean", "0.2", "--std", "0.4", "--out", "net"])
+    certify = [
+        "certify",
+        "--norm",
+        "l1",
+        "--method",
+        "fixed",
+        "--skip",
+        "250",
+        "--n",
+        "50",
+        "--n0",
+        "10",
+        "--devices",
+        "1",
+    ]
+    command_line.main([*certify, "--classifier", "net", "--out", "run"])
+    command_line.main([*certify, "--max", "1", "--out", "other"])
+    monkeypatch.setattr(ship_model, "RESULTS", tmp_path)
+
+    def ship(name, *flags):
+        arguments = ["net", name, "--data", "fashion-mnist-subset", "--small", *flags]
+        return ship_model.BENCHMARK.run(arguments, name="ship_model", description=None)
+
+    assert ship(name, "--certified", "run") == 0
+    monkeypatch.setattr(bundled, "WEIGHTS", tmp_path)
+    model, trained, test = load_bundled(f"small-{name}"), load_network("net"), load_dataset("fashion-mnist-subset")
+    assert str(model).removeprefix("small-") in capsys.readouterr().out
+    assert fingerprint(model.classifier, test.images[0]) == fingerprint(trained.classifier, test.images[0])
+    clean, noisy = model.card["clean_accuracy"], model.card["noisy_accuracy"]
+    assert clean == np.mean(np.asarray(trained.classifier(test.images)).argmax(1) == test.labels)
+    assert abs(noisy - trained.history["test_accuracy"]) < 0.4  # of 20 images, by other draws
+    results = load_results("run")
+    found = {"acr": results.acr("radius"), "accuracy": results.correct.mean(), "images": 2, "n": 50, "theta": 0.5}
+    assert found.items() <= model.card["certified"].items()
+    flags = shlex.split(model.card["command"])[1:]
+    monkeypatch.setattr(command_line.Train, "run", lambda self: commands.append(self))
+    commands = []
+    command_line.main(flags)
+    (again,) = commands
+    same = dataclasses.replace(again._config(), noise=None)
+    assert dataclasses.asdict(same).items() <= trained.history.items()
+    assert (again.network, again.mean, again.std) == ("small_cnn", (0.2,), (0.4,))
+    for wrong, message, *flags in (
+        ("fashion-mnist-tiny-l1-0.25-stability", "trained with l1 noise of 0.5"),
+        ("fashion-mnist-tiny-l1-0.5", "another training method than the network's, stability"),
+        (name, "other is a run of another network", "--certified", "other"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            ship(wrong, *flags)
+
+
+@pytest.mark.parametrize("figure", ["table", "cards"])
+def test_the_page_of_bundled_models_shows_all_of_them(figure):
+    text = cli.modules()["ship_model"].BENCHMARK.figures[figure]()
+    assert [name for name in bundled.bundled_models() if name not in text] == []

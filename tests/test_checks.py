@@ -79,7 +79,7 @@ NUMBERS = {
     "GuardConfig": each(["alpha", "leakage_limit"], search.GuardConfig),
     "UniversalConfig": each(["learning_rate", "alpha", "theta_max"], search.UniversalConfig),
     "EstimateConfig": each(["alpha"], differentiable.EstimateConfig, num_samples=10),
-    "TrainConfig": each(["theta", "learning_rate", "momentum"], TrainConfig),
+    "TrainConfig": each(["theta", "learning_rate", "muon_learning_rate", "momentum"], TrainConfig),
 }
 warnings.simplefilter("ignore")
 for kind, functions, values in (
@@ -88,8 +88,8 @@ for kind, functions, values in (
 ):
     for name, calls in functions.items():
         for argument, function in calls:
-            optional = argument == "ids" or argument in ("devices", "batch_size", "chunk", "drop_every") and name in (
-                "Execution", "TrainConfig", "device_mesh")
+            optional = argument == "ids" or argument in ("devices", "batch_size", "chunk") and name in (
+                "Execution", "device_mesh")
             for value in values:
                 if value is None and (optional or name == "select"):
                     continue

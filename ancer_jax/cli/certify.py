@@ -50,8 +50,9 @@ class Certify:
     crop: Crop = "none"
     """What is done to pictures: nothing, or imagenet: the shorter side to 256, then the central 224 x 224."""
     classifier: str = "bundled"
-    """Base classifier: bundled; the folder of a network (of convert or train); or module:function, of a function
-    without arguments that returns a Classifier."""
+    """Base classifier: bundled, the small network for the bundled images and --norm; the name of another bundled model
+    (the guide "bundled models" lists them); the folder of a network (of convert or train); or module:function, of a
+    function without arguments that returns a Classifier."""
     norm: Norm = "l2"
     """l2: Gaussian noise (Cohen et al. 2019); l1: uniform noise (Yang et al. 2020), or --noise."""
     noise: NoiseName | None = None
@@ -66,7 +67,7 @@ class Certify:
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
     l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Default: what the bundled
-    classifier (0.25, 0.5), or the network in the folder, was trained with."""
+    model, or the network in the folder, was trained with."""
     theta_map: str | None = None
     """For universal: .npy file of theta, an array of the shape of an image (from optimize_universal, say)."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"

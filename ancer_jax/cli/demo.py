@@ -8,7 +8,7 @@ from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.metrics import round_down
-from ancer_jax.models import load_bundled
+from ancer_jax.models import BUNDLED_BY_NORM, load_bundled
 from ancer_jax.runs.config import Method, Norm
 
 
@@ -31,7 +31,7 @@ class Demo:
         """Certify by all methods, print the table, draw the pictures."""
         devices.use_all_cores()
         Runtime(self.compilation_cache).start(survive=True)
-        bundled = load_bundled(self.norm)
+        bundled = load_bundled(BUNDLED_BY_NORM[self.norm])
         whole = load_dataset(BUNDLED_SUBSET)
         dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)
         out = self.out or f"demo-{self.norm}"

@@ -12,6 +12,8 @@ import jax
 import tqdm
 from jax.experimental import multihost_utils
 
+from ancer_jax.devices import keep_freed_memory
+
 _SECONDS_TO_LEAVE = 3.0
 
 
@@ -34,6 +36,7 @@ class Runtime:
 
     def start(self, *, survive: bool) -> None:
         """Set JAX up; with `survive`, a process that dies does not take the others with it."""
+        keep_freed_memory()
         if not self.compilation_cache:
             jax.config.update("jax_enable_compilation_cache", False)
         elif getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009

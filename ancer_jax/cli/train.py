@@ -1,6 +1,8 @@
 """`ancer-jax train`: train a network that certify takes as its classifier."""
 
 import dataclasses
+import itertools
+import time
 from typing import Any, Literal
 
 import jax
@@ -16,6 +18,7 @@ from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
+from ancer_jax.training.config import Flip, Optimizer, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,19 @@ class Train:
     """Images per step, not counting noisy copies."""
     copies: int | None = None
     """Noisy copies of each image (m)."""
+    optimizer: Optimizer = "sgd"
+    """sgd, or muon: Muon for the kernels of convolutions and hidden layers, SGD for all other parameters."""
     lr: float | None = None
-    """Initial learning rate of SGD."""
+    """Learning rate of SGD at the start; with --schedule onecycle its peak."""
+    muon_lr: float | None = None
+    """With --optimizer muon: the same of Muon; default 0.05."""
     weight_decay: float | None = None
     """Weight decay, of all parameters."""
+    schedule: Schedule | None = None
+    """Of the learning rate. drops: divided by 10 every --drop-every epochs; cosine: falls to 0; onecycle: rises to its
+    peak in the first 30 % of the steps, then falls."""
     drop_every: int | None = None
-    """The learning rate is divided by 10 every so many epochs; 0 is a cosine schedule to 0."""
+    """With --schedule drops: epochs between two drops."""
     weight: float | None = None
     """Weight of the second term of the loss (macer, consistency, stability, volume)."""
     epsilon: float | None = None
@@ -67,8 +77,8 @@ class Train:
     """SmoothAdv: epochs in which the radius grows."""
     shift: int | None = None
     """Largest random shift of an image, in pixels."""
-    flip: bool = True
-    """Mirror images at random."""
+    flip: Flip = "random"
+    """Mirror images: random; alternating: at random in the first epoch, then in every other epoch; none."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel in the network's normalisation; default: that of its usual data set. 0 and 1: none."""
     std: tuple[float, ...] | None = None
@@ -119,20 +129,27 @@ class Train:
         """The method's preset with the settings that were asked for."""
         names = ("epochs", "batch_size", "copies", "weight_decay", "weight", "epsilon", "attack_steps", "shift")
         asked = {name: getattr(self, name) for name in names}
-        asked |= {"learning_rate": self.lr, "warmup_epochs": self.warmup}
+        asked |= {"schedule": self.schedule, "drop_every": self.drop_every, "warmup_epochs": self.warmup}
+        asked |= {"learning_rate": self.lr, "muon_learning_rate": self.muon_lr}
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise ValueError("--muon-lr needs --optimizer muon")
+        if self.schedule in ("cosine", "onecycle") and self.drop_every is None:
+            asked["drop_every"] = 0  # not the preset's
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        if self.drop_every is not None:
-            changes["drop_every"] = self.drop_every or None
-        changes |= {name: getattr(self, name) for name in ("norm", "noise", "flip", "seed")}
+        changes |= {name: getattr(self, name) for name in ("norm", "noise", "optimizer", "flip", "seed")}
         return dataclasses.replace(PRESETS[self.method], theta=self.sigma, **changes)
 
     def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
         """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
-        total, title = config.epochs * (len(datasets[0]) // config.batch_size), f"{self.network}, {self.method}"
-        with tqdm.tqdm(total=total, unit="step", desc=title, smoothing=0, delay=1e-6) as bar:
+        size, calls, title = config.batch_size, itertools.count(), f"{self.network}, {self.method}"
+        total = config.epochs * (len(datasets[0]) // size) * size
+        # Without smoothing, the rate is the mean over all images so far, which an evaluation changes little.
+        with tqdm.tqdm(total=total, unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
 
             def progress(steps: int, figures: dict[str, float]) -> None:
-                advance(bar, title, steps, "compiling")
+                if next(calls) == 1:  # the first step has compiled: the clock starts now
+                    bar.initial, bar.start_t = bar.n + steps * size, time.time()
+                advance(bar, title, steps * size, "compiling")
                 if figures:
                     bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
 

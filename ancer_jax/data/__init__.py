@@ -1,6 +1,7 @@
 """Labelled image data sets, by name, file or folder, and their batches."""
 
 from ancer_jax.data.dataset import Dataset, batches, check_classes, pixel_hashes, select, shard, take
+from ancer_jax.data.fetch import fetch_dataset
 from ancer_jax.data.loading import BUNDLED_SUBSET, load_dataset
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "Dataset",
     "batches",
     "check_classes",
+    "fetch_dataset",
     "load_dataset",
     "pixel_hashes",
     "select",

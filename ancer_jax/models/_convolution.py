@@ -13,14 +13,14 @@ from jax.custom_derivatives import SymbolicZero
 
 _USUAL = ("NHWC", "HWIO", "NHWC")
 _FEW = 4
+_PIXELS, _NUMBERS = 2**13, 5 * 2**18  # of a part of the batch: one of them may be exceeded
 
 
 def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC, with fast code for itself and for its derivatives on CPUs.
 
-    Other backends, and convolutions with options (dilated, grouped, of another precision), use XLA's convolution. So
-    does a convolution that is not `in_loop`, as in a training step, unless its input is at most 2 x 2: outside of loops
-    only the smallest inputs are slow.
+    Other backends, and convolutions with options (dilated, grouped, of another precision), use XLA's convolution. A
+    convolution that is not `in_loop` is one of a training step, which is differentiated by its kernel, in reverse mode.
     """
     strides, pads = tuple(window_strides), padding
     if isinstance(padding, str):
@@ -32,7 +32,7 @@ def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **op
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     if max(lhs.shape[1:3]) <= 2 and all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2)):
         return _by_taps(lhs, rhs, strides, pads)
-    return (_convolve if in_loop else _xla)(lhs, rhs, strides, pads)
+    return (_convolve if in_loop else _convolve_in_training)(lhs, rhs, strides, pads)
 
 
 def _xla(lhs, rhs, strides, pads):
@@ -96,3 +96,65 @@ def _jvp(strides, pads, primals, tangents):
 
 
 _convolve.defjvp(_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_in_training(lhs, rhs, strides, pads):
+    """The usual convolution, with a fast gradient with respect to the kernel; without forward-mode derivatives."""
+    return _xla(lhs, rhs, strides, pads)
+
+
+def _forward(lhs, rhs, strides, pads):
+    return _xla(lhs, rhs, strides, pads), (lhs, rhs)
+
+
+def _backward(strides, pads, residuals, gradient):
+    lhs, rhs = residuals
+    linear = _xla_swapped if strides == (1, 1) else _by_slices
+    (by_input,) = jax.linear_transpose(lambda lhs: linear(lhs, rhs, strides, pads), lhs)(gradient)
+    return by_input, _by_kernel(lhs, gradient, rhs.shape, strides, pads)
+
+
+_convolve_in_training.defvjp(_forward, _backward)
+
+
+def _by_kernel(lhs, gradient, shape, strides, pads):
+    """Gradient with respect to the kernel: a sum over equal parts of the batch that fit into the processor's cache.
+
+    In a loop, because without one XLA computes for each part again what the input was computed from.
+    """
+    height, width, *features = shape
+    columns = [height * width, 1] if strides[0] > 1 else [width, height]  # of the two matrices of a part
+    pixels = gradient[..., 0].size
+    numbers = pixels * sum(a * b for a, b in zip(columns, features, strict=True))
+    least = max(min(-(-pixels // _PIXELS), -(-numbers // _NUMBERS)), 1)
+    parts = next((n for n in range(least, len(lhs)) if len(lhs) % n == 0), len(lhs))
+    of_part = functools.partial(_by_kernel_of_part, shape=shape, strides=strides, pads=pads)
+    if least == 1:
+        return of_part(lhs, gradient)
+    split = [array.reshape(parts, -1, *array.shape[1:]) for array in (lhs, gradient)]
+    return jax.lax.scan(lambda total, part: (total + of_part(*part), None), jnp.zeros(shape, lhs.dtype), split)[0]
+
+
+def _by_kernel_of_part(lhs, gradient, shape, strides, pads):
+    """The product of two matrices: inputs and gradients, of all pixels, shifted in all ways that the kernel needs.
+
+    Entry (i, j) is the sum over pixels p of the product of the input at p + (i, j) and the gradient at p. Without a
+    vertical stride, that is the input shifted by (0, j) times the gradient shifted by (-i, 0).
+    """
+    height, width = shape[:2]
+    lhs = jnp.pad(lhs, ((0, 0), pads[0] if strides[0] > 1 else (0, 0), pads[1], (0, 0)))
+    rows, columns = (gradient.shape[1 + i] * strides[i] for i in range(2))
+    inputs = [lhs[:, :, j : j + columns : strides[1]] for j in range(width)]
+    gradients = [gradient]
+    if strides[0] > 1:
+        inputs = [some[:, i : i + rows : strides[0]] for i in range(height) for some in inputs]
+    else:
+        gradient = jnp.pad(gradient, ((0, 0), (height - 1, height - 1), (0, 0), (0, 0)))
+        starts = [height - 1 + pads[0][0] - i for i in range(height)]
+        gradients = [gradient[:, start : start + lhs.shape[1]] for start in starts]
+    left, right = (jnp.stack(some, -2).reshape(-1, len(some) * some[0].shape[-1]) for some in (inputs, gradients))
+    halves = 2 if len(left) % 2 == 0 and len(left) > 16 * left.shape[1] else 1  # XLA transposes the left one of a pair
+    left, right = (matrix.reshape(halves, -1, matrix.shape[1]) for matrix in (left, right))
+    out = jnp.einsum("npc,npd->ncd", left, right).sum(0)
+    return out.reshape(-1, width, shape[2], len(gradients), shape[3]).transpose(0, 3, 1, 2, 4).reshape(shape)

@@ -1,41 +1,120 @@
-"""The two noise-trained Fashion-MNIST classifiers that ship with the package."""
+"""The trained networks that ship with the package: variables in `weights/NAME.msgpack`, a card in `weights/NAME.json`.
 
+A name consists of data, network, norm and theta of the training, and of its method where it is not noise augmentation.
+`benchmarks/data/ship_model.py` makes the files.
+"""
+
+import dataclasses
+import difflib
+import fractions
 import importlib.resources
 import json
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import flax.serialization
 
-from ancer_jax._checks import check_choice
-from ancer_jax.models.cnn import SmallCNN
-from ancer_jax.smoothing.classifier import Classifier, from_linen
+from ancer_jax.metrics import round_down
+from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description
+from ancer_jax.smoothing.classifier import Classifier
+
+# What `--classifier bundled` means: networks for the bundled images.
+BUNDLED_BY_NORM = {"l2": "fashion-mnist-cnn-l2-0.25", "l1": "fashion-mnist-cnn-l1-0.5"}
+WEIGHTS = importlib.resources.files("ancer_jax.models") / "weights"
 
 
-class BundledModel(NamedTuple):
-    """A bundled classifier and how it was trained (`benchmarks/data/train_bundled.py`).
+@dataclasses.dataclass(frozen=True)
+class BundledModel:
+    """A trained network that ships with the package; `print` shows its card.
 
     Attributes:
-      classifier: `SmallCNN` on images [28, 28, 1] in [0, 1].
-      theta: noise parameter it was trained with: standard deviation (l2) or half-width (l1).
-      clean_accuracy, noisy_accuracy: on the 10,000 test images of Fashion-MNIST, without noise and under one draw of
-        the training noise per image.
+      name: its name, for `load_bundled` and `--classifier`.
+      checkpoint: the network, its variables, and the noise it was trained with.
+      card: how it was trained and what was measured, as JSON values: `data`, `command`, `method`, `epochs`;
+        `test_images`, and on them `clean_accuracy` and `noisy_accuracy` (under one draw of the training noise for each
+        image); `certified`, None or a mapping with `acr`, `accuracy`, `images`, `method`, `theta`, `n` and `alpha`;
+        `date`, `versions`.
     """
 
-    classifier: Classifier
-    theta: float
-    clean_accuracy: float
-    noisy_accuracy: float
+    name: str
+    checkpoint: Checkpoint = dataclasses.field(repr=False)
+    card: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The base classifier."""
+        return self.checkpoint.classifier
+
+    @property
+    def theta(self) -> float:
+        """The noise parameter it was trained with."""
+        assert self.checkpoint.theta is not None
+        return self.checkpoint.theta
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """The card in words."""
+        card, checkpoint = self.card, self.checkpoint
+        size = " x ".join(map(str, checkpoint.image_shape))
+        clean, noisy = (_share(card[f"{kind}_accuracy"], card["test_images"]) for kind in ("clean", "noisy"))
+        versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
+        certified = "not measured"
+        if found := card["certified"]:
+            how = f"{found['method']} theta {found['theta']:g}, n = {found['n']:,}, alpha = {found['alpha']:g}"
+            acr, accuracy = round_down(found["acr"], 3), _share(found["accuracy"], found["images"])
+            certified = f"ACR {acr}, accuracy {accuracy} ({found['images']:,} test images, {how})"
+        return {
+            "network": f"{checkpoint.name}, images {size}, {self.classifier.num_classes} classes",
+            "noise": f"{checkpoint.norm}, theta {self.theta:g}",
+            "data": card["data"],
+            "training": f"{card['method']}, {card['epochs']} epochs",
+            "command": card["command"],
+            "accuracy": f"{clean}; under noise {noisy} ({card['test_images']:,} test images)",
+            "certified": certified,
+            "made": f"{card['date']}, {versions}",
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([self.name, *(f"  {name:<10} {text}" for name, text in self.summary.items())])
 
 
-def load_bundled(norm: str) -> BundledModel:
-    """The bundled classifier for `"l2"` (trained with Gaussian noise) or `"l1"` (uniform noise).
+def _share(value: float, images: int) -> str:
+    """A share of so many images, rounded down as the fraction that it is."""
+    return round_down(fractions.Fraction(round(value * images), images), 3)
+
+
+def bundled_models() -> tuple[str, ...]:
+    """The names of all bundled models.
+
+    >>> "fashion-mnist-cnn-l2-0.25" in bundled_models()
+    True
+    """
+    files = (file.name for file in WEIGHTS.iterdir())
+    return tuple(sorted(name.removesuffix(".json") for name in files if name.endswith(".json")))
+
+
+def load_bundled(name: str) -> BundledModel:
+    """The bundled model of that name.
 
     Raises:
-      ValueError: if the norm is another one.
+      ValueError: if there is none, or its files are damaged.
+
+    >>> load_bundled("fashion-mnist-cnn-l2-0.25").theta
+    0.25
     """
-    check_choice("norm", norm, Literal["l2", "l1"])
-    folder = importlib.resources.files("ancer_jax.models")
-    info = json.loads((folder / f"fashion_mnist_{norm}.json").read_text())
-    variables = flax.serialization.msgpack_restore((folder / f"fashion_mnist_{norm}.msgpack").read_bytes())
-    classifier = from_linen(SmallCNN(), variables, num_classes=10)
-    return BundledModel(classifier, info["theta"], info["clean_accuracy"], info["noisy_accuracy"])
+    if name not in (names := bundled_models()):
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no bundled model {name!r}, only {', '.join(names)}{hint}")
+    try:
+        info = json.loads((WEIGHTS / f"{name}.json").read_text())
+        checkpoint, expected = read_description(info["checkpoint"])
+        variables = flax.serialization.msgpack_restore((WEIGHTS / f"{name}.msgpack").read_bytes())
+        if hash_variables(variables) != expected:
+            raise ValueError("the values are not those that the card describes")
+        model = BundledModel(name, dataclasses.replace(checkpoint, variables=variables), info["card"])
+        _ = model.classifier, model.summary  # they need all of the card
+        return model
+    except Exception as error:  # msgpack raises many types
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"the files of the bundled model {name} are damaged ({line}): install again") from None

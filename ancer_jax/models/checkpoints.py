@@ -117,10 +117,8 @@ def save_network(checkpoint: Checkpoint, path: epath.PathLike, *, new: bool = Tr
     path.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / _VARIABLES, checkpoint.variables, force=True)
-    info = dataclasses.asdict(dataclasses.replace(checkpoint, variables=None))
-    info["variables"] = _hash(checkpoint.variables)
     if jax.process_index() == 0:
-        write_file(path / _INFO, f"{json.dumps(info, indent=2)}\n".encode())
+        write_file(path / _INFO, f"{json.dumps(describe(checkpoint), indent=2)}\n".encode())
 
 
 def is_network(path: epath.PathLike) -> bool:
@@ -140,11 +138,7 @@ def load_network(path: epath.PathLike) -> Checkpoint:
     if not is_network(path):
         raise ValueError(f"{path} is not the folder of a network: there is no {_INFO}")
     try:
-        info = json.loads((path / _INFO).read_text())
-        info |= {name: tuple(info[name]) for name in ("image_shape", "classes")}
-        info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
-        fingerprint = info.pop("variables")
-        checkpoint = Checkpoint(variables=None, **info)
+        checkpoint, expected = read_description(json.loads((path / _INFO).read_text()))
         network = checkpoint.network
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path / _INFO}: not the description of a network ({error})") from None
@@ -156,7 +150,7 @@ def load_network(path: epath.PathLike) -> Checkpoint:
         with ocp.StandardCheckpointer() as checkpointer:
             _check_shapes(checkpointer.metadata(path / _VARIABLES).item_metadata, shapes)
             variables = jax.tree.map(np.asarray, checkpointer.restore(path / _VARIABLES, shapes))
-        if _hash(variables) != fingerprint:
+        if hash_variables(variables) != expected:
             raise ValueError(f"its values are not those that {_INFO} describes")
     except Exception as error:  # orbax raises many types
         line = str(error).splitlines()[0][:200]
@@ -164,11 +158,26 @@ def load_network(path: epath.PathLike) -> Checkpoint:
     return dataclasses.replace(checkpoint, variables=variables)
 
 
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as JSON values, with the hash of its variables in place of these."""
+    info = dataclasses.asdict(dataclasses.replace(checkpoint, variables=None))
+    return info | {"variables": hash_variables(checkpoint.variables)}
+
+
+def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, str]:
+    """The checkpoint that `describe` described, without its variables, and their hash."""
+    info = {**description, **{name: tuple(description[name]) for name in ("image_shape", "classes")}}
+    info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
+    expected = info.pop("variables")
+    return Checkpoint(variables=None, **info), expected
+
+
 def _leaves(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _hash(variables) -> str:
+def hash_variables(variables: Any) -> str:
+    """Hash of the names and values of all variables."""
     digest = hashlib.sha256()
     for name, leaf in sorted(_leaves(variables).items()):
         digest.update(name.encode() + np.asarray(leaf).tobytes())

@@ -1,14 +1,16 @@
-"""The base classifier of a name: the bundled one, a network in a folder, or the result of a function."""
+"""The base classifier of a name: a bundled one, a network in a folder, or the result of a function."""
 
 import difflib
 import importlib
 import sys
 import warnings
+from typing import Literal
 
 from etils import epath
 
+from ancer_jax._checks import check_choice
 from ancer_jax.data import Dataset, check_classes
-from ancer_jax.models.bundled import load_bundled
+from ancer_jax.models.bundled import BUNDLED_BY_NORM, bundled_models, load_bundled
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS, Checkpoint, is_network, load_network
 from ancer_jax.smoothing.classifier import Classifier
 
@@ -16,26 +18,28 @@ from ancer_jax.smoothing.classifier import Classifier
 def resolve_classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, Checkpoint | None]:
     """The base classifier of a name, its noise parameter theta, and its checkpoint (None for that of a function).
 
-    The name is "bundled", the folder of a network (`save_network`), or "module:function", of a function without
-    arguments that returns a `Classifier`. Theta is sigma or, if that is None, the theta of the training.
+    The name is that of a bundled model (`bundled_models`), "bundled" (the one for the bundled images and this norm),
+    the folder of a network (`save_network`), or "module:function", of a function without arguments that returns a
+    `Classifier`. Theta is sigma or, if that is None, the theta of the training.
 
     Raises:
       ValueError: if there is no such classifier, or sigma is needed, because theta is unknown or of another norm.
     """
-    if name == "bundled":
-        bundled = load_bundled(norm)
-        checkpoint = Checkpoint("small_cnn", {}, bundled.classifier.variables, (28, 28, 1), norm, bundled.theta)
-        return bundled.classifier, bundled.theta if sigma is None else sigma, checkpoint
-    if is_network(name):
-        checkpoint = load_network(name)
+    check_choice("norm", norm, Literal["l2", "l1"])
+    bundled = ["bundled", *bundled_models()]
+    if name in bundled or is_network(name):
+        of_norm = BUNDLED_BY_NORM[norm] if name == "bundled" else name
+        checkpoint = load_bundled(of_norm).checkpoint if name in bundled else load_network(name)
         return checkpoint.classifier, _theta(name, checkpoint, norm, sigma), checkpoint
     if epath.Path(name).is_file():
         raise ValueError(f"--classifier {name} is a file: ancer-jax convert makes the folder of a network from it")
     if (epath.Path(name) / TRAINING_SETTINGS).exists():
         raise ValueError(f"--classifier {name}: its training is not finished; the same ancer-jax train continues it")
     if ":" not in name:
-        hint = "; did you mean 'bundled'?" if difflib.get_close_matches(name, ["bundled"]) else ""
-        what = f"neither bundled, nor the folder of a network, nor module:function{hint}"
+        near = difflib.get_close_matches(name, bundled, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = f"a bundled model ({', '.join(bundled)})"
+        what = f"neither {known}, nor the folder of a network, nor module:function{hint}"
         raise ValueError(f"--classifier {name!r} is {what}")
     if sigma is None:
         raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")

@@ -12,6 +12,9 @@ from ancer_jax.smoothing.registry import NoiseName, make_noise
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability", "volume"]
+Schedule = Literal["drops", "cosine", "onecycle"]
+Optimizer = Literal["sgd", "muon"]
+Flip = Literal["random", "alternating", "none"]
 # Settings that belong to some methods only, and may be positive in no other.
 _OF_METHODS = ("weight", "epsilon", "attack_steps", "warmup_epochs")
 
@@ -26,13 +29,23 @@ class TrainConfig:
       noise: for l1 "uniform" or "splitting" (Levine & Feizi 2021); None is the default noise of the norm.
       epochs, batch_size: passes over the training set, and images per batch, not counting noisy copies.
       copies: noisy copies of each image (m).
-      learning_rate, momentum, nesterov, weight_decay: of SGD; weight decay applies to all parameters.
-      drop_every: the learning rate is divided by 10 every so many epochs; None is a cosine schedule to 0.
+      optimizer: "sgd", or "muon": Muon for the kernels of convolutions and hidden layers, SGD for all other parameters.
+      learning_rate: of SGD, where the schedule starts ("onecycle": its peak).
+      muon_learning_rate: the same of Muon; SGD alone does not use it. Networks with batch norm take more, such as 0.15.
+      momentum: of both optimizers.
+      nesterov: whether SGD's momentum is Nesterov's; Muon's always is.
+      weight_decay: of all parameters. SGD adds `weight_decay * w` to the gradient of w. Muon shrinks its kernels apart
+        from the gradient, by `learning_rate * weight_decay / (1 - momentum)` in each step, as much as SGD would.
+      schedule: "drops" divides the learning rates by 10 every `drop_every` epochs; "cosine" lets them fall to 0 along
+        half a cosine; "onecycle" lets them rise from 1/25 of their peak in the first 30 % of the steps, and then fall
+        nearly to 0, both along half a cosine.
+      drop_every: of "drops"; 0 with other schedules.
       weight: of the second term of the loss (MACER, consistency, stability, volume).
       epsilon, attack_steps, warmup_epochs: radius of SmoothAdv's l2 ball, steps of its attack, and epochs in which the
         radius grows to epsilon. Settings that a method does not use are 0.
       shift: largest random shift of an image in pixels; 0 turns shifts off.
-      flip: whether images are mirrored at random.
+      flip: "random" mirrors each image in half of the epochs, at random; "alternating" at random in the first epoch,
+        and then in every other epoch (Jordan 2024, arXiv 2404.00498); "none" never.
       seed: of initial parameters, order of the images, noise and augmentation.
 
     Raises:
@@ -45,34 +58,43 @@ class TrainConfig:
     epochs: int = 90
     batch_size: int = 256
     copies: int = 1
+    optimizer: Optimizer = "sgd"
     learning_rate: float = 0.1
+    muon_learning_rate: float = 0.05
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    drop_every: int | None = 30
+    schedule: Schedule = "cosine"
+    drop_every: int = 0
     weight: float = 0.0
     epsilon: float = 0.0
     attack_steps: int = 0
     warmup_epochs: int = 0
     shift: int = 4
-    flip: bool = True
+    flip: Flip = "random"
     seed: int = 0
     noise: NoiseName | None = None
 
     def __post_init__(self):
         check_choice("method", self.method, TrainingMethod)
         check_choice("norm", self.norm, Literal["l2", "l1"])
+        check_choice("optimizer", self.optimizer, Optimizer)
+        check_choice("schedule", self.schedule, Schedule)
+        check_choice("flip", self.flip, Flip)
         for name in ("epochs", "batch_size", "copies"):
             check_integer(name, getattr(self, name))
-        if self.drop_every is not None:
-            check_integer("drop_every", self.drop_every)
-        for name in ("attack_steps", "warmup_epochs", "shift"):
+        for name in ("drop_every", "attack_steps", "warmup_epochs", "shift"):
             check_integer(name, getattr(self, name), 0)
         check_integer("seed", self.seed, 0, 2**31 - 1)
-        for name in ("theta", "learning_rate"):
+        for name in ("theta", "learning_rate", "muon_learning_rate"):
             check_real(name, getattr(self, name), "(0, inf)")
-        for name in ("momentum", "weight_decay", "weight", "epsilon"):
+        check_real("momentum", self.momentum, "[0, 1)")
+        for name in ("weight_decay", "weight", "epsilon"):
             check_real(name, getattr(self, name), "[0, inf)")
+        if self.schedule == "drops" and self.drop_every == 0:
+            raise ValueError("the schedule drops needs a positive drop_every")
+        if self.schedule != "drops" and self.drop_every > 0:
+            raise ValueError(f"the schedule {self.schedule} has no drop_every, got {self.drop_every}")
         used = METHODS[self.method].settings
         for name in _OF_METHODS:
             if name in used and getattr(self, name) == 0 and name != "warmup_epochs":
@@ -106,33 +128,34 @@ class Method(NamedTuple):
 # The published codes differ from these settings in some details: RS4A's runs the network on each noisy copy by itself,
 # so that batch statistics are those of one copy, and changes its learning rate once an epoch. RS4A also uses the
 # settings of stability training for noise augmentation.
+_COHEN = {"schedule": "drops", "drop_every": 30}
 METHODS: dict[str, Method] = {
     # Cohen et al. 2019, code/train.py
-    "augmentation": Method(lambda config, logits, label: losses.augmentation(logits, label), (), {}),
+    "augmentation": Method(lambda config, logits, label: losses.augmentation(logits, label), (), _COHEN),
     # Salman et al. 2019, code/train_pgd.py: noise augmentation of images that are attacked first
     "smoothadv": Method(
         lambda config, logits, label: losses.augmentation(logits, label),
         ("epsilon", "attack_steps", "warmup_epochs"),
-        {"epsilon": 64 / 256, "attack_steps": 10, "warmup_epochs": 1},
+        _COHEN | {"epsilon": 64 / 256, "attack_steps": 10, "warmup_epochs": 1},
     ),
     # Zhai et al. 2020, main.py: 440 epochs, with a tenth of the learning rate after 200 and 400
     "macer": Method(
         lambda config, logits, label: losses.macer(logits, label, config.theta, weight=config.weight),
         ("weight",),
         {"epochs": 440, "batch_size": 64, "copies": 16, "learning_rate": 0.01}
-        | {"weight_decay": 5e-4, "drop_every": 200, "weight": 12.0},
+        | {"weight_decay": 5e-4, "schedule": "drops", "drop_every": 200, "weight": 12.0},
     ),
     # Jeong and Shin 2020, code/train_consistency.py: a batch of 256 consists of two noisy copies of 128 images
     "consistency": Method(
         lambda config, logits, label: losses.consistency(logits, label, weight=config.weight),
         ("weight",),
-        {"epochs": 150, "batch_size": 128, "drop_every": 50, "copies": 2, "weight": 10.0},
+        {"epochs": 150, "batch_size": 128, "copies": 2, "schedule": "drops", "drop_every": 50, "weight": 10.0},
     ),
     # Yang et al. 2020, src/train.py
     "stability": Method(
         lambda config, logits, label: losses.stability(logits, label, weight=config.weight),
         ("weight",),
-        {"epochs": 120, "batch_size": 64, "copies": 2, "nesterov": True, "drop_every": None, "weight": 6.0},
+        {"epochs": 120, "batch_size": 64, "copies": 2, "nesterov": True, "schedule": "cosine", "weight": 6.0},
     ),
     # Ours: the settings of Cohen et al. with the same number of noisy copies in a batch
     "volume": Method(
@@ -140,7 +163,7 @@ METHODS: dict[str, Method] = {
             logits, label, config.theta, config.noise_law, weight=config.weight
         ),
         ("weight",),
-        {"batch_size": 32, "copies": 8, "learning_rate": 0.02, "weight": 8.0},
+        _COHEN | {"batch_size": 32, "copies": 8, "learning_rate": 0.02, "weight": 8.0},
     ),
 }
 

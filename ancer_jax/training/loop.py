@@ -119,10 +119,12 @@ def _train_epoch(
     (data, test), (_, config, steps, mesh) = datasets, training
     variables, moments, history = state
     clock, first, sums = time.perf_counter(), epoch * steps, 0.0
+    columns = data.images, data.labels, _mirrored(config, epoch, len(data))
     epsilon = np.float32(config.epsilon * min(1.0, (epoch + 1) / max(config.warmup_epochs, 1)))
     for step, chosen in enumerate(_order(config, epoch, len(data), steps), start=first):
-        batch = tuple(devices.take_rows(column, chosen, mesh) for column in (data.images, data.labels))
+        batch = tuple(devices.take_rows(column, chosen, mesh) for column in columns)
         variables, moments, figures = train_step(variables, moments, batch, np.int32(step), epsilon, training=training)
+        jax.block_until_ready(sums)  # of the last step: the host runs ahead of the devices by one, no more
         sums += figures
         progress(1, {})
     loss, accuracy = np.asarray(sums / steps)
@@ -140,6 +142,16 @@ def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> np.ndarra
     """Indices of the images of each batch, [steps, batch_size]. Images that fill no batch are others in each epoch."""
     order = np.random.default_rng((config.seed, epoch)).permutation(count)
     return order[: steps * config.batch_size].reshape(steps, -1)
+
+
+def _mirrored(config: TrainConfig, epoch: int, count: int) -> np.ndarray:
+    """Which of the `count` images are mirrored in this epoch."""
+    if config.flip == "none":
+        return np.zeros(count, bool)
+    alternating = config.flip == "alternating"
+    # The third number makes it another stream than that of `_order`.
+    draws = np.random.default_rng((config.seed, 0 if alternating else epoch, 1)).random(count) < 0.5
+    return draws ^ (alternating and epoch % 2 == 1)
 
 
 def _figures(history: np.ndarray, epochs: int) -> dict[str, float]:

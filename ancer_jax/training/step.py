@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax.data import Dataset
@@ -40,14 +41,14 @@ def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]
 def train_step(variables, moments, batch, number, epsilon, *, training: Training):
     """Step `number` of the optimizer, counted from the start of the training, with SmoothAdv's radius `epsilon`.
 
-    `batch` is images and labels, sharded over the mesh. Returns new variables of the network, the optimizer's new state
-    (`moments`), and [loss, accuracy] on the noisy copies, replicated on all devices.
+    `batch` is images, labels, and which images are mirrored, sharded over the mesh. Returns new variables of the
+    network, the optimizer's new state (`moments`), and [loss, accuracy] on the noisy copies, replicated on all devices.
     """
-    images, labels = batch
+    images, labels, mirrored = batch
     network, config, _, mesh = training
     _, noise_key = jax.random.split(_root_key(config))
     key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
-    images = augment(key_augment, images, config)
+    images = augment(key_augment, images, mirrored, config)
     theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.theta)
     if config.method == "smoothadv":
         noise = _add_noise(config.noise_law, key_noise, jnp.zeros_like(theta), theta)
@@ -71,19 +72,15 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
     return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec()))
 
 
-def augment(key, images, config: TrainConfig):
-    """Shift each image at random by up to `config.shift` pixels, filling with black, and mirror half of them."""
-    key_shift, key_flip = jax.random.split(key)
+def augment(key, images, mirrored, config: TrainConfig):
+    """Shift each image at random by up to `config.shift` pixels, filling with black, and mirror those of `mirrored`."""
     if config.shift:
         pad = config.shift
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        shifts = jax.random.randint(key_shift, (len(images), 2), 0, 2 * pad + 1)
+        shifts = jax.random.randint(key, (len(images), 2), 0, 2 * pad + 1)
         cut = lambda image, shift: jax.lax.dynamic_slice(image, (*shift, 0), images.shape[1:])
         images = jax.vmap(cut)(padded, shifts)
-    if config.flip:
-        flip = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1, 1))
-        images = jnp.where(flip, images[:, :, ::-1], images)
-    return images
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def evaluate(training: Training, variables, test: Dataset) -> tuple[float, float]:
@@ -114,20 +111,40 @@ def _evaluate_batch(variables, batch, start, *, training: Training, batch_size: 
     return jnp.stack([(losses_ * mask).sum(), ((logits.argmax(-1) == labels) * mask).sum()])
 
 
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step, with `steps` steps per epoch."""
-    if config.drop_every is None:
-        return optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps)
-    drops = {epoch * steps: 0.1 for epoch in range(config.drop_every, config.epochs, config.drop_every)}
-    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+def learning_rate(config: TrainConfig, steps: int, *, muon: bool = False) -> optax.Schedule:
+    """The learning rate of SGD, or of Muon, as a function of the step, with `steps` steps per epoch."""
+    value = config.muon_learning_rate if muon else config.learning_rate
+    if config.schedule == "drops":
+        drops = {epoch * steps: 0.1 for epoch in range(config.drop_every, config.epochs, config.drop_every)}
+        return optax.piecewise_constant_schedule(value, drops)
+    if config.schedule == "onecycle":
+        return optax.cosine_onecycle_schedule(config.epochs * steps, value)
+    return optax.cosine_decay_schedule(value, config.epochs * steps)
 
 
 def _optimizer(training: Training) -> optax.GradientTransformation:
-    config = training.config
-    return optax.chain(
+    network, config, steps, _ = training
+    sgd = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(learning_rate(config, training.steps), config.momentum, nesterov=config.nesterov),
+        optax.sgd(learning_rate(config, steps), config.momentum, nesterov=config.nesterov),
     )
+    if config.optimizer == "sgd":
+        return sgd
+    muon = optax.contrib.muon(
+        learning_rate(config, steps, muon=True),
+        beta=config.momentum,
+        # Muon multiplies it by its own learning rate.
+        weight_decay=config.weight_decay * config.learning_rate / (1 - config.momentum) / config.muon_learning_rate,
+        muon_weight_dimension_numbers=functools.partial(jax.tree.map, _as_matrix),
+    )
+    hidden = lambda w: w.ndim > 2 or (w.ndim == 2 and w.shape[1] != network.num_classes)  # the last layer is not
+    of = lambda params: jax.tree.map(lambda w: "muon" if hidden(w) else "sgd", params)
+    return optax.partition({"muon": muon, "sgd": sgd}, of)
+
+
+def _as_matrix(kernel) -> optax.contrib.MuonDimensionNumbers:
+    """Muon's matrix: all axes but the last one, and the last one, which is that of the outputs."""
+    return optax.contrib.MuonDimensionNumbers(tuple(range(kernel.ndim - 1)), kernel.ndim - 1)
 
 
 def _root_key(config: TrainConfig):

@@ -22,6 +22,7 @@ import numpy as np
 import ancer_jax as aj
 from ancer_jax.data import Dataset, select
 from ancer_jax.differentiable import attack
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Method, Norm
 from ancer_jax.smoothing import certificate_from_votes, count_votes, make_noise
@@ -68,7 +69,7 @@ def count(keys, classifier, x, theta, *, norm):
 
 def attack_all(norm: Norm, method: Method, test: Dataset, n: int, seed: int, folder: str) -> list[dict[str, Any]]:
     """A row for each size of regions."""
-    bundled, noise, images = aj.load_bundled(norm), make_noise(norm), len(test)
+    bundled, noise, images = aj.load_bundled(BUNDLED_BY_NORM[norm]), make_noise(norm), len(test)
     settings = aj.RunConfig(
         norm,
         method,

@@ -13,6 +13,7 @@ from typing import Any
 
 import ancer_jax as aj
 from ancer_jax.data import Dataset, select
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.report import load_results
 from ancer_jax.runs.config import Norm
 from benchmarks import figures
@@ -25,7 +26,7 @@ def certify(norm: Norm, theta: float, dataset: Dataset, folder: str, *, seed: in
     """The figures of one fixed theta of the bundled classifier."""
     config = aj.RunConfig(norm=norm, theta=theta, certify=aj.CertifyConfig(n=n), seed=seed)
     out = f"{folder}/{norm} seed {seed} fixed {theta:g}"
-    aj.certify_dataset(aj.load_bundled(norm).classifier, dataset, config, out=out)
+    aj.certify_dataset(aj.load_bundled(BUNDLED_BY_NORM[norm]).classifier, dataset, config, out=out)
     row = {"norm": norm, "theta": theta, "seed": seed} | figures.summary(load_results(out))
     print(row, flush=True)
     return row
@@ -33,7 +34,7 @@ def certify(norm: Norm, theta: float, dataset: Dataset, folder: str, *, seed: in
 
 def choose(norm: Norm, dataset: Dataset, folder: str, *, n: int, seed: int = 0) -> tuple[float, list[dict[str, Any]]]:
     """The theta with the largest ACR-tilde under seed + 1, to certify with `seed`, and a row for each one."""
-    thetas = [factor * aj.load_bundled(norm).theta for factor in FACTORS]
+    thetas = [factor * aj.load_bundled(BUNDLED_BY_NORM[norm]).theta for factor in FACTORS]
     tried = [certify(norm, theta, dataset, folder, seed=seed + 1, n=n) for theta in thetas]
     return max(tried, key=lambda row: row["ACR-tilde"])["theta"], tried
 

@@ -43,7 +43,7 @@ bucket.install()
 storage.BEAT, storage.PATIENCE, storage._SETTLE = 0.5, 3.0, 0.1
 
 def make():
-    return load_bundled("l2").classifier
+    return load_bundled("fashion-mnist-cnn-l2-0.25").classifier
 """
 CERTIFY = "certify --classifier plugin:make --sigma 0.25 --skip 12 --max 40 --n 500 --batch-size 2 --chunk 50 --out"
 SEARCH = (

@@ -27,6 +27,7 @@ import ancer_jax as aj
 from ancer_jax import report
 from ancer_jax.data import Dataset, load_dataset, take
 from ancer_jax.metrics import round_down
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.runs.config import Norm
 from ancer_jax.search.leakage import smoothed_classes
 from ancer_jax.smoothing import make_noise
@@ -79,7 +80,7 @@ def near_duplicates(smoothed: aj.Smoothed, pairs: int, seed: int) -> Dataset:
 
 def certify(case: str, norm: Norm, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """A run of one case: the figures before and after memory."""
-    bundled = aj.load_bundled(norm)
+    bundled = aj.load_bundled(BUNDLED_BY_NORM[norm])
     config = aj.RunConfig(norm, "ancer", bundled.theta, aj.CertifyConfig(n=options.n), seed=options.seed)
     if case == "near-duplicates":
         smoothed = aj.Smoothed(bundled.classifier, make_noise(norm), bundled.theta)

@@ -25,6 +25,7 @@ import numpy as np
 
 from ancer_jax import CertifyConfig, Execution, RunConfig, certify_dataset, devices, load_bundled, load_dataset
 from ancer_jax.data import select, take
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Norm
 from ancer_jax.runs.job import make_job
@@ -46,9 +47,10 @@ def fixed_theta(norm: Norm, config: RunConfig, execution: Execution, order: str)
     """[prediction, count] of each image, in order of ids, through the pipeline."""
     dataset = select(load_dataset("fashion-mnist-subset"), skip=25, max_images=IMAGES)
     first = [take(dataset, np.arange(1, IMAGES, 2))] if order == "shuffled" else []
+    classifier = load_bundled(BUNDLED_BY_NORM[norm]).classifier
     with tempfile.TemporaryDirectory() as folder:
         for part in [*first, dataset]:
-            certify_dataset(load_bundled(norm).classifier, part, config, out=f"{folder}/run", execution=execution)
+            certify_dataset(classifier, part, config, out=f"{folder}/run", execution=execution)
         columns = read_run(f"{folder}/run").columns("predictions", "counts")
     return np.stack([columns["predictions"], columns["counts"]], axis=1).tolist()
 
@@ -56,7 +58,7 @@ def fixed_theta(norm: Norm, config: RunConfig, execution: Execution, order: str)
 def anisotropic_theta(norm: Norm, config: RunConfig, execution: Execution, order: str) -> list[list[int]]:
     """Counts of all classes of each image, with a random theta per image and pixel."""
     assert execution.batch_size
-    bundled, n = load_bundled(norm), config.certify.n
+    bundled, n = load_bundled(BUNDLED_BY_NORM[norm]), config.certify.n
     images = select(load_dataset("fashion-mnist-subset"), skip=25, max_images=IMAGES).images
     rng = np.random.default_rng(config.seed)
     theta = bundled.theta * np.exp(rng.uniform(-1, 1, images.shape)).astype(np.float32)
@@ -75,7 +77,8 @@ def counted(executions: Sequence[dict[str, Any]], norms: Sequence[Norm], n: int,
     """Counts for each norm, kind of theta and execution."""
     results = []
     for norm in norms:
-        config = RunConfig(norm=norm, theta=load_bundled(norm).theta, certify=CertifyConfig(n=n), seed=seed)
+        theta = load_bundled(BUNDLED_BY_NORM[norm]).theta
+        config = RunConfig(norm=norm, theta=theta, certify=CertifyConfig(n=n), seed=seed)
         for kind, function in (("fixed", fixed_theta), ("anisotropic", anisotropic_theta)):
             for settings in executions:
                 order = settings.get("order", "plain")

@@ -21,6 +21,7 @@ import ancer_jax as aj
 from ancer_jax import devices, report
 from ancer_jax.data import Dataset, load_dataset, select
 from ancer_jax.metrics import average_certified_radius, round_down, round_up
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.runs.config import Norm
 from ancer_jax.runs.job import example_keys, make_job
 from ancer_jax.smoothing import make_noise
@@ -46,7 +47,7 @@ def run(
     norm: Norm, dataset: Dataset, name: str, changes: Mapping[str, Any], folder: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of one point."""
-    bundled = aj.load_bundled(norm)
+    bundled = aj.load_bundled(BUNDLED_BY_NORM[norm])
     method, weight = changes["method"], changes.get("weight", 0.0)
     config = aj.RunConfig(
         norm=norm,
@@ -81,7 +82,7 @@ def run(
 
 def cost(n: int, seed: int, *, norm: Norm = "l2", images: int = 10) -> dict[str, Any]:
     """Seconds of the measure of leakage and of certification, for one batch, both compiled before."""
-    bundled, whole = aj.load_bundled(norm), load_dataset("fashion-mnist-subset")
+    bundled, whole = aj.load_bundled(BUNDLED_BY_NORM[norm]), load_dataset("fashion-mnist-subset")
     config = aj.RunConfig(norm=norm, method="isotropic", theta=bundled.theta, certify=aj.CertifyConfig(n=n), seed=seed)
     part = select(whole, skip=len(whole) // images, max_images=images)
     start, mesh = np.asarray(bundled.theta, np.float32), devices.device_mesh(1)

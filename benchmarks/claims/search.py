@@ -25,6 +25,7 @@ import numpy as np
 import ancer_jax as aj
 from ancer_jax.data import Dataset, select
 from ancer_jax.metrics import round_down, round_up
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.models.checkpoints import load_network
 from ancer_jax.runs.config import Norm
 from ancer_jax.runs.job import example_keys
@@ -67,7 +68,7 @@ def cifar10_flags(parser: argparse.ArgumentParser) -> None:
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Norm, aj.Classifier, float, Dataset, int]]:
     """Name, norm, classifier, the theta that it was trained with, data set and number of images."""
     for norm in options.norm if options.images else ():
-        bundled = aj.load_bundled(norm)
+        bundled = aj.load_bundled(BUNDLED_BY_NORM[norm])
         images = aj.load_dataset("fashion-mnist-subset")
         yield "bundled", norm, bundled.classifier, bundled.theta, images, options.images
     for norm in options.norm if options.cifar10 else ():

@@ -48,7 +48,7 @@ def trained(noise: NoiseName, theta: float, options: argparse.Namespace) -> aj.C
     folder = pathlib.Path(options.work, f"{noise}-{theta:g}")
     epochs = options.epochs * (1 if options.folder else 20)
     command = ["train", "--norm", "l1", "--noise", noise, "--sigma", f"{theta:g}", "--epochs", str(epochs)]
-    command += ["--batch-size", "128", "--lr", "0.05", "--drop-every", "0", "--shift", "2", "--test-max", "2000"]
+    command += ["--batch-size", "128", "--lr", "0.05", "--schedule", "cosine", "--shift", "2", "--test-max", "2000"]
     command += ["--data", options.folder] if options.folder else []
     if not (folder / "network.json").exists():
         subprocess.run([sys.executable, "-m", "ancer_jax.cli", *command, "--out", str(folder)], check=True)

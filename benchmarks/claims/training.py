@@ -28,7 +28,7 @@ from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
 
 # The published settings are for 50,000 images and 90 epochs and more. Here all methods have one rate, small batches and
 # small weights, and SmoothAdv's attack takes four steps in a larger ball.
-COMMON = {"batch_size": 50, "learning_rate": 0.02, "drop_every": None, "shift": 2, "theta": 0.25}
+COMMON = {"batch_size": 50, "learning_rate": 0.02, "schedule": "cosine", "drop_every": 0, "shift": 2, "theta": 0.25}
 L2, L1 = {"copies": 8, "norm": "l2", "theta": 0.25}, {"copies": 8, "norm": "l1", "theta": 0.5}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "training": {

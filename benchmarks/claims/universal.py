@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 import ancer_jax as aj
 from ancer_jax.data import select
+from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.report import load_results
 from ancer_jax.runs.config import Method, Norm
 from ancer_jax.search import UniversalConfig, optimize_universal
@@ -36,7 +37,7 @@ def compare(
     norm: Norm, folder: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], np.ndarray]:
     """A row for each method; the rows of all fixed thetas; how theta was found; and the universal theta."""
-    bundled, train = aj.load_bundled(norm), aj.load_dataset("fashion-mnist-subset", split="train")
+    bundled, train = aj.load_bundled(BUNDLED_BY_NORM[norm]), aj.load_dataset("fashion-mnist-subset", split="train")
     test = aj.load_dataset("fashion-mnist-subset")
     test = select(test, skip=len(test) // options.images, max_images=options.images)
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """CIFAR-10's 60,000 images have the same arrays, ids and labels as TensorFlow data sets and as the authors' files.
 
-Needs `pip install ".[tensorflow]"`, and the folder of the authors' binary files (`fetch_cifar10`). A second process
+Needs `pip install ".[tensorflow]"`, and the folder of the authors' binary files (`ancer-jax fetch`). A second process
 lets tensorflow-datasets' own `cifar10` prepare them, as ArrayRecord and as TFRecord. This process reads both, the first
 without TensorFlow, and compares.
 """

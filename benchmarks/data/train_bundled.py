@@ -7,13 +7,9 @@ With `--small` the package stays as it is.
 """
 
 import argparse
-import json
-import pathlib
 import time
-import types
 from typing import Any
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,24 +17,16 @@ import optax
 import tqdm
 
 import ancer_jax.data
-import ancer_jax.models
 from ancer_jax.data.loading import load_dataset
-from ancer_jax.models.cnn import SmallCNN
+from ancer_jax.models import BUNDLED_BY_NORM, Checkpoint, make_network
 from ancer_jax.runs.config import Norm
 from ancer_jax.smoothing import AdditiveNoise, make_noise
-from benchmarks.benchmark import RESULTS, Benchmark
+from benchmarks.benchmark import Benchmark
+from benchmarks.data.ship_model import accuracies, place, ship, today
 
 TRAINING_THETA = {"l2": 0.25, "l1": 0.5}
 TEST_STRIDE, TRAIN_STRIDE = 20, 30
 PARTS = ["subset", "l2", "l1"]
-
-
-def place(options: argparse.Namespace, package: types.ModuleType, name: str) -> pathlib.Path:
-    """A file of the package; in a rehearsal one beside the raw outputs."""
-    if not options.small:
-        return pathlib.Path(package.__file__ or "").parent / name
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    return RESULTS / f"small-{name}"
 
 
 def subset(options: argparse.Namespace) -> None:
@@ -59,7 +47,7 @@ def train(options: argparse.Namespace, norm: Norm) -> None:
     train, test = (load_dataset(options.folder, split=split) for split in ("train", "test"))
     theta, noise = TRAINING_THETA[norm], make_noise(norm)
     assert isinstance(noise, AdditiveNoise)
-    network = SmallCNN()
+    network = make_network("small_cnn")
     key_init, key_noise = jax.random.split(jax.random.key(options.seed))
     variables: Any = network.init(key_init, train.images[:1])
     steps_per_epoch = len(train) // options.batch_size
@@ -99,27 +87,28 @@ def train(options: argparse.Namespace, norm: Norm) -> None:
             key = jax.random.fold_in(key_noise, epoch * steps_per_epoch + i)
             variables, state, value = step(variables, state, key, train.images[rows], train.labels[rows])
         progress.set_postfix(loss=f"{float(value):.3f}", clean=right(), noisy=right(key_noise))
-    info = {
+    history = {
+        "method": "augmentation",
         "data": "Fashion-MNIST",
-        "network": "SmallCNN",
-        "norm": norm,
-        "theta": theta,
-        "clean_accuracy": right(),
-        "noisy_accuracy": right(jax.random.fold_in(key_noise, 1 << 30)),
-        "training": {
-            "data": f"{len(train):,} training images",
-            "norm": norm,
-            "epochs": options.epochs,
-            "batch_size": options.batch_size,
-            "learning_rate": options.learning_rate,
-            "seed": options.seed,
-        },
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "optimizer": "adam",
+        "learning_rate": options.learning_rate,
+        "schedule": "cosine",
+        "seed": options.seed,
     }
-    weights = place(options, ancer_jax.models, f"fashion_mnist_{norm}.msgpack")
-    weights.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(variables)))
-    weights.with_suffix(".json").write_text(json.dumps(info, indent=2) + "\n")
-    print(json.dumps(info), f"{time.perf_counter() - start:.0f} s")
+    checkpoint = Checkpoint("small_cnn", {}, jax.device_get(variables), (28, 28, 1), norm, theta, history)
+    card = {
+        "data": "Fashion-MNIST",
+        "command": f"python -m benchmarks run train_bundled FOLDER --parts {norm}",
+        "method": "augmentation",
+        "epochs": options.epochs,
+        **accuracies(checkpoint, test, options.seed),
+        "certified": None,
+        **today(),
+    }
+    ship(options, BUNDLED_BY_NORM[norm], checkpoint, card)
+    print(f"{time.perf_counter() - start:.0f} s")
 
 
 def measure(options: argparse.Namespace) -> tuple[()]:

@@ -143,7 +143,7 @@ def votes(
 def compare_votes(small: bool, seed: int) -> list[Row]:
     """Votes that differ though the draws do not. Those against `SAME_COUNTS` may not."""
     n, chunk = (1000, 100) if small else (20_000, 1000)
-    cpu, classifier = jax.devices("cpu")[0], load_bundled("l2").classifier
+    cpu, classifier = jax.devices("cpu")[0], load_bundled("fashion-mnist-cnn-l2-0.25").classifier
     images = select(load_dataset("fashion-mnist-subset"), skip=50, max_images=10).images[:]
     count = functools.partial(votes, classifier, images, n=n, chunk=chunk, seed=seed)
     here, highest, on_cpu = count(), count(precision="highest"), count(device=cpu)

@@ -24,10 +24,11 @@ def child(n: int, seed: int) -> None:
     from ancer_jax.data import select
 
     dataset = select(load_dataset("fashion-mnist-subset"), skip=50, max_images=IMAGES)
+    classifier = load_bundled("fashion-mnist-cnn-l2-0.25").classifier
     config = RunConfig(certify=CertifyConfig(n=n), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         execution = Execution(batch_size=IMAGES, chunk=CHUNK, devices=1)
-        certify_dataset(load_bundled("l2").classifier, dataset, config, out=f"{folder}/run", execution=execution)
+        certify_dataset(classifier, dataset, config, out=f"{folder}/run", execution=execution)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(peak / (2**20 if sys.platform == "darwin" else 2**10))
 

@@ -36,7 +36,7 @@ THETA = 0.25
 def make_classifier(name: str, seed: int, dtype: str = "float32") -> tuple[Classifier, tuple[int, ...]]:
     """The bundled SmallCNN, always in float32, or a network with random weights; and the shape of its images."""
     if name == "SmallCNN":
-        return load_bundled("l2").classifier, (28, 28, 1)
+        return load_bundled("fashion-mnist-cnn-l2-0.25").classifier, (28, 28, 1)
     network = make_network("cifar_resnet18" if name == "ResNet-18" else name, compute_dtype=dtype)
     variables = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return from_linen(network, variables, num_classes=10), (32, 32, 3)

@@ -1,8 +1,8 @@
 """A training step on this machine's CPUs, against PyTorch: the same network, batch and number of threads, in turn.
 
 Both add Gaussian noise, go forward and backward, and update by SGD with momentum and weight decay; ours also shifts and
-mirrors the images, as `ancer-jax train` does. The twins in PyTorch are those with which the tests compare logits. The
-two take turns in one process; figures are medians. Needs PyTorch (the extra `torch`).
+mirrors the images, and keeps freed memory, as `ancer-jax train` does. The twins in PyTorch are those with which the
+tests compare logits. The two take turns in one process; figures are medians. Needs PyTorch (the extra `torch`).
 """
 
 import argparse
@@ -31,7 +31,7 @@ def ours(name: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], jax.
     mesh = devices.device_mesh(1)
     config = dataclasses.replace(PRESETS["augmentation"], batch_size=len(images), theta=SIGMA)
     step = functools.partial(train_step, training=Training(make_network(name), config, 100, mesh))
-    batch = devices.replicate((jnp.asarray(images), jnp.asarray(labels)), mesh)
+    batch = devices.replicate((jnp.asarray(images), jnp.asarray(labels), jnp.arange(len(images)) % 2 == 0), mesh)
     state = [*initial_state(step.keywords["training"], images)]
 
     def run():
@@ -73,6 +73,7 @@ def theirs(name: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], fl
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:
     """Each network."""
+    devices.keep_freed_memory()
     rows = []
     for name in options.networks:
         rng = np.random.default_rng(options.seed)

@@ -61,7 +61,7 @@ def draw_plane(axes):
 
 def draw_images(axes):
     """For each image: itself, its theta, and the worst point of its certified region that an attack finds."""
-    bundled, test = aj.load_bundled("l2"), aj.load_dataset("fashion-mnist-subset")
+    bundled, test = aj.load_bundled("fashion-mnist-cnn-l2-0.25"), aj.load_dataset("fashion-mnist-subset")
     smoothed = aj.Smoothed(bundled.classifier, aj.Gaussian(), bundled.theta)
     for three, i in zip(np.reshape(axes, (-1, 3)), IMAGES, strict=True):
         key, x = jax.random.fold_in(jax.random.key(0), test.ids[i]), jnp.asarray(test.images[i])

@@ -18,7 +18,7 @@ IMAGES, OTHERS = (1, 11), (0, 3, 4, 5, 6)  # of the bundled test set
 
 
 if __name__ == "__main__":
-    bundled, test = aj.load_bundled("l2"), aj.load_dataset("fashion-mnist-subset")
+    bundled, test = aj.load_bundled("fashion-mnist-cnn-l2-0.25"), aj.load_dataset("fashion-mnist-subset")
     smoothed = aj.Smoothed(bundled.classifier, aj.Gaussian(), bundled.theta)
     majority = jax.jit(lambda *of: class_counts(*of, num_samples=1000, chunk=100).argmax())
     figure = Figure(figsize=(9, 3.1), layout="constrained")

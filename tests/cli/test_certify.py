@@ -187,9 +187,11 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--data", "plugin.py"), "plugin.py: not a readable npz file"),
         (
             ("--classifier", "bundle"),
-            "'bundle' is neither bundled, nor the folder of a network, nor module:function; did you mean 'bundled'",
+            r"'bundle' is neither a bundled model \(bundled, .*fashion-mnist-cnn-l2-0.25.*\), "
+            "nor the folder of a network, nor module:function; did you mean 'bundled'",
         ),
-        (("--classifier", "resnet"), "'resnet' is neither bundled, nor the folder of a network, nor module:function"),
+        (("--classifier", "fashion-mnist-l1-0.5"), "did you mean 'fashion-mnist-cnn-l1-0.5'"),
+        (("--classifier", "resnet"), r"'resnet' is neither a bundled model \(.*\), nor the folder .*module:function$"),
         (("--classifier", "nomodule:three"), "'nomodule:three': No module named 'nomodule'"),
         (("--classifier", "plugin:four"), "'plugin:four': .*four"),
         (("--classifier", "plugin:"), "'plugin:': "),

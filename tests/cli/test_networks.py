@@ -1,6 +1,7 @@
 """`ancer-jax train` and `ancer-jax convert` make networks that certify takes as its classifier."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -45,6 +46,13 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["train", "--out", "net", *flags, "--seed", "3"], "seed is 0 there, 3 here"),
         (["train", "--out", "new", *flags, "--mean", "0"], "--mean and --std go together"),
+        (["train", "--out", "new", *flags, "--muon-lr", "0.1"], "--muon-lr needs --optimizer muon"),
+        (
+            ["train", "--out", "new", *flags, "--schedule", "onecycle", "--drop-every", "2"],
+            "onecycle has no drop_every",
+        ),
+        (["train", "--out", "new", *flags, "--drop-every", "0"], "drops needs a positive drop_every"),
+        (["train", "--out", "new", *flags, "--optimizer", "muon", "--muon-lr", "0"], "muon_learning_rate must be in"),
         (["certify", "--classifier", "net", "--norm", "l1"], "net was trained with l2 noise of 0.3: --sigma is needed"),
         (["certify", "--classifier", "net/training.tsv"], "is a file: ancer-jax convert makes the folder of a network"),
         (["certify", "--classifier", "half"], "half: its training is not finished"),
@@ -54,6 +62,26 @@ def test_train_then_certify(tmp_path, monkeypatch, capsys):
         (["train", "--out", "new", "--data", "one.npz"], "training images of one.npz are the test images"),
     ):
         assert message in last_error(capsys, arguments)
+
+
+def test_a_recipe_is_what_its_flags_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = ["--schedule", "onecycle", "--optimizer", "muon", "--flip", "alternating", "--muon-lr", "0.05"]
+    cli.main(
+        ["train", "--out", "net", *recipe, "--epochs", "2", "--batch-size", "100", "--max", "350", "--devices", "1"]
+    )
+    printed = capsys.readouterr()
+    assert "100/600 [00:00<?, ?image/s]" in printed.err  # the step that compiles is not timed
+    assert re.search(r"600/600 \[.*, [\d.]+image/s, train_loss=", printed.err)
+    history = load_network("net").history
+    found = {name: history[name] for name in ("schedule", "drop_every", "optimizer", "flip", "muon_learning_rate")}
+    assert found == {
+        "schedule": "onecycle",
+        "drop_every": 0,  # not the preset's 30
+        "optimizer": "muon",
+        "flip": "alternating",
+        "muon_learning_rate": 0.05,
+    }
 
 
 @pytest.mark.filterwarnings("default")

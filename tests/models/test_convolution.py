@@ -42,6 +42,24 @@ def test_convolution_is_that_of_xla(size, kernel, stride, features):
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * (1 + np.abs(expected).max()))
 
 
+@pytest.mark.parametrize("images", [1, 3, 70])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_gradients_in_training_are_those_of_xla(images, kernel, strides):
+    """70 images of 16 x 15 pixels are two parts of the batch and a rest."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, w = draw(images, 16, 15, 6), draw(*kernel, 6, 5)
+    for padding in ["SAME", "VALID", [(k // 2, k // 2) for k in kernel], [(k - 1, 0) for k in kernel]]:
+        options = {"dimension_numbers": LAYOUT}
+        ours = lambda x, w, padding=padding: convolution(x, w, strides, padding, in_loop=False, **options)  # noqa: B023
+        theirs = lambda x, w, padding=padding: jax.lax.conv_general_dilated(x, w, strides, padding, **options)  # noqa: B023
+        pull = draw(*jax.eval_shape(theirs, x, w).shape)
+        of = lambda one: jax.jit(lambda x, w, pull: jax.vjp(one, x, w)[1](pull))(x, w, pull)  # noqa: B023
+        for found, expected in zip(of(ours), of(theirs), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * (1 + np.abs(expected).max()))
+
+
 def test_unusual_convolutions_are_those_of_xla():
     x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
     grouped = convolution(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT, feature_group_count=4)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from ancer_jax.data import load_dataset
-from ancer_jax.models import Checkpoint, check_fit, load_bundled, make_network, resolve_classifier, save_network
+from ancer_jax.models import (
+    BUNDLED_BY_NORM,
+    Checkpoint,
+    check_fit,
+    load_bundled,
+    make_network,
+    resolve_classifier,
+    save_network,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,7 +30,7 @@ def stored(path, norm, theta):
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_the_bundled_classifier_has_its_own_theta(norm):
     classifier, sigma, checkpoint = resolve_classifier("bundled", norm, None)
-    bundled = load_bundled(norm)
+    bundled = load_bundled(BUNDLED_BY_NORM[norm])
     assert sigma == bundled.theta
     x = load_dataset("fashion-mnist-subset").images[:2]
     for one in (classifier, checkpoint.classifier):
@@ -30,6 +38,18 @@ def test_the_bundled_classifier_has_its_own_theta(norm):
     assert (checkpoint.norm, checkpoint.theta, checkpoint.image_shape) == (norm, bundled.theta, (28, 28, 1))
     assert resolve_classifier("bundled", norm, 1.5)[1] == 1.5
     check_fit("bundled", checkpoint, load_dataset("fashion-mnist-subset"))
+
+
+def test_a_bundled_model_by_its_name_is_like_a_network_in_a_folder():
+    name = BUNDLED_BY_NORM["l1"]
+    classifier, sigma, checkpoint = resolve_classifier(name, "l1", None)
+    assert (checkpoint.norm, checkpoint.theta, sigma) == ("l1", 0.5, 0.5)
+    x = load_dataset("fashion-mnist-subset").images[:2]
+    np.testing.assert_array_equal(classifier(x), load_bundled(name).classifier(x))
+    with pytest.raises(ValueError, match=rf"{name} was trained with l1 noise of 0\.5: --sigma is needed to certify it"):
+        resolve_classifier(name, "l2", None)
+    with pytest.raises(ValueError, match=r"norm must be one of l2, l1, got 'linf'"):
+        resolve_classifier("bundled", "linf", None)
 
 
 def test_theta_of_a_stored_network_is_that_of_its_training(tmp_path):

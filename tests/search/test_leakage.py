@@ -89,7 +89,7 @@ def test_nothing_leaks_at_the_starting_theta():
 
 
 def test_nothing_leaks_at_the_starting_theta_of_a_network_in_a_batch():
-    bundled, images = load_bundled("l2"), load_dataset("fashion-mnist-subset").images[:12]
+    bundled, images = load_bundled("fashion-mnist-cnn-l2-0.25"), load_dataset("fashion-mnist-subset").images[:12]
     smoothed = Smoothed(bundled.classifier, Gaussian(), bundled.theta)
     probes = probes_of(smoothed, images)
     assert len(np.unique(probes.classes)) > 3

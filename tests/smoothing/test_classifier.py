@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import ancer_jax
 from ancer_jax.smoothing import (
     CertifyConfig,
     Classifier,
@@ -251,19 +250,6 @@ def hidden_batch_effect(variables, x):
 def test_a_batch_effect_is_found_beneath_a_large_constant():
     with pytest.raises(ValueError, match="batch"):
         check_classifier(from_function(hidden_batch_effect, (), num_classes=2), X)
-
-
-def test_bundled_classifiers_are_what_their_notes_say():
-    dataset = ancer_jax.load_dataset("fashion-mnist-subset")
-    for norm in ("l2", "l1"):
-        bundled = ancer_jax.load_bundled(norm)
-        check_classifier(bundled.classifier, dataset.images[0])
-        accuracy = (bundled.classifier(dataset.images).argmax(-1) == dataset.labels).mean()
-        # 500 of the 10,000 images: four standard errors.
-        assert abs(accuracy - bundled.clean_accuracy) < 4 * 0.3 / np.sqrt(500)
-        assert bundled.noisy_accuracy > 0.85
-    with pytest.raises(ValueError, match="norm must be one of l2, l1, got 'linf'"):
-        ancer_jax.load_bundled("linf")
 
 
 def test_a_classifier_is_a_pytree():

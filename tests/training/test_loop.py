@@ -21,7 +21,7 @@ TRAIN, TEST = load_dataset("fashion-mnist-subset", split="train"), load_dataset(
 
 
 def short(method, **changes):
-    settings = {"epochs": 2, "batch_size": 50, "learning_rate": 0.02, "drop_every": None, "shift": 1}
+    settings = {"epochs": 2, "batch_size": 50, "learning_rate": 0.02, "schedule": "cosine", "drop_every": 0, "shift": 1}
     settings |= {"macer": {"copies": 4}, "smoothadv": {"attack_steps": 2}}.get(method, {})
     return dataclasses.replace(PRESETS[method], **(settings | changes))
 
@@ -53,19 +53,20 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    ("network", "method"),
+    ("network", "method", "recipe"),
     [
-        pytest.param(NETWORK, "smoothadv", marks=pytest.mark.slow),
-        (make_network("cifar_resnet20", stage_sizes=(1,), width=2), "augmentation"),
+        pytest.param(NETWORK, "smoothadv", {"schedule": "drops", "drop_every": 2}, marks=pytest.mark.slow),
+        (make_network("cifar_resnet20", stage_sizes=(1,), width=2), "augmentation", {}),
+        (NETWORK, "augmentation", {"optimizer": "muon", "schedule": "onecycle", "flip": "alternating"}),
     ],
 )
-def test_a_stopped_training_resumes_to_the_same_bits(tmp_path, network, method):
+def test_a_stopped_training_resumes_to_the_same_bits(tmp_path, network, method, recipe):
     """Stopped in the middle of an epoch, and between two; parameters, momentum and batch statistics come back."""
     data, test = (
         dataclasses.replace(part, images=np.repeat(part.images, 3, axis=3)) if "ResNet" in repr(network) else part
         for part in (SOME, take(TEST, np.arange(60)))
     )
-    config = short(method, epochs=3, batch_size=100, drop_every=2)
+    config = short(method, epochs=3, batch_size=100, **recipe)
     whole = train(network, (data, test), config, out=tmp_path / "whole")
     for stop in (7, 10):
         seen = []

@@ -1,0 +1,119 @@
+"""Train the CIFAR-10 networks that ship with the package, certify them, and make their files.
+
+FOLDER holds CIFAR-10's binary files (`ancer-jax fetch cifar10 FOLDER`). Each network is a ResNet-20, trained on all
+training images by `ancer-jax train`; every 20th test image is certified by `ancer-jax certify` with the theta of the
+training; then `ship_model` writes the variables and the card into the package. Networks and runs stay in the folder
+`--work`, where a second call continues at any point. With `--small` one tiny training, on the bundled images; the
+package stays as it is.
+
+Seconds of training are those of the median epoch times the epochs, so that an interruption does not count.
+
+Bars: at sigma 0.5, accuracy and ACR of at least 95 % of those of the public ResNet-20 (recomputed from the certificates
+of Jeong and Shin 2020: all test images, n = 100,000, 150 epochs).
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ancer_jax.metrics import round_down
+from ancer_jax.report import load_results
+from benchmarks import figures
+from benchmarks.benchmark import Benchmark, Found, Line, Lines
+from benchmarks.data import ship_model
+
+NETWORK = "cifar10-resnet20"
+MODELS: dict[str, list[str]] = {
+    f"{NETWORK}-l2-0.5": ["--sigma", "0.5"],
+    f"{NETWORK}-l2-0.5-consistency": ["--sigma", "0.5", "--method", "consistency"],
+    f"{NETWORK}-l2-0.25": ["--sigma", "0.25"],
+    f"{NETWORK}-l2-0.25-consistency": ["--sigma", "0.25", "--method", "consistency"],
+    f"{NETWORK}-l1-0.5": ["--norm", "l1", "--sigma", "0.5"],
+}
+RECIPE = ["--network", "cifar_resnet20", "--batch-size", "128", "--optimizer", "muon", "--muon-lr", "0.15"]
+RECIPE += ["--schedule", "onecycle", "--flip", "alternating"]
+TINY = ["--max", "256", "--test-max", "20", "--mean", "0.286", "--std", "0.353"]
+# Accuracy and ACR at n = 100,000, 10,000 images: certificates of the public code of Jeong and Shin 2020.
+PUBLIC = {f"{NETWORK}-l2-0.5": (0.670, 0.524), f"{NETWORK}-l2-0.5-consistency": (0.605, 0.686)}
+NEAR = 0.95
+
+
+def ancer_jax(*arguments: str) -> None:
+    """Run the command line, and print what it prints."""
+    print("ancer-jax", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "ancer_jax.cli", *arguments], check=True)
+
+
+def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, certify and ship one network."""
+    network, run = (os.path.join(options.work, kind, name) for kind in ("nets", "runs"))
+    data, norm = ["--data", options.folder], name.removeprefix(f"{NETWORK}-")[:2]
+    recipe = [*RECIPE, *MODELS[name], "--epochs", str(options.epochs), *(TINY if options.small else [])]
+    ancer_jax("train", *data, *recipe, "--seed", str(options.seed), "--out", network)
+    part = ["--skip", str(options.skip), "--max", str(options.images), "--n", str(options.n)]
+    how = ["--method", "fixed", "--norm", norm, "--classifier", network, "--seed", str(options.seed)]
+    ancer_jax("certify", *data, *how, *part, "--out", run)
+    ship = {"network": network, "name": name, "data": options.folder, "certified": run}
+    ship_model.measure(argparse.Namespace(**ship, seed=options.seed, small=options.small))
+    results = load_results(run)
+    with open(os.path.join(network, "training.tsv")) as file:
+        seconds = np.loadtxt(file, skiprows=1, ndmin=2)[:, -1]
+    radius = np.where(results.correct, results["radius"], -np.inf)
+    return {
+        "name": name,
+        "epochs": options.epochs,
+        "images": len(radius),
+        **figures.summary(results),
+        "accuracy by radius": {str(at): float((radius >= at).mean()) for at in figures.RADII[norm]},
+        "seconds of training": float(np.median(seconds)) * options.epochs,
+        "seconds of certification": results.seconds * len(radius),
+    }
+
+
+def measure(options: argparse.Namespace) -> Iterator[Any]:
+    """All networks."""
+    if not (options.folder or options.small):
+        raise SystemExit("give the FOLDER of CIFAR-10")
+    options.folder = options.folder or "fashion-mnist-subset"
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        options.work = str(pathlib.Path(options.work or temporary).resolve())
+        for name in list(MODELS)[1:2] if options.small else MODELS:
+            rows.append(row_of(name, options))
+            yield {"skip": options.skip, "n": options.n, "rows": rows}
+
+
+def lines(found: Found) -> Lines:
+    for r in found["results"]["rows"]:
+        what = f"{r['name']}, {r['images']} images: accuracy; ACR"
+        cells = f"{figures.share(r['accuracy'], r['images'])}; {round_down(r['ACR'], 3)}"
+        if r["name"] not in PUBLIC:
+            yield Line(what, cells)
+            continue
+        accuracy, acr = PUBLIC[r["name"]]
+        holds = r["accuracy"] >= NEAR * accuracy and r["ACR"] >= NEAR * acr
+        yield Line(what, cells, f">= {NEAR:.0%} of {accuracy:.3f}; {acr:.3f}", holds)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The data, and where networks and runs stay."""
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
+    parser.add_argument("--work", help="a folder that keeps networks and runs")
+
+
+BENCHMARK = Benchmark(
+    claim="ResNet-20s trained here in 30 epochs come near the public ones of 150 epochs.",
+    takes="9 hours",
+    measure=measure,
+    sizes={"epochs": (1, 30), "skip": (1, 20), "images": (2, 500), "n": (100, 10_000)},
+    arguments=arguments,
+    small_is_judged=False,
+    outputs={"cifar10_models": lines},
+)
