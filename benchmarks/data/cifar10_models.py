@@ -73,7 +73,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **figures.summary(results),
         "accuracy by radius": {str(at): float((radius >= at).mean()) for at in figures.RADII[norm]},
         "seconds of training": float(np.median(seconds)) * options.epochs,
-        "seconds of certification": results.seconds * len(radius),
+        "seconds of certification": (results.seconds or 0.0) * len(radius),
     }
 
 
