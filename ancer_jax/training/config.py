@@ -21,31 +21,33 @@ _OF_METHODS = ("weight", "epsilon", "attack_steps", "warmup_epochs")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a network is trained. `PRESETS` has the published settings of each method.
+    """How a network is trained. `PRESETS` has the published settings of each method; the defaults are of no method.
 
     Attributes:
       method: the training method, see `METHODS`.
       norm, theta: "l2" (Gaussian noise) or "l1", and the noise parameter in units of [0, 1] pixels.
       noise: for l1 "uniform" or "splitting" (Levine & Feizi 2021); None is the default noise of the norm.
-      epochs, batch_size: passes over the training set, and images per batch, not counting noisy copies.
+      epochs, batch_size: passes over the training set, and images per batch, not counting noisy copies. An epoch leaves
+        out the images that fill no batch, others each time.
       copies: noisy copies of each image (m).
-      optimizer: "sgd", or "muon": Muon for the kernels of convolutions and hidden layers, SGD for all other parameters.
+      optimizer: "sgd", or "muon": Muon for the kernels of convolutions and hidden dense layers, SGD for all others.
       learning_rate: of SGD, where the schedule starts ("onecycle": its peak).
-      muon_learning_rate: the same of Muon; SGD alone does not use it. Networks with batch norm take more, such as 0.15.
+      muon_learning_rate: the same of Muon; "sgd" does not use it. Networks with batch norm take more, such as 0.15.
       momentum: of both optimizers.
       nesterov: whether SGD's momentum is Nesterov's; Muon's always is.
-      weight_decay: of all parameters. SGD adds `weight_decay * w` to the gradient of w. Muon shrinks its kernels apart
-        from the gradient, by `learning_rate * weight_decay / (1 - momentum)` in each step, as much as SGD would.
+      weight_decay: of all parameters. SGD adds `weight_decay * w` to the gradient of w. Muon shrinks its kernels
+        directly, by the share `learning_rate * weight_decay / (1 - momentum)` in each step: SGD's learning rate, and as
+        much as SGD would shrink them in the long run.
       schedule: "drops" divides the learning rates by 10 every `drop_every` epochs; "cosine" lets them fall to 0 along
         half a cosine; "onecycle" lets them rise from 1/25 of their peak in the first 30 % of the steps, and then fall
         nearly to 0, both along half a cosine.
       drop_every: of "drops"; 0 with other schedules.
       weight: of the second term of the loss (MACER, consistency, stability, volume).
       epsilon, attack_steps, warmup_epochs: radius of SmoothAdv's l2 ball, steps of its attack, and epochs in which the
-        radius grows to epsilon. Settings that a method does not use are 0.
+        radius grows to epsilon (0 or 1: it is epsilon from the start). Settings that a method does not use are 0.
       shift: largest random shift of an image in pixels; 0 turns shifts off.
-      flip: "random" mirrors each image in half of the epochs, at random; "alternating" at random in the first epoch,
-        and then in every other epoch (Jordan 2024, arXiv 2404.00498); "none" never.
+      flip: "random" mirrors half of the images, drawn anew in each epoch; "alternating" draws them for the first epoch,
+        mirrors the other half in the second, and so on in turn (Jordan 2024, arXiv 2404.00498); "none" mirrors none.
       seed: of initial parameters, order of the images, noise and augmentation.
 
     Raises:

@@ -37,7 +37,7 @@ SHORT = ["--preset", "published", "--iso-steps", "25", "--iso-samples", "32", "-
 SHORT += ["--ancer-samples", "32", "--guard-samples", "300", "--leakage-probes", "32", "--leakage-samples", "16"]
 USUAL = {
     "epochs": 4,
-    "schedule": "cosine",
+    "drop_every": 0,
     "images": 100,
     "n": 1_000,
     "l2_network": "cifar_resnet20",
@@ -49,7 +49,7 @@ USUAL = {
 SMALL = USUAL | {"epochs": 3, "images": 2, "l2_network": "small_cnn", "l1_network": "small_cnn", "factors": [1.0, 2.0]}
 FIELD = {
     "epochs": 90,
-    "schedule": "drops",
+    "drop_every": 30,
     "images": 10_000,
     "n": 100_000,
     "l2_network": "ancer_resnet18",
@@ -105,7 +105,9 @@ def of_network(
     """Train a network, and certify it by all methods: a row of each."""
     at, network = f"{norm}-{sigma:g}", getattr(options, f"{norm}_network")
     data = ["--data", options.folder, "--norm", norm]
-    recipe = ["--epochs", str(options.epochs), "--schedule", options.schedule, "--seed", str(options.seed)]
+    drops = ["--schedule", "drops", "--drop-every", str(options.drop_every)]
+    recipe = ["--epochs", str(options.epochs), *(drops if options.drop_every else ["--schedule", "cosine"])]
+    recipe += ["--seed", str(options.seed)]
     recipe += [] if options.field else ["--batch-size", "64", "--lr", "0.1"]
     run("train", *data, "--network", network, "--sigma", f"{sigma:g}", *recipe, "--out", f"{at}/network")
     accuracy = load_network(options.work / at / "network").history["test_accuracy"]

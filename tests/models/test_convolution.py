@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ancer_jax.models import _convolution
 from ancer_jax.models._convolution import convolution
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -45,8 +46,10 @@ def test_convolution_is_that_of_xla(size, kernel, stride, features):
 @pytest.mark.parametrize("images", [1, 3, 70])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_gradients_in_training_are_those_of_xla(images, kernel, strides):
-    """70 images of 16 x 15 pixels are two parts of the batch and a rest."""
+def test_gradients_in_training_are_those_of_xla(images, kernel, strides, monkeypatch):
+    """In one to 35 parts of the batch; one image is larger than a part should be."""
+    monkeypatch.setattr(_convolution, "_PIXELS", 200)
+    monkeypatch.setattr(_convolution, "_NUMBERS", 4000)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, w = draw(images, 16, 15, 6), draw(*kernel, 6, 5)
@@ -58,6 +61,19 @@ def test_gradients_in_training_are_those_of_xla(images, kernel, strides):
         of = lambda one: jax.jit(lambda x, w, pull: jax.vjp(one, x, w)[1](pull))(x, w, pull)  # noqa: B023
         for found, expected in zip(of(ours), of(theirs), strict=True):
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * (1 + np.abs(expected).max()))
+
+
+def test_the_gradient_of_a_narrow_type_is_summed_in_float32():
+    rng = np.random.default_rng(0)
+    shapes = (256, 16, 16, 4), (3, 3, 4, 8), (256, 16, 16, 8)
+    narrow = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+    def gradient(x, w, pull):
+        return jax.vjp(lambda w: convolution(x, w, (1, 1), "SAME", in_loop=False), w)[1](pull)[0]
+
+    found, exact = gradient(*narrow), gradient(*(value.astype("float32") for value in narrow))
+    assert found.dtype == "bfloat16"
+    assert (found == exact.astype("bfloat16")).mean() > 0.95  # sums in bfloat16 would agree in half
 
 
 def test_unusual_convolutions_are_those_of_xla():
