@@ -12,8 +12,8 @@ with 0.15, 1.550 and 0.432 with 0.4. SGD had 1.688 and 0.387 with 0.3; with 0.1 
 400 steps, with 2,000 test images (1.693 and 0.381). Muon thus had four tries, and SGD two.
 
 Accuracy and loss under noise are those of the test images under one draw of noise each; clean accuracy is without
-noise. Networks stay in the folder `--work`, where a second call continues. Seconds contain evaluation and compilation, and
-mean little where other programs ran beside.
+noise. Networks stay in the folder `--work`, where a second call continues. Seconds contain evaluation and compilation,
+and mean little where other programs ran beside.
 
 Bar: the best of the other recipes is at least as accurate under noise as SGD with drops.
 """
