@@ -103,7 +103,7 @@ def test_runs_in_small(name, tmp_path):
     done = run("run", name, "--small", *FLAGS.get(name, []), cwd=TOP, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.glob("small-*.json")] == [f"small-{name}.json"]
+    assert (tmp_path / f"small-{name}.json").exists()
 
 
 def test_a_trained_network_becomes_a_bundled_model(tmp_path, monkeypatch, capsys):
