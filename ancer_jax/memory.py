@@ -30,8 +30,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ancer_jax._numerics import Leaf, Values, float64_on_the_host, rounding
+from ancer_jax.basis import Basis, Pixels
 from ancer_jax.regions.pairs import largest_inside, largest_outside
-from ancer_jax.regions.region import Region
+from ancer_jax.regions.region import Region, rounding_of_contains
 from ancer_jax.smoothing.certificate import ABSTAIN, Certificate, WithRegion
 
 # Inputs whose distances to all stored ones are computed by one matrix product.
@@ -47,25 +48,27 @@ class Memory:
 
     Attributes:
       norm: 2 or 1.
+      basis: of the regions.
       shape: shape of the inputs; None while empty.
       size: number of stored answers.
     """
 
     norm: int
+    basis: Basis
     shape: tuple[int, ...] | None
     size: int
     _columns: "_Columns" = dataclasses.field(repr=False)
 
     @classmethod
-    def empty(cls, norm: int) -> "Memory":
-        """A memory of regions of the l_norm, with nothing in it.
+    def empty(cls, norm: int, basis: Basis = Pixels()) -> "Memory":
+        """A memory of regions of the l_norm in a basis, with nothing in it.
 
         Raises:
           ValueError: if `norm` is not 2 or 1.
         """
         if norm not in (2, 1):
             raise ValueError(f"norm must be 2 or 1, got {norm!r}")
-        return cls(norm, None, 0, _Columns({}))
+        return cls(norm, basis, None, 0, _Columns({}))
 
     @classmethod
     def restore(cls, regions: Region, predictions: ArrayLike) -> "Memory":
@@ -74,12 +77,12 @@ class Memory:
         Raises:
           ValueError: if a value makes no sense.
         """
-        memory = cls.empty(regions.norm)
+        memory = cls.empty(regions.norm, regions.basis)
         new = _checked(memory, regions, predictions)
         count = len(new["gap"])
         if not count:
             return memory
-        return cls(memory.norm, np.shape(regions.center)[1:], count, memory._columns.append(0, new))
+        return cls(memory.norm, memory.basis, np.shape(regions.center)[1:], count, memory._columns.append(0, new))
 
     def __len__(self) -> int:
         return self.size
@@ -90,7 +93,7 @@ class Memory:
         center, theta = self._column("center"), self._column("theta")
         shape = (self.size, *(self.shape or ()))
         theta = theta.reshape(shape if theta.shape == center.shape else self.size)
-        return Region(center.reshape(shape), theta, self._column("gap"), self.norm)
+        return Region(center.reshape(shape), theta, self._column("gap"), self.norm, self.basis)
 
     @property
     def predictions(self) -> np.ndarray:
@@ -113,13 +116,12 @@ class Memory:
         allowed by less than 1e-6 of its size, plus rounding (1e-13 of the other region for each thousand coordinates).
 
         Raises:
-          ValueError: if norm or shape differ from what is stored, or a value makes no sense.
+          ValueError: if norm, basis or shape differ from what is stored, or a value makes no sense.
         """
         region = certificate.region
         if np.ndim(region.gap):
             raise ValueError(f"insert takes one certificate, got a batch of {len(certificate)}: use insert_batch")
-        center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
-        prediction, region = np.asarray(certificate.prediction)[None], Region(center, theta, gap, region.norm)
+        prediction, region = jax.tree.map(lambda value: np.asarray(value)[None], (certificate.prediction, region))
         memory, answers = self.insert_batch(dataclasses.replace(certificate, prediction=prediction, region=region))
         return memory, answers[0]
 
@@ -143,6 +145,7 @@ class Memory:
         inside = np.full(count, -1)
         if not count:
             return self, Answer(new["prediction"], region, np.zeros(0, bool), inside)
+        like = jax.tree.map(lambda values: values[0], region)
         with float64_on_the_host():
             for start in range(0, count, _BATCH):
                 block = {name: column[start : start + _BATCH] for name, column in new.items()}
@@ -152,11 +155,11 @@ class Memory:
                 for j in range(len(block["gap"])):
                     row = size + j
                     near = may_meet[j, :row].nonzero()[0], may_lie_in[j, :row].nonzero()[0]
-                    prediction, gap, inside[start + j] = _answer(self.norm, columns, row, *near)
+                    prediction, gap, inside[start + j] = _answer(like, columns, row, *near)
                     columns["prediction"][row], columns["gap"][row] = prediction, gap
                     columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
                 progress(len(block["gap"]))
-        memory = Memory(self.norm, np.shape(region.center)[1:], self.size + count, columns)
+        memory = Memory(self.norm, self.basis, np.shape(region.center)[1:], self.size + count, columns)
         gap, prediction = (memory._column(name)[self.size :].copy() for name in ("gap", "prediction"))
         changed = (gap != new["gap"]) | (prediction != new["prediction"])
         return memory, Answer(prediction, dataclasses.replace(region, gap=gap), changed, inside)
@@ -171,13 +174,13 @@ class Memory:
         Raises:
           ValueError: if the shape of x differs from what is stored, or x is not finite.
         """
-        x = np.asarray(x)
-        point = _checked(self, Region(x[None], np.ones(1), np.zeros(1), self.norm), np.array([ABSTAIN]))
+        point = Region(np.asarray(x), np.ones(()), np.zeros(()), self.norm, self.basis)
+        row = _checked(self, jax.tree.map(lambda value: value[None], point), np.array([ABSTAIN]))
         if not self.size:
             return int(fallback(x))
-        near = _near(point, self._columns, self.size)[1][0].nonzero()[0]
+        near = _near(row, self._columns, self.size)[1][0].nonzero()[0]
         with float64_on_the_host():
-            inside = near[_ask(_holds, _region(self.norm, point, 0), self._columns, near)]
+            inside = near[_ask(_holds, point, self._columns, near)]
         return int(self.predictions[inside[0]]) if inside.size else int(fallback(x))
 
 
@@ -239,6 +242,8 @@ def _checked(memory: Memory, regions: Region, predictions: ArrayLike) -> dict[st
     center, theta, gap, prediction = map(np.asarray, (regions.center, regions.theta, regions.gap, predictions))
     if regions.norm != memory.norm:
         raise ValueError(f"this memory holds regions of the l{memory.norm} norm, got one of the l{regions.norm} norm")
+    if regions.basis != memory.basis:
+        raise ValueError(f"this memory holds regions in the basis {memory.basis}, got one in {regions.basis}")
     if memory.shape is not None and center.shape[1:] != memory.shape:
         raise ValueError(f"this memory holds inputs of shape {list(memory.shape)}, got {list(center.shape[1:])}")
     count = len(center)
@@ -275,10 +280,13 @@ def _lossless(values: np.ndarray) -> np.ndarray:
     return narrow if (narrow == values).all() else values.astype(np.float64)
 
 
-def _region(norm: int, columns: dict[str, np.ndarray], row: Any) -> Region:
-    center, theta = columns["center"][row], columns["theta"][row]
-    theta = theta if theta.shape == center.shape else theta[..., 0]  # a number for each input is stored as [n, 1]
-    return Region(center, theta, columns["gap"][row], norm)
+def _region(like: Region, columns: dict[str, np.ndarray], row: Any) -> Region:
+    """The region in a row, or those in some rows, of the norm, basis and input shape of one region."""
+    gap, (center, theta) = columns["gap"][row], (columns[name][row] for name in ("center", "theta"))
+    shape = np.shape(gap) + np.shape(like.center)
+    # A number for each input is stored as [n, 1].
+    theta = theta.reshape(shape) if theta.shape == center.shape else theta[..., 0]
+    return Region(center.reshape(shape), theta, gap, like.norm, like.basis)
 
 
 def _near(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -302,10 +310,10 @@ def _near(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], end: int)
 
 
 def _answer(
-    norm: int, columns: dict[str, np.ndarray], row: int, may_meet: np.ndarray, may_lie_in: np.ndarray
+    like: Region, columns: dict[str, np.ndarray], row: int, may_meet: np.ndarray, may_lie_in: np.ndarray
 ) -> tuple[int, float, int]:
     """(class, gap, place of a stored region that contains it or -1) for the input in `row`."""
-    region, prediction, gap = _region(norm, columns, row), columns["prediction"][row], columns["gap"][row]
+    region, prediction, gap = _region(like, columns, row), columns["prediction"][row], columns["gap"][row]
     meets = may_meet[columns["prediction"][may_meet] != prediction]
     gaps = _ask(_clear, region, columns, meets)
     # A gap of 0: the stored region was not proven to exclude the center. Only such a region can contain it.
@@ -322,8 +330,8 @@ def _answer(
 
 def _holds(region: Region, stored: Region) -> Values:
     """Whether the stored region contains the center of the region, or rounding leaves it open."""
-    margin = rounding(np.size(stored.center), np.float64)  # of the computation; what is stored may be float32
-    return dataclasses.replace(stored, gap=stored.gap * (1 + margin)).contains(region.center)
+    margin = 1 + rounding_of_contains(stored)
+    return dataclasses.replace(stored, gap=stored.gap * margin).contains(region.center)
 
 
 def _clear(region: Region, stored: Region) -> Values:
@@ -344,6 +352,6 @@ def _ask(
     for start in range(0, places.size, _PAIRS[-1]):
         some = places[start : start + _PAIRS[-1]]
         padded = np.resize(some, next(size for size in _PAIRS if size >= some.size))
-        stored = _region(region.norm, columns, padded)
+        stored = _region(region, columns, padded)
         answers.append(np.asarray(_ask_padded(question, region, stored))[: some.size])
     return np.concatenate(answers)

@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # From low to high: a module imports from its own folder and from lines above that of its own.
 LAYERS = [
     ["_checks", "_numerics"],
-    ["metrics", "storage"],
+    ["basis", "metrics", "storage"],
     ["regions"],
     ["smoothing"],
     ["devices", "memory"],

@@ -25,9 +25,10 @@ def attack(
     """The point of a region that projected gradient ascent through the noise finds least like `label`.
 
     Increases `-log mean_i softmax(f(noisy copy i of y))_label` over y, with fresh draws at every step, in the
-    coordinates `(y - center) / theta`, where the region is a ball: steps along the normalised gradient, of
-    `2.5 gap / steps`, projected to the ball. It is an expectation-over-transformation attack (Athalye et al. 2018), and
-    SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Like the certificate, it may leave [0, 1].
+    coordinates `B(y - center) / theta`, B of the region's basis, where the region is a ball: steps along the normalised
+    gradient, of `2.5 gap / steps`, projected to the ball. It is an expectation-over-transformation attack (Athalye et
+    al. 2018), and SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Like the certificate, it may
+    leave [0, 1].
 
     Args:
       key: typed key of the draws; another one than that of the certificate.
@@ -40,23 +41,29 @@ def attack(
       y [*d], inside the region (`Region.contains`). What the smoothed classifier answers there, `certify` says.
 
     Raises:
-      ValueError: if region and noise have different norms; outside jit, if `label` is not a class.
+      ValueError: if region and noise have different norms or bases; outside jit, if `label` is not a class.
     """
     if region.norm != smoothed.noise.norm:
         raise ValueError(f"the region is of norm {region.norm}, the noise certifies norm {smoothed.noise.norm}")
+    if region.basis != smoothed.noise.basis:
+        raise ValueError(f"the region is in the basis {region.basis}, the noise in {smoothed.noise.basis}")
     check_labels(label, smoothed.classifier)
     check_integer("steps", steps)
     key = stage_key(key, Stage.DIFFERENTIABLE)
     center = jnp.asarray(region.center, noise_dtype(region.center))
     theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
     norm = lambda values: jnp.sqrt((values**2).sum()) if region.norm == 2 else jnp.abs(values).sum()
-    # What rounding may add to the distance of center + theta * scaled.
-    slack = 4 * float(jnp.finfo(center.dtype).eps) * norm(jnp.abs(center) / theta + region.gap)
+    point = lambda scaled: center + region.basis.inputs(theta * scaled)
+    # What rounding may add to the distance of such a point.
+    eps, rotation = float(jnp.finfo(center.dtype).eps), region.basis.rounding(center.shape, center.dtype)
+    slack = 4 * eps * norm(jnp.abs(center) / theta + region.gap)
+    if rotation:  # an error of one pixel is one of all coefficients
+        slack += (4 * eps * norm(center) + (4 * eps + rotation) * theta.max() * region.gap) / theta.min()
     gap = jnp.maximum(jnp.asarray(region.gap, center.dtype) * (1 - 1e-5) - slack, 0.0)
     project = optax.projections.projection_l2_ball if region.norm == 2 else optax.projections.projection_l1_ball
 
     def loss(scaled, key):
-        probs = smoothed_probs(key, smoothed, center + theta * scaled, num_samples=num_samples)
+        probs = smoothed_probs(key, smoothed, point(scaled), num_samples=num_samples)
         return -jnp.log(probs[label] + 1e-12)
 
     def step(scaled, i):
@@ -66,4 +73,4 @@ def attack(
         return jnp.where(gap > 0, project(scaled, jnp.where(gap > 0, gap, 1.0)), 0.0), None
 
     scaled, _ = jax.lax.scan(step, jnp.zeros_like(center), jnp.arange(steps))
-    return center + theta * scaled
+    return jnp.asarray(point(scaled))

@@ -79,7 +79,7 @@ def estimated_region(
     else:
         share = vote_share(key, smoothed, x, label, num_samples=config.num_samples, chunk=config.chunk)
     p_lower = bounds.clopper_pearson_lower_traced(share * config.num_samples, config.num_samples, config.alpha)
-    return Region(jnp.asarray(x), smoothed.theta, smoothed.noise.gap(p_lower), smoothed.noise.norm)
+    return smoothed.noise.region(jnp.asarray(x), smoothed.theta, smoothed.noise.gap(p_lower))
 
 
 def check_labels(labels: ArrayLike, classifier: Classifier) -> None:
@@ -101,8 +101,9 @@ def vote_share(
 ) -> Float[Array, ""]:
     """Share of the draws that vote for `label`, with the score-function derivative of its expectation.
 
-    `d/dx E[v] = E[(v - b) eps / theta]` and `d/dtheta E[v] = E[(v - b) (eps^2 - 1) / theta]` for a vote v in {0, 1} and
-    Gaussian eps. The control variate b of a draw is the share of the other draws, so that the estimate stays unbiased.
+    `d/dz E[v] = E[(v - b) eps / theta]` and `d/dtheta E[v] = E[(v - b) (eps^2 - 1) / theta]` for a vote v in {0, 1},
+    Gaussian eps, and the coefficients z of x in the basis of the noise. The control variate b of a draw is the share of
+    the other draws, so that the estimate stays unbiased.
     Derivatives are of first order, and those in the classifier's variables are 0: votes do not move with them.
 
     Args:
@@ -131,11 +132,11 @@ def vote_share(
 
     def add(sums, start):
         draws = start + jnp.arange(chunk)
-        eps = jax.vmap(lambda i: noise.sample(jax.random.fold_in(key, i), jnp.ones_like(scale)))(draws)
-        logits = fixed_classifier((center[None] + scale[None] * eps).astype(dtype))
+        eps = jax.vmap(lambda i: Gaussian().sample(jax.random.fold_in(key, i), jnp.ones_like(scale)))(draws)
+        logits = fixed_classifier((center[None] + noise.basis.inputs(scale[None] * eps)).astype(dtype))
         inside = draws < num_samples
         votes = inside & (logits.argmax(-1) == label) & ~jnp.isnan(logits).any(-1)
-        moments = jnp.stack([eps, eps**2 - 1])  # the scores in x and theta, times theta
+        moments = jnp.stack([eps, eps**2 - 1])  # the scores in coefficients and theta, times theta
         weighted = [jnp.tensordot(weights.astype(x.dtype), moments, (0, 1)) for weights in (votes, inside)]
         return jax.tree.map(jnp.add, sums, (votes.sum(), *weighted)), None
 
@@ -143,4 +144,5 @@ def vote_share(
     (count, voted, drawn), _ = jax.lax.scan(add, (jnp.int32(0), zeros, zeros), jnp.arange(0, num_samples, chunk))
     share = count.astype(x.dtype) / num_samples
     slopes = (voted - share * drawn) / (num_samples - 1) / scale
-    return share + (slopes * jnp.stack([x - center, theta - scale])).sum()  # the value is share: both differences are 0
+    moved = jnp.asarray(noise.basis.coefficients(x - center))
+    return share + (slopes * jnp.stack([moved, theta - scale])).sum()  # the value is share: both differences are 0

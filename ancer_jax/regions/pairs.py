@@ -1,7 +1,8 @@
 """Two regions: does one contain the other, do they meet, and how far can one grow?
 
 Each answer about different centers is the value of a concave function of one variable whose every value errs on the
-safe side, so that the search for its maximum need not be exact. Sums are lowered by a bound of their rounding error.
+safe side, so that the search for its maximum need not be exact. Sums are lowered by a bound of their rounding error,
+and so are distances in the coefficients of a basis, or raised, whichever is safe.
 """
 
 import functools
@@ -15,17 +16,17 @@ from jax.typing import ArrayLike
 
 from ancer_jax._numerics import Values, array_library, float64_on_the_host, rounding
 from ancer_jax.regions._duals import ellipsoid_dual, knapsack_dual
-from ancer_jax.regions.region import Region, parts_of
+from ancer_jax.regions.region import Region, parts_of, rounding_of_contains
 
 
 def is_superset(a: Region, b: Region) -> Values:
-    """Whether region `a` contains region `b` of the same norm and center (bool []); one region each.
+    """Whether region `a` contains region `b` of the same norm, basis and center (bool []); one region each.
 
     True if and only if `gap_a * theta_a >= gap_b * theta_b` in every coordinate. Centers that differ give False: the
     comparison says nothing about them.
 
     Raises:
-      ValueError: if the norms differ, or a region is a batch.
+      ValueError: if norms or bases differ, or a region is a batch.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
@@ -63,29 +64,39 @@ def _check_pair(a: Region, b: Region) -> None:
         raise ValueError("pairs are of one region each: use jax.vmap for batches")
     if a.norm != b.norm:
         raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
+    if a.basis != b.basis:
+        raise ValueError(f"regions of different bases cannot be compared: {a.basis} and {b.basis}")
 
 
-def _pair(a: Region, b: Region):
-    """(|difference of the centers|, theta of a, theta of b), flat, and `rounding` of them."""
+def _pair(a: Region, b: Region, *, at_least: bool = False):
+    """(|difference of the centers|, theta of a, theta of b), flat and in coefficients, and `rounding` of them.
+
+    The differences are at most the exact ones, or `at_least` these.
+    """
     _, center_a, theta_a, _, _ = parts_of(a)
     _, center_b, theta_b, _, _ = parts_of(b)
-    difference = jnp.ravel(center_a - center_b)
+    apart = center_a - center_b
+    difference = jnp.ravel(a.basis.coefficients(apart))
     difference *= jnp.sign(difference)  # its absolute value, with derivative 0 at 0
+    if error := a.basis.rounding(apart.shape, apart.dtype):
+        length = jax.lax.stop_gradient(jnp.sqrt((apart**2).sum())) * error
+        difference = difference + length if at_least else jnp.maximum(difference - length, 0.0)
     return difference, jnp.ravel(theta_a), jnp.ravel(theta_b), rounding(difference.size, difference.dtype)
 
 
 @_in_float64
 def separation(a: Region, b: Region) -> Values:
-    """How clearly two regions of one norm are separated ([]): above 1 they are disjoint; up to rounding, only then.
+    """How clearly two regions of one norm and basis are separated ([]): above 1 they are disjoint; up to rounding, only
+    then.
 
     `max_{0<t<1} s(t)`, where with semi-axes `alpha = gap_a theta_a`, `beta = gap_b theta_b` and
-    `d = |center_a - center_b|`, p = 2: `s(t) = sum d^2 / (alpha^2 / t + beta^2 / (1 - t))`; p = 1:
+    `d = |B(center_a - center_b)|`, p = 2: `s(t) = sum d^2 / (alpha^2 / t + beta^2 / (1 - t))`; p = 1:
     `s(t) = sum min(t / alpha, (1 - t) / beta) d`. Infinite for two points that differ.
 
     Guarantee: never above the exact value.
 
     Raises:
-      ValueError: if norms or shapes differ, or a region is a batch.
+      ValueError: if norms, bases or shapes differ, or a region is a batch.
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     distance = jnp.where(d > 0, d, 1.0)
@@ -142,7 +153,7 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
     d, theta_a, theta_b, margin = _pair(a, b)
     enough = enough / (1 - _slack(margin))  # the slack is taken off below
     # Slightly too large, so that b also keeps clear of what `contains` cannot decide.
-    gap_b = b.gap * (1 + margin)
+    gap_b = b.gap * (1 + rounding_of_contains(b))
     inverse = 1 / (theta_b * jnp.where(gap_b > 0, gap_b, 1.0))
     if a.norm == 2:
         e, w = (d * inverse) ** 2, (theta_a * inverse) ** 2
@@ -165,7 +176,7 @@ def largest_inside(a: Region, b: Region) -> Values:
     Guarantee: below the exact value by about 2^-32 of it (p = 2: 2^-26) and rounding, never above; 0 if the center of a
     is not inside b. Errors as in `separation`.
     """
-    d, theta_a, theta_b, margin = _pair(a, b)
+    d, theta_a, theta_b, margin = _pair(a, b, at_least=True)
     beta = theta_b * jnp.where(b.gap > 0, b.gap, 1.0)
     if a.norm == 2:
         e, w = (d / beta) ** 2, (theta_a / beta) ** 2

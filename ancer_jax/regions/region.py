@@ -8,25 +8,28 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from ancer_jax._numerics import Leaf, Values, array_library, geometric_mean
+from ancer_jax._numerics import Leaf, Values, array_library, geometric_mean, rounding
+from ancer_jax.basis import Basis, Pixels
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """`{y : ||(y - center) / theta||_norm <= gap}`: an ellipsoid (norm 2) or a cross-polytope (norm 1); a pytree.
+    """`{y : ||B(y - center) / theta||_norm <= gap}`: an ellipsoid (norm 2) or a cross-polytope (norm 1); a pytree.
 
-    `gap * theta` are its semi-axes. One region, or many: leading axes `...` are those of `gap`, and sizes have them,
-    too. Sizes are computed on the host in float64; under jit, vmap and grad they stay traced.
+    B gives the coefficients in a basis, usually the pixels themselves. `gap * theta` are the semi-axes. One region, or
+    many: leading axes `...` are those of `gap`, and sizes have them, too. Sizes are computed on the host in float64;
+    under jit, vmap and grad they stay traced.
 
     Attributes:
       center: [..., *d], the certified input.
-      theta: [...] or [..., *d], positive noise parameter, in the units of the input.
+      theta: [...] or [..., *d], positive noise parameter of each coefficient, in the units of the input.
       gap: [...], size in units of theta; 0 is the single point `center`.
       norm: 2 or 1 (static).
+      basis: of the coefficients (static); another one than the pixels needs norm 2, which a rotation preserves.
 
     Raises:
-      ValueError: if `norm` is something else; when a size is asked for, if the shapes do not fit.
+      ValueError: if `norm` is something else, or has no such basis; when a size is asked for, if the shapes do not fit.
 
     >>> region = Region(center=[0.0, 0.0], theta=[1.0, 4.0], gap=0.5, norm=2)
     >>> float(region.radius), float(region.proxy_radius)
@@ -37,10 +40,13 @@ class Region:
     theta: Leaf = dataclasses.field(repr=False)
     gap: Leaf
     norm: int = dataclasses.field(metadata={"static": True})
+    basis: Basis = dataclasses.field(default=Pixels(), metadata={"static": True}, repr=False)
 
     def __post_init__(self):
         if self.norm not in (2, 1):
             raise ValueError(f"norm must be 2 or 1, got {self.norm!r}")
+        if self.norm == 1 and self.basis != Pixels():
+            raise ValueError(f"regions of norm 1 are in pixels: {self.basis} does not preserve that norm")
 
     @property
     def radius(self) -> Values:
@@ -73,7 +79,7 @@ class Region:
     def contains(self, point: ArrayLike) -> Values:
         """Whether `point` [*d] lies in the region, boundary included: bool [...]."""
         xnp, center, theta, gap, axes = parts_of(self)
-        scaled = xnp.abs((xnp.asarray(point, dtype=float) - center) / theta)
+        scaled = xnp.abs(self.basis.coefficients(xnp.asarray(point, dtype=float) - center) / theta)
         powers = xnp.sum(scaled**self.norm, axis=axes)
         return (xnp.sqrt(powers) if self.norm == 2 else powers) <= gap
 
@@ -89,3 +95,15 @@ def parts_of(region: Region) -> tuple[ModuleType, Any, Any, Any, tuple[int, ...]
     if theta.ndim == gap.ndim:
         theta = theta.reshape(*gap.shape, *(1 for _ in axes))
     return xnp, center, xnp.broadcast_to(theta, center.shape), gap, axes
+
+
+def rounding_of_contains(region: Region) -> float | Values:
+    """Bound of the relative error of the norm that `contains` compares with the gap, for points near the boundary; of
+    one region.
+    """
+    xnp, center, theta, _, _ = parts_of(region)
+    d, dtype = math.prod(center.shape), xnp.asarray(0.0).dtype
+    if not (rotation := region.basis.rounding(center.shape, dtype)):
+        return rounding(d, dtype)
+    # Such a point is at most max(theta) gap from the center, and an error e there is e sqrt(d) / min(theta) at most.
+    return rounding(d, dtype) + rotation * math.sqrt(d) * theta.max() / theta.min()

@@ -1,5 +1,6 @@
 """How much the figures of the classifier with memory depend on the order of the inputs."""
 
+import dataclasses
 import fractions
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from ancer_jax.memory import Memory
 from ancer_jax.metrics import average_certified_radius, round_down
-from ancer_jax.regions import Region
 from ancer_jax.report.results import Results
 from ancer_jax.smoothing import Certificate
 
@@ -41,13 +41,13 @@ def _certificates(results: Results) -> Certificate:
     if stored is None or len(stored[1]) != len(own["idx"]):
         raise ValueError(f"{results.run.path}: not all inputs are in its memory; certify again to finish the run")
     regions = stored[0].regions
-    region = Region(regions.center, regions.theta, own["gap"], regions.norm)
+    region = dataclasses.replace(regions, gap=own["gap"])
     return Certificate(own["predict"], region, own["p_lower"], own["count"], own["n"])
 
 
 def _figures(certificates: Certificate, labels: np.ndarray) -> dict[str, Any]:
     """The figures of inputs that come in this order."""
-    _, answers = Memory.empty(certificates.region.norm).insert_batch(certificates)
+    _, answers = Memory.empty(certificates.region.norm, certificates.region.basis).insert_batch(certificates)
     correct = np.asarray(answers.prediction) == labels
     return {
         "accuracy": fractions.Fraction(int(correct.sum()), len(correct)),

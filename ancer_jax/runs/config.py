@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ancer_jax._checks import check_choice, check_integer, check_real
+from ancer_jax.basis import Basis, Pixels, read_basis
 from ancer_jax.search.config import (
     THETA_MAX_FACTOR,
     AnisotropicConfig,
@@ -33,6 +34,7 @@ _PARTS: dict[str, Callable[..., Any]] = {
     "isotropic": IsotropicConfig,
     "anisotropic": AnisotropicConfig,
     "leakage": LeakageConfig,
+    "basis": lambda **description: read_basis(description),
 }
 
 
@@ -55,6 +57,8 @@ class RunConfig:
       noise: for l1 "splitting"; None is the usual one of the norm.
       exact: count all draws there are of splitting noise instead of `certify.n` random ones (`Splitting`). Theta is
         rounded down to a value that allows it, after guard and leakage limit, and certificates hold without alpha.
+      basis: orthonormal basis of the coefficients that theta belongs to, and in which the noise is independent
+        (`ancer_jax.basis`); other than the pixels for l2 only.
       period: with exact and one theta per coordinate, the largest number of those draws.
       precision: of the network's matrix products, on accelerators (`jax.default_matmul_precision`): "default" is what
         JAX is set to, where float32 is TF32 on recent GPUs and bfloat16 on TPUs; "highest" is float32. Another
@@ -80,6 +84,7 @@ class RunConfig:
     seed: int = 0
     noise: str | None = None
     exact: bool = False
+    basis: Basis = Pixels()
     period: int = 5040
     precision: Precision = "default"
     memory: bool = True
@@ -89,6 +94,8 @@ class RunConfig:
         check_choice("method", self.method, Method)
         check_choice("guard", self.guard, Guard)
         check_choice("precision", self.precision, Precision)
+        if self.norm == "l1" and self.basis != Pixels():
+            raise ValueError(f"the noise for l1 is in pixels: {self.basis} does not preserve l1 distances")
         make_noise(self.norm, self.noise)
         if self.noise == DEFAULT_NOISE[self.norm]:
             object.__setattr__(self, "noise", None)
@@ -122,7 +129,8 @@ class RunConfig:
     @property
     def certified_noise(self) -> Noise:
         """The noise law of the draws that certify; `for_search` of it is that of searches and leakage."""
-        form = {"exact": True, "period": self.period} if self.exact else {}
+        form: dict[str, Any] = {"exact": True, "period": self.period} if self.exact else {}
+        form |= {"basis": self.basis} if self.basis != Pixels() else {}
         return make_noise(self.norm, self.noise, **form)
 
     @property
@@ -172,12 +180,13 @@ class RunConfig:
         used = ["norm", "method", "certify", "seed", *self.searches]
         used += ["theta"] if self.method != "universal" else []
         used += [] if self.noise is None else ["noise", "exact"]
+        used += ["basis"] if self.basis != Pixels() else []
         used += ["period"] if self.exact and self.method in ("universal", "ancer") else []
         used += ["sampling"] if self.sampling is not None else []
         used += ["guard"] if self.method == "ancer" else []
         used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []
         used += ["leakage", "leakage_limit"] if self.data_dependent else []
-        values, law = dataclasses.asdict(self), self.certified_noise
+        values, law = dataclasses.asdict(self) | {"basis": self.basis.describe()}, self.certified_noise
         own = {} if type(law) in (Gaussian, Uniform, Splitting) else {"noise_law": repr(law)}
         return {name: values[name] for name in used} | own
 

@@ -244,7 +244,7 @@ class Run:
 
     def _made_from(self, digests: Sequence[bytes], count: int) -> str:
         """Hash of this run's settings and of the certificates of its first `count` inputs."""
-        return hashlib.sha256(b"".join([f"memory 2 {self.key}".encode(), *digests[:count]])).hexdigest()
+        return hashlib.sha256(b"".join([f"memory 3 {self.key}".encode(), *digests[:count]])).hexdigest()
 
     def set_memory_aside(self) -> tuple[epath.Path, epath.Path] | None:
         """Rename a memory that is not, or no longer, this run's; its name and the new one, or None if there is none."""

@@ -1,10 +1,12 @@
 """A memory in a file."""
 
+import json
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from ancer_jax.basis import read_basis
 from ancer_jax.memory import Memory
 from ancer_jax.regions.region import Region
 from ancer_jax.storage import as_os_error, in_bucket, read_arrays, write_file
@@ -22,8 +24,9 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     if not in_bucket(path) and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
     arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}
-    named: dict[str, Any] = arrays | more
-    write_file(path, lambda file: np.savez(file, norm=np.array(memory.norm), **named))
+    kind = {"norm": np.array(memory.norm), "basis": np.array(json.dumps(memory.basis.describe()))}
+    named: dict[str, Any] = kind | arrays | more
+    write_file(path, lambda file: np.savez(file, **named))
 
 
 @as_os_error
@@ -47,6 +50,7 @@ def load_memory(path: epath.PathLike) -> Memory:
 
 def read_memory_file(file: epath.Path) -> Memory:
     """The memory in an npz file; raises what reading it raises."""
-    arrays = read_arrays(file, ("norm", "center", "theta", "gap", "prediction"))
-    region = Region(arrays["center"], arrays["theta"], arrays["gap"], int(arrays["norm"]))
+    arrays = read_arrays(file, ("norm", "basis", "center", "theta", "gap", "prediction"))
+    kind = int(arrays["norm"]), read_basis(json.loads(str(arrays["basis"])))
+    region = Region(arrays["center"], arrays["theta"], arrays["gap"], *kind)
     return Memory.restore(region, arrays["prediction"])

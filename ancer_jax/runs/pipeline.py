@@ -14,7 +14,6 @@ from jaxtyping import ArrayLike, Float
 from ancer_jax import devices
 from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
 from ancer_jax.memory import Memory
-from ancer_jax.regions.region import Region
 from ancer_jax.runs.config import Execution, RunConfig
 from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS, Run, open_run
 from ancer_jax.runs.job import Collected, Job, Pending, make_job
@@ -189,15 +188,16 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
             f"say): it was renamed to {names[1].name}, and a new one was made, whose answers may differ",
             stacklevel=3,
         )
-    norm = run.config.certified_noise.norm
-    memory, ids, inside = stored or (Memory.empty(norm), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    noise = run.config.certified_noise
+    nothing = np.zeros(0, np.int64)
+    memory, ids, inside = stored or (Memory.empty(noise.norm, noise.basis), nothing, nothing)
     new = {name: column[len(ids) :] for name, column in columns.items()}
     if not len(new["ids"]):
         return
     images = dataset.images[np.searchsorted(dataset.ids, new["ids"])]
     if (other := pixel_hashes(images) != new["pixels"]).any():
         raise ValueError(f"{dataset.name}: image {new['ids'][other][0]} is no longer the one that was certified")
-    region, unused = Region(images, new["theta"], new["gap"], norm), np.zeros(len(images))
+    region, unused = noise.region(images, new["theta"], new["gap"]), np.zeros(len(images))
     certificates = Certificate(new["predictions"], region, unused, unused, unused)
     memory, answers = memory.insert_batch(certificates, progress=functools.partial(execution.progress, "remembered"))
     places = np.asarray(answers.inside)

@@ -101,6 +101,7 @@ class UniversalConfig:
       learning_rate: step size in log(theta).
       alpha: of the Clopper-Pearson bound in the estimate. At 1/2, a lucky few draws would count as a region, and
         the more so the larger the noise.
+      theta_min: lower bound, never above the start; None is a tenth of that.
       theta_max: upper bound, never below the start; None is 4 times that. ACR-tilde depends on it: report it.
     """
 
@@ -109,6 +110,7 @@ class UniversalConfig:
     num_samples: int = 32
     learning_rate: float = 0.03
     alpha: float = 0.05
+    theta_min: float | None = None
     theta_max: float | None = None
 
     def __post_init__(self):
@@ -116,8 +118,9 @@ class UniversalConfig:
             check_integer(name, getattr(self, name))
         check_real("learning_rate", self.learning_rate, "(0, inf)")
         check_real("alpha", self.alpha, f"[{bounds.LEAST_TRACED_ALPHA}, 1)")
-        if self.theta_max is not None:
-            check_real("theta_max", self.theta_max, "(0, inf)")
+        for name in ("theta_min", "theta_max"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name), "(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)

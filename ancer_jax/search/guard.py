@@ -57,7 +57,7 @@ def guarded_choice(
     def class_and_region(theta: jax.Array) -> tuple[jax.Array, Region]:
         counts = class_counts(key, smoothed.with_theta(theta), x, num_samples=config.num_samples, chunk=config.chunk)
         p_lower = bounds.clopper_pearson_lower_traced(counts.max(), config.num_samples, config.alpha)
-        return counts.argmax(), Region(x, theta, smoothed.noise.gap(p_lower), smoothed.noise.norm)
+        return counts.argmax(), smoothed.noise.region(x, theta, smoothed.noise.gap(p_lower))
 
     class_candidate, region_candidate = class_and_region(candidate)
     taken = jnp.asarray(True)

@@ -1,6 +1,8 @@
 """One theta map for all inputs."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,13 @@ def optimize_universal(
     labels: Int[ArrayLike, " images"],
     *,
     config: UniversalConfig = UniversalConfig(),
+    progress: Callable[[Any, Any], object] | None = None,
 ) -> tuple[Float[Array, "*d"], Float[Array, " steps"]]:
-    """A universal theta: one value for each coordinate, the same for all inputs.
+    """A universal theta: one value for each coefficient in the basis of the noise, the same for all inputs.
 
     Adam ascent of the mean estimated proxy radius: ACR-tilde with estimated regions (`estimated_region`, soft, of the
     images' labels), where an image that the smoothed classifier gets wrong counts 0. It ascends `log theta`, with a
-    rate that falls to 0 along a cosine, in `[start / 10, theta_max]`. The upper bound keeps the noise from erasing
+    rate that falls to 0 along a cosine, in `[theta_min, theta_max]`. The upper bound keeps the noise from erasing
     every image: the constant classifier would be right on one class, with regions as large as the noise.
 
     Args:
@@ -37,6 +40,7 @@ def optimize_universal(
       images, labels: of the training data. Theta must not depend on the draws of the certificates that use it: learned
         on test images, it needs another seed than the run that certifies, and flatters the accuracy.
       config: settings of the ascent (static).
+      progress: called on the host with the number of each step and its objective (static).
 
     Returns:
       theta [*d], and the objective at each step [steps]. Where a step is not finite, the last finite theta is kept.
@@ -53,8 +57,11 @@ def optimize_universal(
     check_start(smoothed.theta)
     key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    start = jnp.log(jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:]))
-    upper = start + math.log(THETA_MAX_FACTOR)
+    first = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])
+    start = jnp.log(first)
+    lower, upper = start - math.log(10.0), start + math.log(THETA_MAX_FACTOR)
+    if config.theta_min is not None:
+        lower = jnp.minimum(jnp.log(config.theta_min), start)
     if config.theta_max is not None:
         upper = jnp.maximum(jnp.log(config.theta_max), start)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
@@ -72,10 +79,15 @@ def optimize_universal(
         loss = lambda log_theta: -jax.vmap(size, (None, 0, 0, 0))(log_theta, *batch).mean()
         value, gradient = jax.value_and_grad(loss)(log_theta)
         updates, new_state = optimizer.update(gradient, state)
-        new = jnp.clip(log_theta + updates, start - math.log(10.0), upper)
+        new = jnp.clip(log_theta + updates, lower, upper)
         finite = jnp.isfinite(new).all()
         keep = lambda new, old: jnp.where(finite, new, old)
+        if progress is not None:
+            jax.debug.callback(progress, i, -value)
         return jax.tree.map(keep, (new, new_state), (log_theta, state)), -value
 
     (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
-    return jnp.exp(log_theta), trace
+    theta = jnp.exp(log_theta)
+    if config.theta_min is not None:  # exp may round the bound
+        theta = jnp.maximum(theta, jnp.minimum(config.theta_min, first))
+    return theta, trace

@@ -146,7 +146,7 @@ def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed:
     theta = theta_of_each(smoothed.theta, gap.shape, x.shape[gap.ndim :])
     prediction = np.where(gap > 0, np.asarray(selected), ABSTAIN)
     p_lower, count, n = (np.asarray(column)[()] for column in (p_lower, evidence.votes, evidence.n))
-    return Certificate(prediction[()], Region(x, theta, gap[()], smoothed.noise.norm), p_lower, count, n)
+    return Certificate(prediction[()], smoothed.noise.region(x, theta, gap[()]), p_lower, count, n)
 
 
 def theta_of_each(theta: ArrayLike, batch: tuple[int, ...], shape: tuple[int, ...]) -> HostValues:

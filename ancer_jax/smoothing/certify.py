@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax._checks import check_integer, check_real
-from ancer_jax.regions.region import Region
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import (
     ABSTAIN,
@@ -195,10 +194,13 @@ def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLik
     center, center32, axes, axes32 = (
         np.asarray(value, np.float64) for value in (x, region.center, smoothed.theta, region.theta)
     )
-    shift = np.linalg.norm(np.ravel((center - center32) / axes32), ord=region.norm)
+    moved = center - center32
+    shift = np.linalg.norm(np.ravel(region.basis.coefficients(moved) / axes32), ord=region.norm)
+    error = region.basis.rounding(moved.shape, np.float64) * np.linalg.norm(moved)
+    shift += error * np.linalg.norm(1 / np.broadcast_to(axes32, moved.shape))
     stretch = np.maximum(1.0, np.max(axes / axes32))
     gap = np.maximum(np.asarray(region.gap) - shift * (1 + 1e-9), 0.0) / stretch
-    region = Region(np.asarray(x), np.asarray(smoothed.theta), gap, region.norm)
+    region = smoothed.noise.region(np.asarray(x), np.asarray(smoothed.theta), gap)
     prediction = np.where(gap > 0, np.asarray(certificate.prediction), ABSTAIN)[()]
     return dataclasses.replace(certificate, region=region, prediction=prediction)
 

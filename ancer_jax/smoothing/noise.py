@@ -1,7 +1,8 @@
 """Noise laws: noisy copies of an input, and the region that a probability bound certifies under them.
 
 If the smoothed classifier `g_theta(x) = argmax_c P(f(noisy copy of x) = c)` gives its top class with probability at
-least `p_lower`, then it is constant on `{y : ||(y - x) / theta||_norm <= gap(p_lower)}`.
+least `p_lower`, then it is constant on `{y : ||B(y - x) / theta||_norm <= gap(p_lower)}`, where B gives coefficients in
+the basis of the noise: of all noise but `Gaussian(basis)`, the pixels themselves.
 """
 
 import abc
@@ -16,7 +17,9 @@ import scipy.special
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from ancer_jax._numerics import Values, array_library
+from ancer_jax._numerics import Leaf, Values, array_library
+from ancer_jax.basis import Basis, Pixels
+from ancer_jax.regions.region import Region
 
 # Monte Carlo means of a softmax are clipped to this range before the normal quantile (the settings of ANCER's code).
 _CLIP = 1e-3
@@ -33,6 +36,15 @@ class Noise(abc.ABC):
     """
 
     norm: ClassVar[int]
+
+    @property
+    def basis(self) -> Basis:
+        """The basis of the coefficients that theta belongs to."""
+        return Pixels()
+
+    def region(self, x: Leaf, theta: Leaf, gap: Leaf) -> Region:
+        """The region of that gap around x under this noise; shapes as in `Region`."""
+        return Region(x, theta, gap, self.norm, self.basis)
 
     @abc.abstractmethod
     def perturb(
@@ -111,18 +123,29 @@ class AdditiveNoise(Noise):
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(AdditiveNoise):
-    """Gaussian noise, `eps ~ N(0, I)`: l2 certificates; theta is its standard deviation.
+    """Gaussian noise: l2 certificates. Each coefficient gets `theta * eps`, `eps ~ N(0, 1)`, so that theta is its
+    standard deviation.
 
     `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds.
 
-    References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570).
+    In another basis than the pixels the noise is coloured. With B(x) the coefficients of x, the smoothed classifier of
+    f at x is that of `z -> f(B^-1(z))` at `B(x)`, under independent noise: so the theorems hold for `B(y) - B(x)`.
+    B preserves l2 distances, and so the radius is `min(theta) * gap` in any basis.
+
+    Attributes:
+      basis: orthonormal basis (`ancer_jax.basis`).
+
+    References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570);
+      noise of a few directions only, in an orthonormal basis: Pfrommer et al. 2023 (arXiv 2309.13794).
     """
 
     norm: ClassVar[int] = 2
+    basis: Basis = Pixels()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
-        """One draw of `theta * N(0, I)`."""
-        return widen(theta) * jax.random.normal(key, theta.shape, noise_dtype(theta))
+        """One draw of `theta * N(0, I)`, from coefficients to inputs."""
+        coefficients = widen(theta) * jax.random.normal(key, theta.shape, noise_dtype(theta))
+        return jnp.asarray(self.basis.inputs(coefficients))
 
     def gap(self, p_lower: ArrayLike, p_b_upper: ArrayLike | None = None) -> Values:
         """See `Noise.gap`.

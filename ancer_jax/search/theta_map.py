@@ -1,0 +1,122 @@
+"""Theta maps: one theta for each coefficient of a basis, the same for all inputs, in a file; and where they start."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from ancer_jax._checks import check_real
+from ancer_jax._numerics import geometric_mean
+from ancer_jax.basis import Basis, Pixels, read_basis, spectrum
+from ancer_jax.storage import read_array, read_arrays, write_file
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThetaMap:
+    """A universal theta and its basis; hashable by value.
+
+    Attributes:
+      theta: float32 [*d], positive and finite.
+      basis: of the coefficients.
+
+    Raises:
+      ValueError: if a theta is not positive and finite as float32.
+    """
+
+    theta: np.ndarray
+    basis: Basis = Pixels()
+
+    def __post_init__(self):
+        theta = np.asarray(self.theta)
+        valid = (theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)
+        if not theta.size or not valid.all():
+            raise ValueError(f"theta of a map must be positive and finite, got {theta.min()} to {theta.max()}")
+        theta = np.array(theta, np.float32)  # a copy, which nobody changes
+        theta.flags.writeable = False
+        object.__setattr__(self, "theta", theta)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of theta and basis."""
+        described = json.dumps([self.theta.shape, self.basis.describe()], sort_keys=True)
+        return hashlib.sha256(described.encode() + self.theta.tobytes()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ThetaMap) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.theta.shape))
+        return f"ThetaMap({size}, {self.basis}, {self.digest[:12]})"
+
+    def __str__(self) -> str:
+        low, mean, high = (float(value) for value in (self.theta.min(), geometric_mean(self.theta), self.theta.max()))
+        return f"theta {low:.3g} to {high:.3g}, geometric mean {mean:.4g}, basis {self.basis.name}"
+
+
+def spectral_theta(
+    images: Float[ArrayLike, "m *d"], basis: Basis, sigma: float, *, theta_max: float, power: float = 1.0
+) -> ThetaMap:
+    """The theta map `theta_k = clip(sigma * (sigma / s_k)^power, sigma, theta_max)`, where s_k is the standard
+    deviation of coefficient k over the images: the less the images differ in a coefficient, the more noise it gets.
+
+    It needs no network, and no theta is below sigma: regions of the same gap contain those of isotropic noise sigma.
+
+    Args:
+      images: [m, *d] of the training data.
+      basis: of the coefficients.
+      sigma: the smallest theta.
+      theta_max: the largest theta. Sizes depend on it: report it.
+      power: 0 gives sigma everywhere.
+
+    Raises:
+      ValueError: if theta_max is below sigma, or a setting is not positive; as in `spectrum`.
+    """
+    check_real("sigma", sigma, "(0, inf)")
+    check_real("theta_max", theta_max, f"[{sigma}, inf)")
+    check_real("power", power, "[0, inf)")
+    deviations = np.maximum(spectrum(images, basis)[1], np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):
+        theta = np.clip(sigma * (sigma / deviations) ** power, sigma, theta_max)
+    return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(sigma)), basis)
+
+
+def save_theta_map(theta_map: ThetaMap, path: epath.PathLike) -> None:
+    """Write a theta map to an npz file.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    arrays: dict[str, Any] = {"theta": theta_map.theta, "basis": np.array(json.dumps(theta_map.basis.describe()))}
+    write_file(epath.Path(path), lambda file: np.savez(file, **arrays))
+
+
+def load_theta_map(path: epath.PathLike) -> ThetaMap:
+    """The theta map in a file of `save_theta_map`, or that in the pixels in an .npy file with theta alone.
+
+    Raises:
+      ValueError: if it cannot be read, or is not a theta map.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".npy":
+        theta, basis = read_array(path), Pixels()
+    else:
+        try:
+            arrays = read_arrays(path, ("theta", "basis"))
+            theta, basis = arrays["theta"], read_basis(json.loads(str(arrays["basis"])))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a theta map that can be read ({error})") from None
+    try:
+        return ThetaMap(theta, basis)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
