@@ -29,6 +29,7 @@ BasisName = Literal["pixels", "cosine", "karhunen-loeve"]
 # Brightness, red against blue, green against both.
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 _ORTHONORMAL = 1e-12
+_AXES = ("rows", "columns", "channels")
 
 
 class Basis(abc.ABC):
@@ -161,8 +162,8 @@ class KarhunenLoeve(_Separable):
     name = "karhunen-loeve"
 
     def __post_init__(self):
-        for axis in ("rows", "columns", "channels"):
-            matrix = np.array(getattr(self, axis), np.float64)  # a copy, which nobody changes
+        for axis in _AXES:
+            matrix = np.array(getattr(self, axis), np.float64, order="C")  # a copy, which nobody changes
             matrix.flags.writeable = False
             object.__setattr__(self, axis, matrix)
             square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
@@ -212,9 +213,6 @@ class KarhunenLoeve(_Separable):
         """See `Basis.describe`: the matrices as base64 of little-endian float64."""
         text = {axis: base64.b64encode(getattr(self, axis).astype("<f8")).decode() for axis in _AXES}
         return {"name": self.name, **text}
-
-
-_AXES = ("rows", "columns", "channels")
 
 
 def _eigenvectors(images: np.ndarray, axis: int) -> np.ndarray:
