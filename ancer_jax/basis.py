@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -29,6 +29,7 @@ BasisName = Literal["pixels", "cosine", "karhunen-loeve"]
 # Brightness, red against blue, green against both.
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 _ORTHONORMAL = 1e-12
+_PART = 1000  # images at a time
 _AXES = ("rows", "columns", "channels")
 
 
@@ -171,18 +172,21 @@ class KarhunenLoeve(_Separable):
                 raise ValueError(f"{axis} must be an orthonormal matrix, got one of shape {list(matrix.shape)}")
 
     @classmethod
-    def of(cls, images: ArrayLike) -> "KarhunenLoeve":
+    def of(cls, images: Any) -> "KarhunenLoeve":
         """The eigenvectors of the covariances of rows, of columns and of channels of images [m, height, width,
-        channels], in order of falling variance.
+        channels], in order of falling variance. The images are an array or are sliced like one.
 
         Raises:
           ValueError: if these are not images, or there are none.
         """
-        images = np.asarray(images)
-        if images.ndim != 4 or not images.size:
+        if len(images.shape) != 4:
             raise ValueError(f"images must be [m, height, width, channels], got shape {list(images.shape)}")
-        centred = images - images.mean(axis=0, dtype=np.float64).astype(images.dtype)
-        return cls(*(_eigenvectors(centred, axis) for axis in (1, 2, 3)))
+        mean, covariances = spectrum(images, Pixels())[0], [np.zeros((size, size)) for size in images.shape[1:]]
+        for part in _parts(images):
+            for axis, covariance in enumerate(covariances, start=1):
+                flat = np.moveaxis(part - mean, axis, -1).reshape(-1, len(covariance)).astype(np.float64)
+                covariance += flat.T @ flat
+        return cls(*map(_eigenvectors, covariances))
 
     def matrices(self, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """See `_Separable.matrices`."""
@@ -215,10 +219,8 @@ class KarhunenLoeve(_Separable):
         return {"name": self.name, **text}
 
 
-def _eigenvectors(images: np.ndarray, axis: int) -> np.ndarray:
-    """The eigenvectors of the covariance along an axis, in rows, those of large variance first."""
-    flat = np.moveaxis(images, axis, -1).reshape(-1, images.shape[axis])
-    covariance = sum(part.T.astype(np.float64) @ part for part in np.array_split(flat, max(1, len(flat) // 2**18)))
+def _eigenvectors(covariance: np.ndarray) -> np.ndarray:
+    """The eigenvectors of a covariance, in rows, those of large variance first."""
     vectors = np.linalg.eigh(covariance)[1].T[::-1]
     largest = np.abs(vectors).argmax(axis=1)[:, None]
     return vectors * np.sign(np.take_along_axis(vectors, largest, axis=1))  # the sign is arbitrary: this one is fixed
@@ -247,7 +249,7 @@ def read_basis(description: Mapping[str, Any]) -> Basis:
 _WITHOUT_DATA: dict[str, Basis] = {basis.name: basis for basis in (Pixels(), Cosine())}
 
 
-def make_basis(name: BasisName, images: ArrayLike) -> Basis:
+def make_basis(name: BasisName, images: Any) -> Basis:
     """The basis of that name; `images` [m, *d] are those of a Karhunen-Loeve basis.
 
     Raises:
@@ -256,17 +258,23 @@ def make_basis(name: BasisName, images: ArrayLike) -> Basis:
     return KarhunenLoeve.of(images) if name == KarhunenLoeve.name else read_basis({"name": name})
 
 
-def spectrum(images: ArrayLike, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
-    """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d].
+def spectrum(images: Any, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
+    """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d], which are
+    an array or are sliced like one.
 
     Raises:
       ValueError: if there are no images, or they are not of the shape of the basis.
     """
-    images = np.asarray(images)
-    if images.ndim < 2 or not images.size:
+    mean, squares = np.zeros(images.shape[1:]), np.zeros(images.shape[1:])
+    for part in _parts(images):
+        mean += part.sum(axis=0, dtype=np.float64) / len(images)
+        squares += (np.asarray(basis.coefficients(part)) ** 2).sum(axis=0, dtype=np.float64) / len(images)
+    deviations = np.sqrt(np.maximum(squares - np.asarray(basis.coefficients(mean)) ** 2, 0.0))
+    return mean.astype(np.float32), deviations
+
+
+def _parts(images: Any) -> Iterator[np.ndarray]:
+    """Images [m, *d], some at a time, as arrays on the host."""
+    if len(images.shape) < 2 or not len(images):
         raise ValueError(f"images must be [m, *d], got shape {list(images.shape)}")
-    mean = images.mean(axis=0, dtype=np.float64).astype(np.float32)
-    squares = np.zeros(images.shape[1:])
-    for part in np.array_split(images, -(-len(images) // 1000)):
-        squares += (np.asarray(basis.coefficients(part - mean)) ** 2).sum(axis=0)
-    return mean, np.sqrt(squares / len(images))
+    return (np.asarray(images[start : start + _PART]) for start in range(0, len(images), _PART))

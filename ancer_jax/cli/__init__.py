@@ -22,6 +22,7 @@ from ancer_jax.cli.certify import Certify
 from ancer_jax.cli.convert import Convert
 from ancer_jax.cli.demo import Demo
 from ancer_jax.cli.fetch import Fetch
+from ancer_jax.cli.learn_theta import LearnTheta
 from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.cli.train import Train
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> Any:
     """The command with its flags. Where a flag has a bad value, one line is left of the box that tyro draws."""
-    commands = {"demo": Demo, "certify": Certify, "fetch": Fetch, "train": Train, "convert": Convert, "report": Report}
+    commands = {"demo": Demo, "certify": Certify, "fetch": Fetch, "train": Train, "learn-theta": LearnTheta}
+    commands |= {"convert": Convert, "report": Report}
     for flags in (*commands.values(), Runtime):
         with contextlib.suppress(OSError):  # there may be no source; tyro has no descriptions then, either
             _join_lines(flags)

@@ -6,13 +6,14 @@ import math
 from typing import Any, Literal, TypeVar
 
 import jax
-import numpy as np
 import tqdm
 import tyro
+from etils import epath
 
 from ancer_jax import devices
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
+from ancer_jax.basis import Basis, read_basis
 from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
@@ -22,11 +23,11 @@ from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
 from ancer_jax.search.config import AnisotropicConfig, Guard, IsotropicConfig, LeakageConfig, Objective, SearchConfig
+from ancer_jax.search.theta_map import THETA_MAP, ThetaMap, load_theta_map
 from ancer_jax.smoothing.certificate import CertifyConfig
 from ancer_jax.smoothing.classifier import Classifier
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.smoothing.sequential import SequentialConfig
-from ancer_jax.storage import read_array
 
 _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
 # Flags that have no effect where theta is not searched.
@@ -62,14 +63,18 @@ class Certify:
     period: int = RunConfig.period
     """For --exact with one theta per pixel: the number of draws; 510 theta is rounded down to a divisor of it."""
     method: Method = "ancer"
-    """fixed: one theta for all; universal: one per pixel, the same for all images (--theta-map); isotropic: one per
-    image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
+    """fixed: one theta for all; universal: one per pixel, or coefficient, the same for all images (--theta-map);
+    isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
+    basis: Literal["pixels", "cosine"] = "pixels"
+    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta. With
+    universal it is that of --theta-map."""
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
     l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Default: what the bundled
     model, or the network in the folder, was trained with."""
     theta_map: str | None = None
-    """For universal: .npy file of theta, an array of the shape of an image (from optimize_universal, say)."""
+    """For universal: a theta map (of learn-theta), or an .npy file of theta, an array of the shape of an image.
+    Default: the map that the network in the folder was trained with."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
     """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
     ancer as its scripts do (theta = sigma / sqrt(3))."""
@@ -155,7 +160,7 @@ class Certify:
         devices.use_all_cores()
         self.runtime.start(survive=True)
         theta_map = self._read_theta_map()
-        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map):.4g}")
+        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map.theta):.4g}")
         classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         command = self
@@ -164,6 +169,7 @@ class Certify:
             if self.noise is None and checkpoint.norm == self.norm:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
         law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
+        law += f"{self.basis}-" * (self.basis != "pixels")
         out = self.out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
         command.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
@@ -172,21 +178,24 @@ class Certify:
             leave()
         print_table([out], parse_radii(self.radii) or RADII)
 
-    def _read_theta_map(self) -> np.ndarray | None:
-        if self.theta_map is None:
+    def _read_theta_map(self) -> ThetaMap | None:
+        file = self.theta_map
+        if file is None and self.method == "universal" and (own := epath.Path(self.classifier) / THETA_MAP).exists():
+            file = own
+        if file is None:
             return None
         if self.sigma is not None or self.sigma_convention != "theta":
             raise ValueError("--theta-map holds theta itself: --sigma and --sigma-convention do not go with it")
-        theta_map = read_array(self.theta_map)
-        if not (theta_map > 0).all():
-            raise ValueError(f"--theta-map {self.theta_map}: theta must be positive, got {theta_map.min()}")
-        return theta_map
+        if self.basis != "pixels":
+            raise ValueError("--theta-map holds its basis: --basis does not go with it")
+        return load_theta_map(file)
 
     def certify(
-        self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: np.ndarray | None = None
+        self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: ThetaMap | None = None
     ) -> None:
         """One run, with a progress bar."""
-        config = self._config(sigma, len(dataset))
+        basis = read_basis({"name": self.basis}) if theta_map is None else theta_map.basis
+        config, theta = self._config(sigma, basis, len(dataset)), None if theta_map is None else theta_map.theta
         mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
         total, title = 0 if mine is None else len(mine), f"{self.method} {sigma:g}"
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
@@ -202,9 +211,9 @@ class Certify:
                 advance(bar, title, images, "compiling, then the first batch")
 
             execution = Execution(self.batch_size, self.chunk, self.devices, self.shard_devices, progress)
-            certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
+            certify_dataset(classifier, dataset, config, out=out, theta_map=theta, execution=execution)
 
-    def _config(self, sigma: float, images: int) -> RunConfig:
+    def _config(self, sigma: float, basis: Basis, images: int) -> RunConfig:
         """The settings of a run of so many images."""
         if self.sigma_convention != "theta" and (self.norm != "l1" or self.noise == "splitting"):
             raise ValueError("--sigma-convention is for the uniform noise of --norm l1")
@@ -214,6 +223,7 @@ class Certify:
             norm=self.norm,
             noise=self.noise,
             exact=self.exact,
+            basis=basis,
             period=self.period,
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],

@@ -12,10 +12,14 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax.basis import Cosine, Pixels
 from ancer_jax.cli.runtime import Runtime, advance
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
+from ancer_jax.models.front import Front, wiener_front
+from ancer_jax.search.theta_map import THETA_MAP, ThetaMap, load_theta_map, save_theta_map
+from ancer_jax.smoothing.noise import Gaussian
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
 from ancer_jax.training.config import Flip, Optimizer, Schedule
@@ -45,9 +49,14 @@ class Train:
     """l2: Gaussian noise; l1: uniform noise, or --noise."""
     noise: NoiseName | None = None
     """For l1: uniform, or splitting (Levine & Feizi 2021)."""
-    sigma: float = 0.25
+    sigma: float | None = None
     """Noise theta, in units of [0, 1] pixels: standard deviation of Gaussian noise, half-width of uniform noise, half
-    the distance between cuts of splitting noise."""
+    the distance between cuts of splitting noise. Default: 0.25."""
+    theta_map: str | None = None
+    """Instead of --sigma: file of a theta map (of learn-theta), under whose noise the network is trained."""
+    front: Literal["none", "wiener"] = "none"
+    """wiener: a fixed linear filter in front of the network, Wiener's for the training images and Gaussian noise, in
+    the basis of --theta-map or, for noise that is independent in pixels, in the cosine basis."""
     epochs: int | None = None
     """Passes over the training images."""
     batch_size: int | None = None
@@ -103,18 +112,24 @@ class Train:
     def run(self) -> None:
         """Train, store the network, plot the training curves."""
         self.runtime.start(survive=False)
-        datasets, config = self._datasets(), self._config()
+        theta_map = self._read_theta_map()
+        datasets, config = self._datasets(), self._config(theta_map)
         if (self.mean is None) != (self.std is None):
             raise ValueError("--mean and --std go together")
         attributes = {"num_classes": datasets[0].num_classes, "compute_dtype": self.compute_dtype}
         attributes |= {} if self.mean is None else {"mean": self.mean, "std": self.std}
-        print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items()), flush=True)
-        state = self._train(attributes, datasets, config)
+        front = self._front(datasets[0], config)
+        attributes |= {} if front is None else {"front": front.basis.describe()}
+        print(", ".join(f"{name} {value}" for name, value in config.settings().items()), flush=True)
+        state = self._train(attributes, datasets, config, front)
         figures: dict[str, np.ndarray] = dict(zip(HISTORY, state.history.T, strict=True))
         accuracy = float(figures["test_accuracy"][-1])
         if not is_network(self.out):
-            history = dataclasses.asdict(config) | {"data": self.data, "test_accuracy": accuracy}
-            what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, self.sigma
+            if theta_map is not None and jax.process_index() == 0:
+                save_theta_map(theta_map, epath.Path(self.out) / THETA_MAP)
+            history = config.settings() | {"data": self.data, "test_accuracy": accuracy}
+            theta = config.theta if theta_map is None else None
+            what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, theta
             save_network(Checkpoint(*what, history=history, classes=datasets[0].classes), self.out, new=False)
         if jax.process_index() == 0:
             report.plot_training(figures, epath.Path(self.out) / "training.png")
@@ -128,7 +143,27 @@ class Train:
             raise ValueError(f"the training images of {self.data} are the test images, too: name others (--test-data)")
         return select(train_set, max_images=self.max), select(test_set, max_images=self.test_max)
 
-    def _config(self) -> TrainConfig:
+    def _read_theta_map(self) -> ThetaMap | None:
+        if self.theta_map is None:
+            return None
+        if self.sigma is not None:
+            raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
+        return load_theta_map(self.theta_map)
+
+    def _front(self, images: Dataset, config: TrainConfig) -> Front | None:
+        """The filter in front of the network, if one is asked for."""
+        if self.front == "none":
+            return None
+        if not isinstance(config.noise_law, Gaussian):
+            raise ValueError("--front wiener is a filter for Gaussian noise: --norm l2")
+        basis = config.noise_law.basis
+        if basis == Pixels():
+            if config.thetas.ndim:
+                raise ValueError("--front wiener needs a theta map in another basis than the pixels, or none")
+            basis = Cosine()
+        return wiener_front(images.images, config.thetas, basis)
+
+    def _config(self, theta_map: ThetaMap | None) -> TrainConfig:
         """The method's preset with the settings that were asked for."""
         names = ("epochs", "batch_size", "copies", "weight_decay", "weight", "epsilon", "attack_steps", "shift")
         asked = {name: getattr(self, name) for name in names}
@@ -140,9 +175,12 @@ class Train:
             asked["drop_every"] = 0  # not the preset's
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         changes |= {name: getattr(self, name) for name in ("norm", "noise", "optimizer", "flip", "seed")}
-        return dataclasses.replace(PRESETS[self.method], theta=self.sigma, **changes)
+        changes |= {} if self.sigma is None else {"theta": self.sigma}
+        return dataclasses.replace(PRESETS[self.method], theta_map=theta_map, **changes)
 
-    def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
+    def _train(
+        self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig, front: Front | None
+    ) -> TrainState:
         """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
         size, calls, title = config.batch_size, itertools.count(), f"{self.network}, {self.method}"
         total = config.epochs * (len(datasets[0]) // size) * size
@@ -157,4 +195,4 @@ class Train:
                     bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
 
             network = make_network(self.network, **attributes)
-            return train(network, datasets, config, out=self.out, devices=self.devices, progress=progress)
+            return train(network, datasets, config, out=self.out, front=front, devices=self.devices, progress=progress)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ancer_jax.basis import read_basis
 from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
+from ancer_jax.models.front import WithFront
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
 from ancer_jax.smoothing.classifier import Classifier, from_linen
@@ -39,8 +41,10 @@ _INFO, _VARIABLES = "network.json", "variables"
 TRAINING_SETTINGS = "training.json"
 
 
-def make_network(name: str, **changes: Any) -> Any:
+def make_network(name: str, *, front: Mapping[str, Any] | None = None, **changes: Any) -> Any:
     """The network of that name, with changed attributes (`num_classes`, `mean`, `std`, `compute_dtype`, ...).
+
+    With a `front`, the description of a basis (`Basis.describe`), it is a `WithFront`.
 
     Raises:
       ValueError: if there is no such network or attribute, or a value is out of range.
@@ -59,7 +63,7 @@ def make_network(name: str, **changes: Any) -> Any:
         raise ValueError(f"std must be positive, mean and std finite, got {network.mean} and {network.std}")
     if network.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"compute_dtype must be float32 or bfloat16, got {network.compute_dtype!r}")
-    return network
+    return network if front is None else WithFront(network, read_basis(front))
 
 
 def image_shape(name: str) -> tuple[int, int, int]:

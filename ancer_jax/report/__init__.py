@@ -3,7 +3,7 @@
 from ancer_jax.report.notes import NOT_RECONCILED, TWO_CLAIMS, UNKNOWN
 from ancer_jax.report.orders import order_rows
 from ancer_jax.report.page import write_page
-from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_training
+from ancer_jax.report.plots import plot_certified_accuracy, plot_theta, plot_theta_map, plot_training
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results, load_results
 from ancer_jax.report.tables import compare_proxy_radius, format_table, summary, summary_table
 
@@ -19,6 +19,7 @@ __all__ = [
     "order_rows",
     "plot_certified_accuracy",
     "plot_theta",
+    "plot_theta_map",
     "plot_training",
     "summary",
     "summary_table",

@@ -1,5 +1,6 @@
 """What must be said beside figures and pictures: marks of runs, and notes on what their certificates promise."""
 
+from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.metrics import round_down
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 
@@ -12,6 +13,20 @@ TWO_CLAIMS = (
 )
 _TWO_CLAIMS_IN_SHORT = "Two threat models: one theta for all images, any input; with memory, inputs served later."
 _MARKS = {"*": NOT_RECONCILED, "?": UNKNOWN}
+# What a theta map shows, and where its coefficients are; of pixels nothing needs to be said.
+THETA_BY: dict[BasisName, tuple[str, str]] = {
+    "pixels": ("theta", ""),
+    "cosine": (
+        "theta by frequency",
+        "Low frequencies are at the top left: a step down is one more half wave from top to bottom, a step right one "
+        "more from left to right.",
+    ),
+    "karhunen-loeve": (
+        "theta by coefficient",
+        "Patterns, down and to the right, are in order of falling variance of the images: low frequencies are mostly "
+        "at the top left.",
+    ),
+}
 
 
 def mark(results: Results) -> str:
@@ -85,6 +100,9 @@ def notes(results: list[Results]) -> list[str]:
         said.append(f"Exact certificates, without alpha, for images of 8 bits: {', '.join(names)}.")
     if names := [name for name, config in configs if config.noise == "splitting"]:
         said.append(f"Splitting noise: {', '.join(names)}.")
+    coloured = [(r, c) for r, c in configs if c.basis != Pixels() and c.method in ("universal", "ancer")]
+    if names := [f"{name} ({config.basis.name})" for name, config in coloured]:
+        said.append(f"Coloured noise, with one theta for each coefficient of a basis: {', '.join(names)}.")
     return said + legend_of_marks(results)
 
 

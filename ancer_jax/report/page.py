@@ -12,6 +12,7 @@ import numpy as np
 import tabulate
 from etils import epath
 
+from ancer_jax.basis import Basis, KarhunenLoeve, Pixels
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report import notes, plots, tables
@@ -66,6 +67,7 @@ def write_page(
         version=importlib.metadata.version("ancer-jax"),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         leakage_limit=leakage_limit,
+        coloured=any(r.config and r.config.basis != Pixels() for r in results),
     )
     epath.Path(path).write_bytes(page.encode())
 
@@ -139,6 +141,7 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
     thetas = results.thetas({int(ids[row]) for _, rows in groups for row in rows})
     shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3]
     scale, logarithmic = plots.color_scale(shown or [np.ones(1)])
+    by, axes = notes.THETA_BY[run.config.basis.name]
     cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
     return {
         "name": mark(results),
@@ -146,6 +149,8 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
         "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
         "logarithmic": logarithmic,
+        "by": by.removeprefix("theta").strip(),
+        "axes": f"{axes} " if axes else "",
         "images": dataset is not None,
         "data": run.data.name,
         "groups": [(title, [cards[row] for row in rows]) for title, rows in groups],
@@ -153,12 +158,15 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
 
 
 def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset | None) -> dict[str, Any]:
-    """One image's region: pictures of the image and of its theta ("" for none), and lines of text."""
+    """One image's region: pictures of the image, its theta and coloured noise ("" for none), and lines of text."""
     line, own = ({name: column[row] for name, column in part.items()} for part in (results.columns, results.own))
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
-    image = ""
+    image = noisy = ""
     if dataset is not None and i in dataset.ids:
-        image = _picture((np.clip(dataset.images[np.searchsorted(dataset.ids, i)], 0, 1) * 255).astype(np.uint8))
+        pixels = dataset.images[np.searchsorted(dataset.ids, i)]
+        image = _picture(_bytes(pixels))
+        if theta.ndim == 3 and results.config and results.config.basis != Pixels():
+            noisy = _picture(_bytes(plots.noisy_copy(results.config.certified_noise, pixels, theta)))
     spread = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (theta.min(), theta.max())))
     said = "abstains" if answer == ABSTAIN else f"answers {answer}" + ("" if answer == label else " (wrong)")
     overruled = own["predict"] != answer  # p_lower is of the image's own class
@@ -178,7 +186,12 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
     heat_map = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if theta.ndim == 3 else ""
-    return {"title": f"#{i}", "image": image, "theta": heat_map, "lines": lines}
+    return {"title": f"#{i}", "image": image, "theta": heat_map, "noisy": noisy, "lines": lines}
+
+
+def _bytes(image: np.ndarray) -> np.ndarray:
+    """An image of values in [0, 1] as uint8."""
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def _picture(pixels: np.ndarray) -> str:
@@ -194,10 +207,11 @@ def _picture(pixels: np.ndarray) -> str:
 
 def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
     """Tables of settings and versions: one of those that differ between the runs, one of the others."""
-    columns = []
+    columns, coloured = [], any(run.config.basis != Pixels() for run in runs.values())
     for run in runs.values():
         made_with = {f"made with {name}": value for name, value in run.made_with_all().items()}
-        columns.append(dict(flatten(run.settings)) | made_with)
+        settings = {**run.settings, "basis": _basis(run.config.basis)} if coloured else run.settings
+        columns.append(dict(flatten(settings)) | made_with)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = {name: [column.get(name) for column in columns] for name in names}
     found = []
@@ -208,6 +222,11 @@ def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
     if len(runs) == 1:
         found[1] |= {"title": "Of this run", "open": True}
     return [table for table in found if table["rows"]]
+
+
+def _basis(basis: Basis) -> dict[str, str]:
+    """Short settings of a basis: a hash in place of matrices."""
+    return {"name": basis.name} | ({"digest": basis.digest} if isinstance(basis, KarhunenLoeve) else {})
 
 
 def _short(value: Any) -> str:

@@ -1,23 +1,37 @@
 """Pictures: curves and theta maps. The functions `draw_...` draw on an axis that they are given."""
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
+from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import round_down
-from ancer_jax.report.notes import footnotes, legend_of_marks, mark
+from ancer_jax.report.notes import THETA_BY, footnotes, legend_of_marks, mark
 from ancer_jax.report.results import Results
 from ancer_jax.report.tables import percent
-from ancer_jax.smoothing import ABSTAIN
+from ancer_jax.search import ThetaMap
+from ancer_jax.smoothing import ABSTAIN, Gaussian, Noise
 
 _SIZE = (4.6, 4.1)  # inches: two pictures side by side on a desk, one on a phone
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = "osD^vP*X<>"
 _SIZES = {"radius": "radius (image units, pixels in [0, 1])", "radius_proxy": "proxy radius (same volume)"}
+_OPPONENT = ("brightness", "red against blue", "green against both")
+# What is counted to the right, and down, in a theta map.
+_STEPS: dict[BasisName, tuple[str, str]] = {
+    "pixels": ("column", "row"),
+    "cosine": ("half waves to the right", "half waves down"),
+    "karhunen-loeve": ("pattern along a row", "pattern down"),
+}
 
 
 def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> None:
@@ -33,7 +47,7 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
 
 
 def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
-    """The theta maps of a run's first images below the images, as PNG.
+    """The theta maps of a run's first images below the images, as PNG; of coloured noise, with a noisy copy below them.
 
     Args:
       results: of a run directory whose theta has one value per coordinate.
@@ -46,6 +60,7 @@ def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, colu
     """
     if results.run is None or not results.run.matches(dataset):
         return False
+    config = results.run.config
     rows = np.flatnonzero(np.isin(results["idx"], dataset.ids))[:columns]
     thetas = list(results.thetas(results["idx"][rows].tolist()).values())
     if not thetas or thetas[0].ndim != 3:
@@ -53,15 +68,56 @@ def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, colu
     from matplotlib.cm import ScalarMappable
 
     scale, _ = color_scale([theta.mean(axis=-1) for theta in thetas])
-    figure, axes = _figure(2, len(thetas), (1.6 * len(thetas) + 1, 3.8))
-    for pair, row, theta in zip(axes.T, rows, thetas, strict=True):
+    (by, where), coloured = THETA_BY[config.basis.name], config.basis != Pixels()
+    width = 1.6 * len(thetas) + 1
+    figure, axes = _figure(2 + coloured, len(thetas), (width, 6.0 if coloured else 3.8))
+    for column, row, theta in zip(axes.T, rows, thetas, strict=True):
         image = dataset.images[np.searchsorted(dataset.ids, results["idx"][row])]
-        draw_theta(pair, {name: column[row] for name, column in results.own.items()}, image, theta, scale)
-    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label="theta (image units)")
+        draw_theta(column[:2], {name: column[row] for name, column in results.own.items()}, image, theta, scale)
+        if coloured:
+            _draw_image(column[2], noisy_copy(config.certified_noise, image, theta), "a noisy copy")
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label=f"{by} (image units)")
     theirs = "each image has its own theta" if results.data_dependent else "all images have the same theta"
-    figure.supxlabel(f"{theirs}; answers and gaps are those before memory", fontsize=8)
+    caption = f"{theirs}; answers and gaps are those before memory"
+    if coloured:
+        caption = _wrapped(width, f"{by}, mean over channels", where, caption)
+    figure.supxlabel(caption, fontsize=8)
     _save(figure, path)
     return True
+
+
+def plot_theta_map(theta_map: ThetaMap, images: Float[ArrayLike, "m *d"], path: epath.PathLike) -> None:
+    """A theta map, and images with noise of it, as PNG: below each image a noisy copy of it, and one with white noise
+    of the smallest theta.
+
+    Args:
+      theta_map: of images [height, width, channels], for Gaussian noise.
+      images: [m, *d] in [0, 1]; the first four are drawn.
+      path: PNG file.
+
+    Raises:
+      ValueError: if there are no images, or they are not of the shape of theta.
+    """
+    images, theta = np.asarray(images)[:4], theta_map.theta
+    if theta.ndim != 3 or not len(images) or images.shape[1:] != theta.shape:
+        shapes = f"{list(images.shape)} for a theta of shape {list(theta.shape)}"
+        raise ValueError(f"images must be [m, height, width, channels] as theta is, got shape {shapes}")
+    from matplotlib.figure import Figure
+
+    maps = [theta.mean(axis=-1)] if theta_map.basis == Pixels() else list(np.moveaxis(theta, -1, 0))
+    widths = 4.4 if len(maps) == 1 else 3.4, 0.6 + 1.8 * len(images)
+    figure = Figure(figsize=(sum(widths), 6), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
+    _draw_coefficients(left, theta_map, maps)
+    axes, least = right.subplots(3, len(images), squeeze=False), theta.min()
+    for column, image in zip(axes.T, images, strict=True):
+        _draw_image(column[0], image)
+        _draw_image(column[1], noisy_copy(Gaussian(theta_map.basis), image, theta))
+        _draw_image(column[2], noisy_copy(Gaussian(), image, np.full_like(theta, least)))
+    for axis, label in zip(axes[:, 0], ("image", "noise of\nthe map", f"white noise,\ntheta {least:.3g}"), strict=True):
+        axis.set_ylabel(label, fontsize=9)
+    figure.supxlabel(_wrapped(sum(widths), str(theta_map), THETA_BY[theta_map.basis.name][1]), fontsize=8)
+    _save(figure, path)
 
 
 def plot_training(history: dict[str, np.ndarray], path: epath.PathLike) -> None:
@@ -121,8 +177,7 @@ def draw_cost(axis, results: list[Results], cost: str) -> None:
 def draw_theta(axes, own: dict[str, Any], image: np.ndarray, theta: np.ndarray, scale) -> None:
     """On two axes an image, and below it its theta map; `own` is the row of its own certificate in the results."""
     answer = "abstains" if own["predict"] == ABSTAIN else f"predicts {int(own['predict'])}"
-    axes[0].imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
-    axes[0].set_title(f"#{int(own['idx'])}, label {int(own['label'])}\n{answer}", fontsize=8)
+    _draw_image(axes[0], image, f"#{int(own['idx'])}, label {int(own['label'])}\n{answer}")
     axes[1].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
     spread = f"{theta.min():.2f}..{theta.max():.2f}, gap {round_down(own['gap'], 2)}"
     axes[1].set_title(f"{spread}\nat the bound {percent(own['at_theta_max'])}", fontsize=8)
@@ -179,6 +234,47 @@ def heat_map(values: np.ndarray, scale) -> np.ndarray:
     import matplotlib
 
     return (matplotlib.colormaps["viridis"](scale(values))[..., :3] * 255).astype(np.uint8)
+
+
+def noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """A copy of an image [*d] in [0, 1] under noise, always the same one, clipped to [0, 1] for display."""
+    key = jax.random.key(0, impl="threefry2x32")
+    return np.clip(np.asarray(noise.perturb(key, 0, jnp.asarray(image), jnp.asarray(theta))), 0, 1)
+
+
+def _wrapped(inches: float, *sentences: str) -> str:
+    """Sentences as the caption of a figure of that width."""
+    said = " ".join(f"{sentence[0].upper()}{sentence[1:].removesuffix('.')}." for sentence in sentences if sentence)
+    return textwrap.fill(said, int(15 * inches))
+
+
+def _draw_image(axis, image: np.ndarray, title: str = "") -> None:
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+    axis.set_title(title, fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _draw_coefficients(figure, theta_map: ThetaMap, maps: list[np.ndarray]) -> None:
+    """The heat maps of a theta map, one below the other."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import LogLocator
+
+    name = theta_map.basis.name
+    numbered = [f"channel pattern {i}" for i in range(len(maps))]
+    titles = {"pixels": ["mean over channels"], "cosine": _OPPONENT}.get(name, numbered)
+    right, down = _STEPS[name]
+    scale, logarithmic = color_scale(maps)
+    axes = figure.subplots(len(maps), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, values, title in zip(axes, maps, titles, strict=False):
+        axis.imshow(values, cmap="viridis", norm=scale)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel(down, fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[-1].set_xlabel(right, fontsize=9)
+    ticks = LogLocator(subs=(1, 2, 5)) if logarithmic else None
+    options = {"label": f"{THETA_BY[name][0]} (image units)", "format": "{x:g}", "ticks": ticks, "shrink": 0.6}
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, **options).minorticks_off()
 
 
 def _draw_at_least(axis, values: np.ndarray, count: int, ends: tuple[float, float], **style: Any) -> None:

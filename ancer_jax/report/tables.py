@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tabulate
 
+from ancer_jax.basis import Pixels
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report.notes import caveats, footnotes, mark, notes, shortest
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
@@ -70,10 +71,12 @@ def percent(share: float) -> str:
 def _figures(results: list[Results]) -> list[dict[str, str]]:
     sampled = any(r.config and r.config.sampling for r in results)
     certain = any(r.alpha is not None for r in results)
+    coloured = any(r.config and r.config.basis != Pixels() for r in results)
     return [
         {
             "run": mark(r),
             "norm": r.norm or "?",
+            **({"basis": r.config.basis.name if r.config else "?"} if coloured else {}),
             "images": str(len(r.correct)) + " (unfinished)" * (not r.finished),
             **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
             **({"all lines hold": _joint(r)} if certain else {}),

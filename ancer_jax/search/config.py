@@ -118,6 +118,9 @@ class UniversalConfig:
             check_integer(name, getattr(self, name))
         check_real("learning_rate", self.learning_rate, "(0, inf)")
         check_real("alpha", self.alpha, f"[{bounds.LEAST_TRACED_ALPHA}, 1)")
+        if self.alpha ** (1 / self.num_samples) <= 0.5:
+            few = f"{self.num_samples} draws certify nothing at alpha = {self.alpha:g}, whatever they are"
+            raise ValueError(f"num_samples is too small: {few}, so there is nothing to ascend")
         for name in ("theta_min", "theta_max"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name), "(0, inf)")

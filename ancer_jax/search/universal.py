@@ -25,7 +25,7 @@ def optimize_universal(
     labels: Int[ArrayLike, " images"],
     *,
     config: UniversalConfig = UniversalConfig(),
-    progress: Callable[[Any, Any], object] | None = None,
+    progress: Callable[[Any, Any], None] | None = None,
 ) -> tuple[Float[Array, "*d"], Float[Array, " steps"]]:
     """A universal theta: one value for each coefficient in the basis of the noise, the same for all inputs.
 

@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ancer_jax._checks import check_choice, check_integer, check_real
+from ancer_jax._numerics import geometric_mean
+from ancer_jax.basis import Pixels
+from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
 from ancer_jax.smoothing.registry import NoiseName, make_noise
 from ancer_jax.training import losses
@@ -26,6 +30,8 @@ class TrainConfig:
     Attributes:
       method: the training method, see `METHODS`.
       norm, theta: "l2" (Gaussian noise) or "l1", and the noise parameter in units of [0, 1] pixels.
+      theta_map: instead, one theta for each coefficient of a basis; `theta` is its geometric mean then, with which
+        MACER and volume training weigh their estimates of the gap.
       noise: for l1 "uniform" or "splitting" (Levine & Feizi 2021); None is the default noise of the norm.
       epochs, batch_size: passes over the training set, and images per batch, not counting noisy copies. An epoch leaves
         out the images that fill no batch, others each time.
@@ -76,8 +82,11 @@ class TrainConfig:
     flip: Flip = "random"
     seed: int = 0
     noise: NoiseName | None = None
+    theta_map: ThetaMap | None = None
 
     def __post_init__(self):
+        if self.theta_map is not None:
+            object.__setattr__(self, "theta", float(geometric_mean(self.theta_map.theta)))
         check_choice("method", self.method, TrainingMethod)
         check_choice("norm", self.norm, Literal["l2", "l1"])
         check_choice("optimizer", self.optimizer, Optimizer)
@@ -114,7 +123,18 @@ class TrainConfig:
     @property
     def noise_law(self) -> Noise:
         """The noise that the network is trained with."""
-        return make_noise(self.norm, self.noise)
+        basis = Pixels() if self.theta_map is None else self.theta_map.basis
+        return make_noise(self.norm, self.noise, **({} if basis == Pixels() else {"basis": basis}))
+
+    @property
+    def thetas(self) -> np.ndarray:
+        """The noise parameter, float32: [], or [*d] of a theta map."""
+        return np.asarray(self.theta, np.float32) if self.theta_map is None else self.theta_map.theta
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        values = dataclasses.asdict(dataclasses.replace(self, theta_map=None)) | {"theta": self.theta}
+        return values | {"theta_map": None if self.theta_map is None else repr(self.theta_map)}
 
 
 class Method(NamedTuple):

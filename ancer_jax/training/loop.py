@@ -1,7 +1,6 @@
 """The training loop: it stores its state after every epoch and resumes to the same bits."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from ancer_jax import devices
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS
+from ancer_jax.models.front import Front, WithFront
 from ancer_jax.runs.settings import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_shard, write_file
 from ancer_jax.training.config import TrainConfig
@@ -43,6 +43,7 @@ def train(
     config: TrainConfig,
     *,
     out: epath.PathLike,
+    front: Front | None = None,
     devices: int | None = None,
     progress: Progress = lambda steps, figures: None,
 ) -> TrainState:
@@ -60,6 +61,7 @@ def train(
         draw per image are measured after every epoch.
       config: the settings.
       out: a new folder, or that of an unfinished training with the same settings.
+      front: mean and weights of the filter of a `WithFront` network; None for other networks.
       devices: how many local devices each process uses; None is all of them, but only one CPU device.
       progress: called with the number of steps since the last call, and with the newest row of `HISTORY` after an epoch
         ({} after a step). The first call has the steps and the row of an earlier training that is resumed.
@@ -72,8 +74,10 @@ def train(
     import orbax.checkpoint as ocp
 
     training, out = _set_up(network, datasets, config, devices), absolute(out)
+    if (front is None) == isinstance(network, WithFront) or (front and front.basis != network.basis):
+        raise ValueError("a WithFront network needs a front of its basis, and no other network takes one")
     history = np.full((config.epochs, len(HISTORY)), np.nan)
-    state = TrainState(*initial_state(training, datasets[0].images), history)
+    state = TrainState(*initial_state(training, datasets[0].images, front), history)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with _same_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
         done = manager.latest_step() or 0
@@ -107,6 +111,8 @@ def _set_up(network, datasets: tuple[Dataset, Dataset], config: TrainConfig, num
     shapes = [list(part.images.shape[1:]) for part in datasets]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the training images are {shapes[0]}, those of {test.name} are {shapes[1]}")
+    if config.theta_map is not None and list(config.thetas.shape) != shapes[0]:
+        raise ValueError(f"the theta map is {list(config.thetas.shape)}, the images are {shapes[0]}")
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
     return Training(network, config, steps, mesh)
@@ -185,7 +191,7 @@ def _same_training(
 ) -> Iterator[None]:
     """Hold the lock of the folder, which must be new or belong to the same training."""
     described = [[data.name, data.fingerprint, hashlib.sha256(data.ids.tobytes()).hexdigest()] for data in datasets]
-    settings = dataclasses.asdict(config) | {"network": repr(network), "data": described}
+    settings = config.settings() | {"network": repr(network), "data": described}
     settings, file = json.loads(json.dumps(settings)), out / TRAINING_SETTINGS
     names = {path.name for path in list_folder(out)}
     foreign = [name for name in names if not name.startswith((TRAINING_SETTINGS, "lock-"))]

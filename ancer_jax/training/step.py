@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax.data import Dataset
 from ancer_jax.devices import replicate, take_rows
+from ancer_jax.models.front import Front
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
 from ancer_jax.training import losses
 from ancer_jax.training.config import METHODS, TrainConfig
@@ -29,10 +30,12 @@ class Training(NamedTuple):
     mesh: Mesh
 
 
-def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]:
+def initial_state(training: Training, images: Any, front: Front | None = None) -> tuple[Any, optax.OptState]:
     """Variables of the network, initialised on the first of `images`, and state of the optimizer; replicated."""
     key, _ = jax.random.split(_root_key(training.config))
     variables = jax.jit(training.network.init)(key, images[:1])
+    if front is not None:
+        variables = {**variables, "front": {"mean": front.mean, "weights": front.weights}}
     state = variables, _optimizer(training).init(variables["params"])
     return replicate(jax.tree.map(np.asarray, state), training.mesh)
 
@@ -49,7 +52,7 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
     _, noise_key = jax.random.split(_root_key(config))
     key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
     images = augment(key_augment, images, mirrored, config)
-    theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.theta)
+    theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.thetas)
     if config.method == "smoothadv":
         noise = _add_noise(config.noise_law, key_noise, jnp.zeros_like(theta), theta)
         apply = lambda noisy: network.apply(variables, noisy)
@@ -103,7 +106,7 @@ def _evaluate_batch(variables, batch, start, *, training: Training, batch_size: 
     (images, labels, mask), config = batch, training.config
     key = jax.random.fold_in(_root_key(config), 2 + start)  # 0 and 1 are the keys that `split` gives
     # Without the padding, whose size depends on the number of devices: draws would depend on it, too.
-    theta = jnp.full((batch_size, *images.shape[1:]), config.theta)
+    theta = jnp.full((batch_size, *images.shape[1:]), config.thetas)
     noisy = _add_noise(config.noise_law, key, images[:batch_size], theta)
     noisy = jnp.pad(noisy, [(0, len(images) - batch_size), *[(0, 0)] * (images.ndim - 1)])
     logits = training.network.apply(variables, noisy)

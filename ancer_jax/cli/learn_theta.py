@@ -1,0 +1,115 @@
+"""`ancer-jax learn-theta`: one theta map for all inputs, from training images."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+import tyro
+from etils import epath
+
+from ancer_jax import report
+from ancer_jax.basis import BasisName, make_basis
+from ancer_jax.cli.runtime import Runtime
+from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
+from ancer_jax.data.pictures import Crop
+from ancer_jax.models import check_fit, resolve_classifier
+from ancer_jax.runs.config import Norm
+from ancer_jax.search import ThetaMap, UniversalConfig, optimize_universal, save_theta_map, spectral_theta
+from ancer_jax.smoothing.classifier import check_classifier
+from ancer_jax.smoothing.noise import Gaussian, Uniform
+from ancer_jax.smoothing.smoothed import Smoothed
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnTheta:
+    """Learn a theta map, one theta for each coefficient of a basis and the same for all images, from training images;
+    for certify --method universal, and for train. Certificates of one map need no memory and have no leakage."""
+
+    out: str
+    """File of the theta map (.npz); a picture of it goes beside it (.png)."""
+    theta_max: float
+    """Upper bound of theta. Sizes of regions depend on it: report it with them."""
+    data: str = BUNDLED_SUBSET
+    """Data set, as in certify."""
+    split: str = "train"
+    """Which part of it: not the one that is certified later."""
+    crop: Crop = "none"
+    """Crop of pictures, as in certify."""
+    max: int | None = None
+    """Take this many images at most: the first ones."""
+    basis: BasisName = "cosine"
+    """pixels; cosine: spatial frequencies; or karhunen-loeve: a basis in which these images are decorrelated. l1 noise
+    has pixels only."""
+    norm: Norm = "l2"
+    """l2: Gaussian noise; l1: uniform noise."""
+    sigma: float | None = None
+    """Lower bound of theta, in image units: regions of the same gap contain those of isotropic noise sigma. Default:
+    what the bundled model, or the network in the folder, was trained with."""
+    start: Literal["spectral", "flat"] = "spectral"
+    """spectral: the less the images differ in a coefficient, the larger its theta, from sigma to --theta-max; flat:
+    sigma everywhere."""
+    power: float = 1.0
+    """Of the spectral start: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
+    steps: int = 0
+    """Steps of the ascent from there; 0: the start is the map, and needs no classifier if --sigma is given."""
+    classifier: str = "bundled"
+    """Base classifier, as in certify."""
+    batch_size: int = UniversalConfig.batch_size
+    """Images in each step."""
+    samples: int = UniversalConfig.num_samples
+    """Noise draws for each of them; all noisy copies of a step are held at once."""
+    lr: float = UniversalConfig.learning_rate
+    """Step size of log(theta)."""
+    seed: int = 0
+    """Seed of the draws; certify with another one if the images are the same."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
+
+    def run(self) -> None:
+        """Learn the map, store it, draw it."""
+        self.runtime.start(survive=True)
+        if epath.Path(self.out).suffix != ".npz":
+            raise ValueError(f"--out is the file of a theta map, NAME.npz, got {self.out}")
+        if self.norm == "l1" and self.basis != "pixels":
+            raise ValueError(f"the noise for l1 is in pixels: --basis {self.basis} does not preserve l1 distances")
+        dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
+        classifier, sigma = None, self.sigma
+        if self.steps or sigma is None:
+            classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
+            if checkpoint is not None:
+                check_fit(self.classifier, checkpoint, dataset)
+        power = self.power if self.start == "spectral" else 0.0
+        basis = make_basis(self.basis, dataset.images)
+        theta_map = spectral_theta(dataset.images, basis, sigma, theta_max=self.theta_max, power=power)
+        print(f"start: {theta_map}", flush=True)
+        if self.steps and classifier is not None:
+            check_classifier(classifier, dataset.images[0])
+            noise = Uniform() if self.norm == "l1" else Gaussian(basis)
+            theta_map = self._learn(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
+        save_theta_map(theta_map, self.out)
+        picture = epath.Path(self.out).with_suffix(".png")
+        report.plot_theta_map(theta_map, dataset.images[:4], picture)
+        print(f"{self.out}: {theta_map}\npicture: {picture}")
+
+    def _learn(self, smoothed: Smoothed, dataset: Dataset, sigma: float) -> ThetaMap:
+        """The map at the end of the ascent, with a progress bar."""
+        config = UniversalConfig(self.steps, self.batch_size, self.samples, self.lr, theta_min=sigma)
+        config = dataclasses.replace(config, theta_max=self.theta_max)
+        with tqdm.tqdm(total=self.steps, unit="step", desc="compiling") as bar:
+
+            def progress(step, objective) -> None:
+                bar.set_description_str("theta", refresh=False)
+                bar.set_postfix_str(f"ACR-tilde on training images, estimated: {float(objective):.3f}", refresh=False)
+                bar.update()
+
+            learn = jax.jit(functools.partial(optimize_universal, config=config, progress=progress))
+            key = jax.random.key(self.seed, impl="threefry2x32")
+            theta, trace = learn(key, smoothed, dataset.images[:], jnp.asarray(dataset.labels))
+            jax.effects_barrier()
+        tenth = max(1, self.steps // 10)
+        first, last = (float(np.mean(part)) for part in (trace[:tenth], trace[-tenth:]))
+        print(f"estimated ACR-tilde: {first:.3f} in the first {tenth} steps, {last:.3f} in the last {tenth}")
+        return ThetaMap(np.asarray(theta), smoothed.noise.basis)

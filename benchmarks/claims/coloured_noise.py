@@ -1,0 +1,271 @@
+"""Coloured noise: certificates that contain those of white noise at the same accuracy, without memory or leakage.
+
+FOLDER holds CIFAR-10's binary files, or Fashion-MNIST's idx files. For each sigma one network is trained for each row
+by `ancer-jax train`, all with the same recipe, and certified by `ancer-jax certify` on every `skip`-th test image:
+
+    white                  isotropic noise sigma
+    white, filter          and Wiener's filter in front of the network
+    cosine, no filter      coloured: the spectral theta map in the cosine basis, from sigma to theta_max = 4 sigma
+    cosine                 and Wiener's filter
+    Karhunen-Loeve         the same in the basis that decorrelates the training images
+    pixels                 one theta for each pixel, by the same formula: what the basis is good for
+    cosine, learned        the map of "cosine" after an ascent on training images under its network; trained anew
+    cosine, 2 (8, 16)      "cosine" with theta_max = 2, 8 or 16 sigma: where is the knee?
+
+`--rows` names some of them. No theta is below sigma, so the region of an image contains that of white noise of the same
+sigma where its radius is at least as large. ACR-tilde depends on theta_max, which is named in each row. Per-image
+noise (ANCER after memory, and without leaky thetas) is that of the white network, on every `ancer_skip`-th image: the
+other rows are given on these images, too.
+
+Bars for "cosine" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three times as large, and at
+least half of the images that both answer correctly have a region that contains white's.
+
+Networks, maps and runs stay in the folder `--work`, where a second call continues; `--networks` is a folder with
+networks for white noise that are trained already, NAME-l2-SIGMA.
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ancer_jax._numerics import geometric_mean
+from ancer_jax.metrics import round_down
+from ancer_jax.report import Results, load_results
+from ancer_jax.search import load_theta_map
+from benchmarks import figures
+from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.data.cifar10_models import RECIPE, ancer_jax
+
+FASHION = ["--network", "small_cnn", "--batch-size", "128", "--optimizer", "muon", "--muon-lr", "0.05"]
+FASHION += ["--schedule", "onecycle", "--flip", "random", "--shift", "1"]
+# Flags of learn-theta (None: white noise), the largest theta in units of sigma, and whether there is a filter.
+ROWS: dict[str, tuple[list[str] | None, float, bool]] = {
+    "white": (None, 1, False),
+    "white, filter": (None, 1, True),
+    "cosine, no filter": (["--basis", "cosine"], 4, False),
+    "cosine": (["--basis", "cosine"], 4, True),
+    "Karhunen-Loeve": (["--basis", "karhunen-loeve"], 4, True),
+    "pixels": (["--basis", "pixels"], 4, False),
+    "cosine, learned": (["--basis", "cosine", "--steps"], 4, True),
+    "cosine, 2": (["--basis", "cosine"], 2, True),
+    "cosine, 8": (["--basis", "cosine"], 8, True),
+    "cosine, 16": (["--basis", "cosine"], 16, True),
+}
+ANCER = "ANCER, after memory"
+
+
+def theta_map(row: str, sigma: float, options: argparse.Namespace) -> str | None:
+    """The file of the theta map of a row; it is made if it does not exist. None for white noise."""
+    flags, factor, _ = ROWS[row]
+    if flags is None:
+        return None
+    file = os.path.join(options.work, f"{slug(row)}-{sigma:g}.npz")
+    if not os.path.exists(file):
+        command = ["learn-theta", "--data", options.folder, "--sigma", str(sigma), "--theta-max", str(factor * sigma)]
+        if "--steps" in flags:
+            flags = [*flags, str(options.steps), "--classifier", network("cosine", sigma, options)]
+        ancer_jax(*command, *flags, "--seed", str(options.seed + 1), "--out", file)
+    return file
+
+
+def network(row: str, sigma: float, options: argparse.Namespace) -> str:
+    """The folder of the network of a row, trained if it is not."""
+    given = pathlib.Path(options.networks or "", f"{options.name}-l2-{sigma:g}")
+    if row == "white" and options.networks and (given / "network.json").exists():
+        return str(given)
+    folder, file = os.path.join(options.work, f"net-{slug(row)}-{sigma:g}"), theta_map(row, sigma, options)
+    noise = ["--sigma", str(sigma)] if file is None else ["--theta-map", file]
+    noise += ["--front", "wiener"] if ROWS[row][2] else []
+    how = [*options.recipe, "--epochs", str(options.epochs), "--seed", str(options.seed)]
+    ancer_jax("train", "--data", options.folder, *how, *noise, "--out", folder)
+    return folder
+
+
+def certified(row: str, sigma: float, options: argparse.Namespace) -> Results:
+    """The run of a row."""
+    run = os.path.join(options.work, f"run-{slug(row)}-{sigma:g}")
+    own, skip = "white" if row == ANCER else row, options.ancer_skip if row == ANCER else options.skip
+    file = theta_map(own, sigma, options)
+    how = ["--method", "ancer"] if row == ANCER else ["--method", "fixed" if file is None else "universal"]
+    how += [] if file is None else ["--theta-map", file]
+    part = ["--skip", str(skip), "--max", str(-(-options.images * options.skip // skip)), "--n", str(options.n)]
+    how += ["--classifier", network(own, sigma, options), "--seed", str(options.seed)]
+    ancer_jax("certify", "--data", options.folder, *how, *part, "--out", run)
+    return load_results(run)
+
+
+def slug(row: str) -> str:
+    """The name of a row in file names."""
+    return row.replace(", ", "-").replace(" ", "-")
+
+
+def row_of(row: str, sigma: float, white: Results, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a row, and their comparison with white noise of the same sigma."""
+    results = certified(row, sigma, options)
+    found = {"row": row, "sigma": sigma, "images": len(results.correct), **figures.summary(results)}
+    if row == ANCER:
+        without = {column: figures.without_leaky(results, column) for column in ("radius", "radius_proxy")}
+        return found | {"without leaky": without, "mean leakage": figures.mean_leakage(results)}
+    file = theta_map(row, sigma, options)
+    theta = np.float64(sigma) if file is None else load_theta_map(file).theta
+    both = results.correct & white.correct
+    contains = both & (results["radius"] >= white["radius"]) & (np.min(theta) >= np.float32(sigma))
+    radius = np.where(results.correct, results["radius"], -np.inf)
+    some = np.isin(results["idx"], results["idx"][:: options.ancer_skip // options.skip])
+    return found | {
+        "theta_max": float(ROWS[row][1] * sigma),
+        "geometric mean": float(geometric_mean(theta)),
+        "correct with white": int(both.sum()),
+        "contain white's": int(contains.sum()),
+        "accuracy by radius": {str(at): float((radius >= at).mean()) for at in figures.RADII["l2"]},
+        "on the images of ANCER": {
+            "images": int(some.sum()),
+            "accuracy": float(results.correct[some].mean()),
+            "ACR": float(np.where(results.correct, results["radius"], 0)[some].mean()),
+            "ACR-tilde": float(np.where(results.correct, results["radius_proxy"], 0)[some].mean()),
+        },
+    }
+
+
+def measure(options: argparse.Namespace) -> Iterator[Any]:
+    """All rows of each sigma."""
+    if not (options.folder or options.small):
+        raise SystemExit("give the FOLDER of CIFAR-10 or of Fashion-MNIST")
+    options.folder = options.folder or "fashion-mnist-subset"
+    is_cifar = "cifar" in options.folder
+    options.recipe, options.name = (RECIPE, "cifar10-resnet20") if is_cifar else (FASHION, "fashion-mnist-cnn")
+    if options.small:
+        options.recipe = [*options.recipe, "--max", "256", "--test-max", "20"]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        options.work = str(pathlib.Path(options.work or temporary).resolve())
+        os.makedirs(options.work, exist_ok=True)
+        for sigma in options.sigma:
+            white = certified("white", sigma, options)
+            for row in options.rows or (["white", "cosine", ANCER] if options.small else [*ROWS, ANCER]):
+                rows.append(row_of(row, sigma, white, options))
+                how = {name: getattr(options, name) for name in ("epochs", "skip", "ancer_skip", "steps", "n")}
+                yield {"data": options.name, **how, "rows": rows}
+    draw(rows, f"{'small-' if options.small else ''}{options.output}.png")
+
+
+def lines(found: Found) -> Lines:
+    results = found["results"]
+    rows = {(r["row"], r["sigma"]): r for r in results["rows"]}
+    for (name, sigma), r in rows.items():
+        what = f"{results['data']}, sigma {sigma:g}, {name}, {r['images']} images"
+        cells = f"{figures.share(r['accuracy'], r['images'])}; {figures.down(r, 'ACR', 'ACR-tilde')}"
+        yield Line(f"{what}: accuracy; ACR; ACR-tilde", cells)
+        if name == ANCER:
+            kept = {"ACR": r["without leaky"]["radius"], "ACR-tilde": r["without leaky"]["radius_proxy"]}
+            yield Line(f"{what}, without leaky thetas: ACR; ACR-tilde", figures.down(kept, "ACR", "ACR-tilde"))
+        white = rows.get(("white", sigma))
+        if name != "cosine" or white is None:
+            continue
+        for figure, factor in (("ACR", 0.98), ("ACR-tilde", 3.0)):
+            ratio = r[figure] / white[figure] if white[figure] else float("nan")
+            yield Line(f"{what}: {figure} in units of white's", f"{ratio:.3f}", f">= {factor}", ratio >= factor)
+        inside, both = r["contain white's"], r["correct with white"]
+        what += ": regions that contain white's, where both are right"
+        yield Line(what, f"{inside} of {both}", ">= half", 2 * inside >= both)
+
+
+def draw(rows: list[dict[str, Any]], name: str) -> None:
+    """Accuracy and ACR against the geometric mean of theta, in units of sigma, as theta_max grows."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for i, sigma in enumerate(dict.fromkeys(r["sigma"] for r in rows)):
+        of_sigma = {r["row"]: r for r in rows if r["sigma"] == sigma}
+        knee = [
+            of_sigma[row]
+            for row in ("white, filter", "cosine, 2", "cosine", "cosine, 8", "cosine, 16")
+            if row in of_sigma
+        ]
+        for axis, column in zip(axes, ("accuracy", "ACR"), strict=True):
+            at = [r["geometric mean"] / sigma for r in knee]
+            axis.plot(at, [r[column] for r in knee], f"C{i}o-", label=f"sigma {sigma:g}, cosine basis and filter")
+            for r, x in zip(knee, at, strict=True):
+                axis.annotate(f"{r['theta_max'] / sigma:g}", (x, r[column]), textcoords="offset points", xytext=(4, 5))
+            if white := of_sigma.get("white"):
+                axis.axhline(
+                    white[column], color=f"C{i}", linestyle=":", label=f"sigma {sigma:g}, white noise, no filter"
+                )
+            axis.set(xlabel="geometric mean of theta / sigma (numbers: theta_max / sigma)", ylabel=column)
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.savefig(RESULTS / name, dpi=120)
+
+
+def _table(output: str) -> str:
+    """All rows of one data set."""
+    found, table = load(output)["results"], []
+    white = {r["sigma"]: r for r in found["rows"] if r["row"] == "white"}
+    for r in found["rows"]:
+        if r["row"] == ANCER:
+            continue
+        cells = [f"{r['sigma']:g}", r["row"], f"{r['theta_max']:g}", f"{r['geometric mean'] / r['sigma']:.2f}"]
+        cells += [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
+        contain = "{} of {}".format(r["contain white's"], r["correct with white"])
+        table.append([*cells, "" if r is white[r["sigma"]] else contain])
+    header = ["sigma", "noise", "theta_max", "geometric mean / sigma", "accuracy", "ACR", "ACR-tilde"]
+    return markdown([*header, "contains white's"], table)
+
+
+def _ancer(output: str) -> str:
+    """Coloured noise and ANCER on the same images."""
+    found, table = load(output)["results"], []
+    for r in found["rows"]:
+        name, shown = r["row"], r.get("on the images of ANCER")
+        if name == ANCER:
+            without = {"ACR": r["without leaky"]["radius"], "ACR-tilde": r["without leaky"]["radius_proxy"]}
+            kinds = [(name, r), (f"{name}, without leaky thetas", without | {"accuracy": None})]
+        elif name in ("white", "white, filter", "cosine", "cosine, learned"):
+            kinds = [(name, shown)]
+        else:
+            continue
+        for kind, figure in kinds:
+            accuracy = "" if figure["accuracy"] is None else figures.share(figure["accuracy"], figure["images"])
+            cells = [round_down(figure[column], 3) for column in ("ACR", "ACR-tilde")]
+            table.append([f"{r['sigma']:g}", kind, accuracy, *cells])
+    return markdown(["sigma", "noise", "accuracy", "ACR", "ACR-tilde"], table)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The data, what is compared, and where everything stays."""
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
+    parser.add_argument("--work", help="a folder that keeps networks, maps and runs")
+    parser.add_argument("--networks", help="a folder with networks for white noise")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, ANCER], help="default: all")
+
+
+BENCHMARK = Benchmark(
+    claim="Coloured noise certifies regions of several times the proxy radius of white noise, at the same accuracy.",
+    takes="a day on CIFAR-10; 2 hours on Fashion-MNIST",
+    measure=measure,
+    sizes={
+        "epochs": (1, 30),
+        "images": (4, 500),
+        "skip": (1, 20),
+        "ancer_skip": (2, 40),
+        "steps": (2, 300),
+        "n": (100, 10_000),
+    },
+    arguments=arguments,
+    small_is_judged=False,
+    outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
+    figures={
+        "fashion_table": lambda: _table("coloured_noise-fashion"),
+        "fashion_ancer": lambda: _ancer("coloured_noise-fashion"),
+    },
+)

@@ -1,0 +1,71 @@
+"""`ancer-jax learn-theta`, and what train and certify do with its theta map."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ancer_jax import cli
+from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels
+from ancer_jax.models import WithFront, load_network
+from ancer_jax.runs import read_run
+from ancer_jax.search import load_theta_map
+from tests.cli.commands import error_line
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LEARN = ["learn-theta", "--out", "map.npz", "--theta-max", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
+    cli.main([*LEARN, "--sigma", "0.25", "--max", "300"])
+    theta_map = load_theta_map("map.npz")
+    assert theta_map.basis == Cosine()
+    assert theta_map.theta.min() == np.float32(0.25) and theta_map.theta.max() == 1
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    assert f"map.npz: {theta_map}" in capsys.readouterr().out
+    train = ["train", "--out", "net", "--theta-map", "map.npz", "--epochs", "1", "--batch-size", "100", "--max", "300"]
+    cli.main([*train, "--front", "wiener", "--test-max", "100", "--devices", "1"])
+    checkpoint = load_network("net")
+    assert isinstance(checkpoint.network, WithFront) and checkpoint.theta is None
+    assert load_theta_map("net/theta_map.npz") == theta_map
+    capsys.readouterr()
+    certify = ["certify", "--classifier", "net", "--max", "2", "--n", "100", "--n0", "10", "--out", "run"]
+    assert "was trained with a theta map: certify it with --method universal" in error_line(capsys, certify)
+    cli.main([*certify, "--method", "universal"])
+    assert read_run("run").config.certified_noise.basis == Cosine()
+    lines = pd.read_csv("run/results.tsv", sep="\t")
+    # The geometric mean is the larger one, and so is the proxy radius of whatever is certified.
+    assert (lines["radius_proxy"] >= lines["radius"]).all() and set(lines["min_sigma"]) == {0.25}
+    capsys.readouterr()
+    assert "--sigma does not go with it" in error_line(capsys, [*train, "--sigma", "0.25"])
+
+
+@pytest.mark.parametrize(("basis", "kind"), [("pixels", Pixels), ("karhunen-loeve", KarhunenLoeve)])
+def test_an_ascent_stays_between_its_bounds(basis, kind, capsys):
+    flags = ["--basis", basis, "--max", "100", "--start", "flat", "--steps", "3", "--batch-size", "2", "--samples", "8"]
+    cli.main([*LEARN, *flags, "--lr", "0.5"])
+    theta_map = load_theta_map("map.npz")
+    assert isinstance(theta_map.basis, kind)
+    assert theta_map.theta.min() >= np.float32(0.25) and 0.3 < theta_map.theta.max() <= 1  # sigma of the bundled model
+    printed = capsys.readouterr().out
+    assert "start: theta 0.25 to 0.25" in printed and "estimated ACR-tilde" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--norm", "l1"], "--basis cosine does not preserve l1 distances"),
+        (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
+        (["--theta-max", "0.1"], "theta_max must be in [0.25, inf)"),
+        (["--sigma", "-1"], "sigma must be"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--steps", "-1"], "steps"),
+    ],
+)
+def test_bad_input_gets_one_line(flags, message, capsys):
+    assert message in error_line(capsys, [*LEARN, *flags])
