@@ -172,14 +172,15 @@ class KarhunenLoeve(_Separable):
                 raise ValueError(f"{axis} must be an orthonormal matrix, got one of shape {list(matrix.shape)}")
 
     @classmethod
-    def of(cls, images: Any) -> "KarhunenLoeve":
+    def of(cls, images: ArrayLike) -> "KarhunenLoeve":
         """The eigenvectors of the covariances of rows, of columns and of channels of images [m, height, width,
-        channels], in order of falling variance. The images are an array or are sliced like one.
+        channels], in order of falling variance.
 
         Raises:
           ValueError: if these are not images, or there are none.
         """
-        if len(images.shape) != 4:
+        images = np.asarray(images)
+        if images.ndim != 4:
             raise ValueError(f"images must be [m, height, width, channels], got shape {list(images.shape)}")
         mean, covariances = spectrum(images, Pixels())[0], [np.zeros((size, size)) for size in images.shape[1:]]
         for part in _parts(images):
@@ -249,7 +250,7 @@ def read_basis(description: Mapping[str, Any]) -> Basis:
 _WITHOUT_DATA: dict[str, Basis] = {basis.name: basis for basis in (Pixels(), Cosine())}
 
 
-def make_basis(name: BasisName, images: Any) -> Basis:
+def make_basis(name: BasisName, images: ArrayLike) -> Basis:
     """The basis of that name; `images` [m, *d] are those of a Karhunen-Loeve basis.
 
     Raises:
@@ -258,13 +259,13 @@ def make_basis(name: BasisName, images: Any) -> Basis:
     return KarhunenLoeve.of(images) if name == KarhunenLoeve.name else read_basis({"name": name})
 
 
-def spectrum(images: Any, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
-    """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d], which are
-    an array or are sliced like one.
+def spectrum(images: ArrayLike, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
+    """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d].
 
     Raises:
       ValueError: if there are no images, or they are not of the shape of the basis.
     """
+    images = np.asarray(images)
     mean, squares = np.zeros(images.shape[1:]), np.zeros(images.shape[1:])
     for part in _parts(images):
         mean += part.sum(axis=0, dtype=np.float64) / len(images)
@@ -273,8 +274,8 @@ def spectrum(images: Any, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), deviations
 
 
-def _parts(images: Any) -> Iterator[np.ndarray]:
-    """Images [m, *d], some at a time, as arrays on the host."""
-    if len(images.shape) < 2 or not len(images):
+def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Images [m, *d], some at a time: float64 takes memory."""
+    if images.ndim < 2 or not images.size:
         raise ValueError(f"images must be [m, *d], got shape {list(images.shape)}")
-    return (np.asarray(images[start : start + _PART]) for start in range(0, len(images), _PART))
+    return (images[start : start + _PART] for start in range(0, len(images), _PART))

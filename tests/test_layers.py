@@ -207,7 +207,7 @@ def _run_examples(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_the_pages_are_understood(page, monkeypatch):
     understood = []
-    for command in (cli.Certify, cli.Convert, cli.Demo, cli.Fetch, cli.Report, cli.Train):
+    for command in (cli.Certify, cli.Convert, cli.Demo, cli.Fetch, cli.LearnTheta, cli.Report, cli.Train):
         monkeypatch.setattr(command, "run", lambda self: understood.append(self))
     lines = "\n".join(_blocks(page.read_text(), "sh")).replace("\\\n", "").splitlines()
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("ancer-jax ")]

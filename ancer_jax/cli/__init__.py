@@ -22,7 +22,7 @@ from ancer_jax.cli.certify import Certify
 from ancer_jax.cli.convert import Convert
 from ancer_jax.cli.demo import Demo
 from ancer_jax.cli.fetch import Fetch
-from ancer_jax.cli.learn_theta import LearnTheta
+from ancer_jax.cli.learn import LearnTheta
 from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.cli.train import Train

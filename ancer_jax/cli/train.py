@@ -12,17 +12,14 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax.basis import Cosine, Pixels
 from ancer_jax.cli.runtime import Runtime, advance
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
-from ancer_jax.models.front import Front, wiener_front
 from ancer_jax.search.theta_map import THETA_MAP, ThetaMap, load_theta_map, save_theta_map
-from ancer_jax.smoothing.noise import Gaussian
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
-from ancer_jax.training.config import Flip, Optimizer, Schedule
+from ancer_jax.training.config import Flip, FrontName, Optimizer, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Train:
     the distance between cuts of splitting noise. Default: 0.25."""
     theta_map: str | None = None
     """Instead of --sigma: file of a theta map (of learn-theta), under whose noise the network is trained."""
-    front: Literal["none", "wiener"] = "none"
+    front: FrontName = "none"
     """wiener: a fixed linear filter in front of the network, Wiener's for the training images and Gaussian noise, in
     the basis of --theta-map or, for noise that is independent in pixels, in the cosine basis."""
     epochs: int | None = None
@@ -118,10 +115,9 @@ class Train:
             raise ValueError("--mean and --std go together")
         attributes = {"num_classes": datasets[0].num_classes, "compute_dtype": self.compute_dtype}
         attributes |= {} if self.mean is None else {"mean": self.mean, "std": self.std}
-        front = self._front(datasets[0], config)
-        attributes |= {} if front is None else {"front": front.basis.describe()}
         print(", ".join(f"{name} {value}" for name, value in config.settings().items()), flush=True)
-        state = self._train(attributes, datasets, config, front)
+        state = self._train(attributes, datasets, config)
+        attributes |= {} if config.front_basis is None else {"front": config.front_basis.describe()}
         figures: dict[str, np.ndarray] = dict(zip(HISTORY, state.history.T, strict=True))
         accuracy = float(figures["test_accuracy"][-1])
         if not is_network(self.out):
@@ -150,19 +146,6 @@ class Train:
             raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
         return load_theta_map(self.theta_map)
 
-    def _front(self, images: Dataset, config: TrainConfig) -> Front | None:
-        """The filter in front of the network, if one is asked for."""
-        if self.front == "none":
-            return None
-        if not isinstance(config.noise_law, Gaussian):
-            raise ValueError("--front wiener is a filter for Gaussian noise: --norm l2")
-        basis = config.noise_law.basis
-        if basis == Pixels():
-            if config.thetas.ndim:
-                raise ValueError("--front wiener needs a theta map in another basis than the pixels, or none")
-            basis = Cosine()
-        return wiener_front(images.images, config.thetas, basis)
-
     def _config(self, theta_map: ThetaMap | None) -> TrainConfig:
         """The method's preset with the settings that were asked for."""
         names = ("epochs", "batch_size", "copies", "weight_decay", "weight", "epsilon", "attack_steps", "shift")
@@ -174,13 +157,11 @@ class Train:
         if self.schedule in ("cosine", "onecycle") and self.drop_every is None:
             asked["drop_every"] = 0  # not the preset's
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        changes |= {name: getattr(self, name) for name in ("norm", "noise", "optimizer", "flip", "seed")}
+        changes |= {name: getattr(self, name) for name in ("norm", "noise", "optimizer", "flip", "front", "seed")}
         changes |= {} if self.sigma is None else {"theta": self.sigma}
         return dataclasses.replace(PRESETS[self.method], theta_map=theta_map, **changes)
 
-    def _train(
-        self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig, front: Front | None
-    ) -> TrainState:
+    def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
         """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
         size, calls, title = config.batch_size, itertools.count(), f"{self.network}, {self.method}"
         total = config.epochs * (len(datasets[0]) // size) * size
@@ -195,4 +176,4 @@ class Train:
                     bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("train_loss", "test_accuracy")})
 
             network = make_network(self.network, **attributes)
-            return train(network, datasets, config, out=self.out, front=front, devices=self.devices, progress=progress)
+            return train(network, datasets, config, out=self.out, devices=self.devices, progress=progress)

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 
 from ancer_jax._checks import check_integer
 
+_SOME = 5000
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImages:
@@ -114,6 +116,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def some_images(self) -> Float[np.ndarray, "m height width channels"]:
+        """Images for statistics: all of them; of lazy images at most 5,000, which are spread evenly."""
+        return self.images[:: 1 if isinstance(self.images, np.ndarray) else -(-len(self) // _SOME)]
 
 
 def check_classes(dataset: Dataset, classes: tuple[str, ...]) -> None:

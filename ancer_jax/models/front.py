@@ -37,12 +37,12 @@ class Front:
         return jnp.asarray(self.basis.inputs(coefficients)) + self.mean
 
 
-def wiener_front(images: Any, theta: Float[ArrayLike, "..."], basis: Basis) -> Front:
+def wiener_front(images: Float[ArrayLike, "m *d"], theta: Float[ArrayLike, "..."], basis: Basis) -> Front:
     """Wiener's filter for Gaussian noise theta: `weights = s^2 / (s^2 + theta^2)`, where s is the standard deviation of
     each coefficient over the images. Of all linear filters in this basis it leaves the smallest squared error.
 
     Args:
-      images: [m, *d] of the training data, an array or what is sliced like one.
+      images: [m, *d] of the training data.
       theta: [] or [*d], standard deviation of the noise in each coefficient.
       basis: of the coefficients, in which the noise is independent.
 

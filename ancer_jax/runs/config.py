@@ -94,9 +94,7 @@ class RunConfig:
         check_choice("method", self.method, Method)
         check_choice("guard", self.guard, Guard)
         check_choice("precision", self.precision, Precision)
-        if self.norm == "l1" and self.basis != Pixels():
-            raise ValueError(f"the noise for l1 is in pixels: {self.basis} does not preserve l1 distances")
-        make_noise(self.norm, self.noise)
+        make_noise(self.norm, self.noise, basis=self.basis)
         if self.noise == DEFAULT_NOISE[self.norm]:
             object.__setattr__(self, "noise", None)
         if self.exact and self.noise != "splitting":
@@ -129,9 +127,8 @@ class RunConfig:
     @property
     def certified_noise(self) -> Noise:
         """The noise law of the draws that certify; `for_search` of it is that of searches and leakage."""
-        form: dict[str, Any] = {"exact": True, "period": self.period} if self.exact else {}
-        form |= {"basis": self.basis} if self.basis != Pixels() else {}
-        return make_noise(self.norm, self.noise, **form)
+        form = {"exact": True, "period": self.period} if self.exact else {}
+        return make_noise(self.norm, self.noise, basis=self.basis, **form)
 
     @property
     def enumerable(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
@@ -63,14 +65,16 @@ class ThetaMap:
         return f"theta {low:.3g} to {high:.3g}, geometric mean {mean:.4g}, basis {self.basis.name}"
 
 
-def spectral_theta(images: Any, basis: Basis, sigma: float, *, theta_max: float, power: float = 1.0) -> ThetaMap:
+def spectral_theta(
+    images: Float[ArrayLike, "m *d"], basis: Basis, sigma: float, *, theta_max: float, power: float = 1.0
+) -> ThetaMap:
     """The theta map `theta_k = clip(sigma * (sigma / s_k)^power, sigma, theta_max)`, where s_k is the standard
     deviation of coefficient k over the images: the less the images differ in a coefficient, the more noise it gets.
 
     It needs no network, and no theta is below sigma: regions of the same gap contain those of isotropic noise sigma.
 
     Args:
-      images: [m, *d] of the training data, an array or what is sliced like one.
+      images: [m, *d] of the training data.
       basis: of the coefficients.
       sigma: the smallest theta.
       theta_max: the largest theta. Sizes depend on it: report it.

@@ -17,7 +17,7 @@ import scipy.special
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from ancer_jax._numerics import Leaf, Values, array_library
+from ancer_jax._numerics import Values, array_library
 from ancer_jax.basis import Basis, Pixels
 from ancer_jax.regions.region import Region
 
@@ -42,7 +42,7 @@ class Noise(abc.ABC):
         """The basis of the coefficients that theta belongs to."""
         return Pixels()
 
-    def region(self, x: Leaf, theta: Leaf, gap: Leaf) -> Region:
+    def region(self, x: Values | float, theta: Values | float, gap: Values | float) -> Region:
         """The region of that gap around x under this noise; shapes as in `Region`."""
         return Region(x, theta, gap, self.norm, self.basis)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ancer_jax._checks import check_choice, check_integer, check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.basis import Pixels
+from ancer_jax.basis import Basis, Cosine, Pixels
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
 from ancer_jax.smoothing.registry import NoiseName, make_noise
@@ -19,6 +19,8 @@ TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "s
 Schedule = Literal["drops", "cosine", "onecycle"]
 Optimizer = Literal["sgd", "muon"]
 Flip = Literal["random", "alternating", "none"]
+FrontName = Literal["none", "wiener"]
+_WITHOUT = (("theta_map", None), ("front", "none"))
 # Settings that belong to some methods only, and may be positive in no other.
 _OF_METHODS = ("weight", "epsilon", "attack_steps", "warmup_epochs")
 
@@ -54,6 +56,8 @@ class TrainConfig:
       shift: largest random shift of an image in pixels; 0 turns shifts off.
       flip: "random" mirrors half of the images, drawn anew in each epoch; "alternating" draws them for the first epoch,
         mirrors the other half in the second, and so on in turn (Jordan 2024, arXiv 2404.00498); "none" mirrors none.
+      front: "wiener" puts a fixed linear filter in front of the network, Wiener's for the training images and Gaussian
+        noise (`models.front`), in the basis of the theta map, or in the cosine basis where there is none.
       seed: of initial parameters, order of the images, noise and augmentation.
 
     Raises:
@@ -83,6 +87,7 @@ class TrainConfig:
     seed: int = 0
     noise: NoiseName | None = None
     theta_map: ThetaMap | None = None
+    front: FrontName = "none"
 
     def __post_init__(self):
         if self.theta_map is not None:
@@ -92,6 +97,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, Optimizer)
         check_choice("schedule", self.schedule, Schedule)
         check_choice("flip", self.flip, Flip)
+        check_choice("front", self.front, FrontName)
         for name in ("epochs", "batch_size", "copies"):
             check_integer(name, getattr(self, name))
         for name in ("drop_every", "attack_steps", "warmup_epochs", "shift"):
@@ -119,12 +125,22 @@ class TrainConfig:
         additive = isinstance(self.noise_law, AdditiveNoise)  # also refuses noise that does not fit the norm
         if self.method == "smoothadv" and not additive:
             raise ValueError(f"smoothadv attacks through noise that is added, not through {self.noise} noise")
+        if self.front == "wiener" and self.norm != "l2":
+            raise ValueError("the front wiener is a filter for Gaussian noise: norm must be l2")
+        if self.front_basis == Pixels():
+            raise ValueError("the front wiener needs a theta map in another basis than the pixels, or none")
 
     @property
     def noise_law(self) -> Noise:
         """The noise that the network is trained with."""
-        basis = Pixels() if self.theta_map is None else self.theta_map.basis
-        return make_noise(self.norm, self.noise, **({} if basis == Pixels() else {"basis": basis}))
+        return make_noise(self.norm, self.noise, basis=Pixels() if self.theta_map is None else self.theta_map.basis)
+
+    @property
+    def front_basis(self) -> Basis | None:
+        """The basis of the filter in front of the network; None without one."""
+        if self.front == "none":
+            return None
+        return Cosine() if self.theta_map is None else self.theta_map.basis
 
     @property
     def thetas(self) -> np.ndarray:
@@ -132,9 +148,10 @@ class TrainConfig:
         return np.asarray(self.theta, np.float32) if self.theta_map is None else self.theta_map.theta
 
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        values = dataclasses.asdict(dataclasses.replace(self, theta_map=None)) | {"theta": self.theta}
-        return values | {"theta_map": None if self.theta_map is None else repr(self.theta_map)}
+        """The settings as JSON values, without a theta map or front where there is none."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"theta_map": self.theta_map and repr(self.theta_map)}
+        return {name: value for name, value in values.items() if (name, value) not in _WITHOUT}
 
 
 class Method(NamedTuple):

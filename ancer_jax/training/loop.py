@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ancer_jax import devices
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS
-from ancer_jax.models.front import Front, WithFront
+from ancer_jax.models.front import WithFront
 from ancer_jax.runs.settings import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_shard, write_file
 from ancer_jax.training.config import TrainConfig
@@ -43,7 +43,6 @@ def train(
     config: TrainConfig,
     *,
     out: epath.PathLike,
-    front: Front | None = None,
     devices: int | None = None,
     progress: Progress = lambda steps, figures: None,
 ) -> TrainState:
@@ -56,12 +55,12 @@ def train(
     rounding only. If JAX runs as several processes (`jax.distributed`), all call this with the same arguments.
 
     Args:
-      network: takes `train=True` and may have batch statistics.
+      network: takes `train=True` and may have batch statistics. With a `front` in the config, what is trained and what
+        the variables belong to is `models.WithFront(network, config.front_basis)`.
       datasets: the training set, with images in [0, 1], and the test set, on which loss and accuracy under one noise
         draw per image are measured after every epoch.
       config: the settings.
       out: a new folder, or that of an unfinished training with the same settings.
-      front: mean and weights of the filter of a `WithFront` network; None for other networks.
       devices: how many local devices each process uses; None is all of them, but only one CPU device.
       progress: called with the number of steps since the last call, and with the newest row of `HISTORY` after an epoch
         ({} after a step). The first call has the steps and the row of an earlier training that is resumed.
@@ -74,10 +73,8 @@ def train(
     import orbax.checkpoint as ocp
 
     training, out = _set_up(network, datasets, config, devices), absolute(out)
-    if (front is None) == isinstance(network, WithFront) or (front and front.basis != network.basis):
-        raise ValueError("a WithFront network needs a front of its basis, and no other network takes one")
     history = np.full((config.epochs, len(HISTORY)), np.nan)
-    state = TrainState(*initial_state(training, datasets[0].images, front), history)
+    state = TrainState(*initial_state(training, datasets[0].some_images()), history)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with _same_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
         done = manager.latest_step() or 0
@@ -115,6 +112,8 @@ def _set_up(network, datasets: tuple[Dataset, Dataset], config: TrainConfig, num
         raise ValueError(f"the theta map is {list(config.thetas.shape)}, the images are {shapes[0]}")
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, got {config.batch_size}")
+    if config.front_basis is not None:
+        network = WithFront(network, config.front_basis)
     return Training(network, config, steps, mesh)
 
 

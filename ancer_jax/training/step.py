@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ancer_jax.data import Dataset
 from ancer_jax.devices import replicate, take_rows
-from ancer_jax.models.front import Front
+from ancer_jax.models.front import wiener_front
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
 from ancer_jax.training import losses
 from ancer_jax.training.config import METHODS, TrainConfig
@@ -30,11 +30,15 @@ class Training(NamedTuple):
     mesh: Mesh
 
 
-def initial_state(training: Training, images: Any, front: Front | None = None) -> tuple[Any, optax.OptState]:
-    """Variables of the network, initialised on the first of `images`, and state of the optimizer; replicated."""
+def initial_state(training: Training, images: np.ndarray) -> tuple[Any, optax.OptState]:
+    """Variables of the network, initialised on the first of `images`, and state of the optimizer; replicated.
+
+    The filter in front of the network is made from all images.
+    """
     key, _ = jax.random.split(_root_key(training.config))
     variables = jax.jit(training.network.init)(key, images[:1])
-    if front is not None:
+    if training.config.front_basis is not None:
+        front = wiener_front(images, training.config.thetas, training.config.front_basis)
         variables = {**variables, "front": {"mean": front.mean, "weights": front.weights}}
     state = variables, _optimizer(training).init(variables["params"])
     return replicate(jax.tree.map(np.asarray, state), training.mesh)

@@ -66,7 +66,7 @@ def row_of(name: str, datasets: tuple[Dataset, Dataset], options: argparse.Names
     answers = [np.asarray(logits(state.variables, images[i : i + 500]).argmax(-1)) for i in range(0, len(images), 500)]
     return {
         "recipe": name,
-        "settings": dataclasses.asdict(config),
+        "settings": config.settings(),
         "train_loss": last["train_loss"],
         "noisy_loss": last["test_loss"],
         "noisy_accuracy": last["test_accuracy"],

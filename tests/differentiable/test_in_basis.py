@@ -156,6 +156,24 @@ def test_an_attack_stays_inside_a_region_of_any_size_and_shape(basis, shape):
         assert moved[3] > 0.8 and moved[4] > 0.95 and min(moved[5:]) > 0.45
 
 
+@pytest.mark.parametrize("gap", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("theta_min", [1e-2, 1e-4])
+def test_an_attack_stays_inside_where_one_theta_is_tiny(theta_min, gap):
+    """The rounding of all pixels is then much in units of that theta."""
+    rng, shape = np.random.default_rng(2), (28, 28, 1)
+    theta = np.ones(shape, np.float32)
+    theta[0, 0, 0] = theta_min
+    smoothed = Smoothed(reference.linear(rng.normal(size=784), 5.0), Gaussian(BASIS), theta)
+    center = rng.uniform(size=shape).astype(np.float32)
+    center[0, 0, 0] = 0
+    region = Region(center, theta, np.float32(gap), 2, BASIS)
+    rough = jax.jit(jax.vmap(lambda region, key: attack(key, smoothed, region, 1, steps=5, num_samples=4), (None, 0)))
+    ys = np.asarray(rough(region, KEYS[:20]))
+    assert all(region.contains(y) for y in ys)
+    if gap == 10 and theta_min == 1e-2:  # of small gaps rounding takes all
+        assert not any(dataclasses.replace(region, gap=0.4 * gap).contains(y) for y in ys)
+
+
 def test_an_attack_on_a_constant_classifier_stays_at_the_center():
     constant = dataclasses.replace(STEEP, classifier=reference.linear(0 * W, 1.0))
     y = find(constant, Region(X32, THETA32, np.float32(2), 2, BASIS), KEYS[0])

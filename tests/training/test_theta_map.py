@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,15 +41,16 @@ def test_a_flat_map_in_pixels_is_theta(tmp_path):
 
 
 def test_a_network_learns_under_coloured_noise_behind_a_filter_that_stays_as_it_is(tmp_path):
-    network, front = WithFront(NETWORK, Cosine()), wiener_front(DATA.images, MAP.theta, Cosine())
-    config = short(theta_map=MAP, epochs=4)
-    state = train(network, (DATA, TEST), config, out=tmp_path, front=front)
+    config = short(theta_map=MAP, front="wiener", epochs=4)
+    state, front = train(NETWORK, (DATA, TEST), config, out=tmp_path), wiener_front(DATA.images, MAP.theta, Cosine())
     assert state.history[-1, 2] < 0.92 * state.history[0, 2]  # the training loss
     np.testing.assert_array_equal(state.variables["front"]["weights"], front.weights)
     np.testing.assert_array_equal(state.variables["front"]["mean"], front.mean)
+    logits = WithFront(NETWORK, Cosine()).apply(state.variables, jnp.asarray(TEST.images))
+    assert (np.argmax(logits, axis=1) == TEST.labels).mean() > 0.15
     other = dataclasses.replace(config, theta_map=ThetaMap(MAP.theta * 2, Cosine()))
     with pytest.raises(ValueError, match="theta_map is ThetaMap"):
-        train(network, (DATA, TEST), other, out=tmp_path, front=front)
+        train(NETWORK, (DATA, TEST), other, out=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["smoothadv", "macer", "consistency", "volume"])
@@ -63,20 +65,29 @@ def test_the_config_of_a_theta_map():
     config = TrainConfig(theta_map=MAP, theta=3.0)
     assert config.theta == pytest.approx(np.exp(np.log(MAP.theta.astype(float)).mean()), rel=1e-6)
     assert config.noise_law == Gaussian(Cosine())
-    assert config.settings()["theta_map"] == repr(MAP) and TrainConfig().settings()["theta_map"] is None
-    with pytest.raises(ValueError, match="basis"):
-        _ = TrainConfig(theta_map=MAP, norm="l1").noise_law
+    assert config.settings()["theta_map"] == repr(MAP)
+    assert {"theta_map", "front"}.isdisjoint(TrainConfig().settings())
+
+
+def test_the_filter_is_in_the_basis_of_the_noise_or_of_cosines():
+    assert TrainConfig().front_basis is None
+    assert TrainConfig(front="wiener").front_basis == Cosine()
+    assert TrainConfig(front="wiener", theta_map=MAP).front_basis == MAP.basis
 
 
 @pytest.mark.parametrize(
-    ("network", "front", "changes", "message"),
+    ("changes", "message"),
     [
-        (NETWORK, wiener_front(DATA.images, 0.25, Cosine()), {}, "a WithFront network needs a front of its basis"),
-        (WithFront(NETWORK, Cosine()), None, {}, "a WithFront network needs a front of its basis"),
-        (WithFront(NETWORK, Pixels()), wiener_front(DATA.images, 0.25, Cosine()), {}, "a front of its basis"),
-        (NETWORK, None, {"theta_map": ThetaMap(np.ones((4, 4, 1)))}, r"the theta map is \[4, 4, 1\], the images are"),
+        ({"front": "wiener", "norm": "l1"}, "a filter for Gaussian noise: norm must be l2"),
+        ({"front": "wiener", "theta_map": ThetaMap(np.ones((4, 4, 1)))}, "needs a theta map in another basis"),
+        ({"theta_map": MAP, "norm": "l1"}, "noise for l1 is in pixels"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, network, front, changes, message):
+def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        train(network, (DATA, TEST), short(**changes), out=tmp_path / "net", front=front)
+        TrainConfig(**changes)
+
+
+def test_a_map_of_other_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the theta map is \[4, 4, 1\], the images are \[28, 28, 1\]"):
+        train(NETWORK, (DATA, TEST), short(theta_map=ThetaMap(np.ones((4, 4, 1)))), out=tmp_path / "net")

@@ -20,7 +20,7 @@ from ancer_jax.models import check_fit, resolve_classifier
 from ancer_jax.runs.config import Norm
 from ancer_jax.search import ThetaMap, UniversalConfig, optimize_universal, save_theta_map, spectral_theta
 from ancer_jax.smoothing.classifier import check_classifier
-from ancer_jax.smoothing.noise import Gaussian, Uniform
+from ancer_jax.smoothing.registry import make_noise
 from ancer_jax.smoothing.smoothed import Smoothed
 
 
@@ -73,25 +73,24 @@ class LearnTheta:
         self.runtime.start(survive=True)
         if epath.Path(self.out).suffix != ".npz":
             raise ValueError(f"--out is the file of a theta map, NAME.npz, got {self.out}")
-        if self.norm == "l1" and self.basis != "pixels":
-            raise ValueError(f"the noise for l1 is in pixels: --basis {self.basis} does not preserve l1 distances")
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
         classifier, sigma = None, self.sigma
         if self.steps or sigma is None:
             classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
             if checkpoint is not None:
                 check_fit(self.classifier, checkpoint, dataset)
+        images = dataset.some_images()
+        basis = make_basis(self.basis, images)
+        noise = make_noise(self.norm, basis=basis)
         power = self.power if self.start == "spectral" else 0.0
-        basis = make_basis(self.basis, dataset.images)
-        theta_map = spectral_theta(dataset.images, basis, sigma, theta_max=self.theta_max, power=power)
+        theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
         print(f"start: {theta_map}", flush=True)
         if self.steps and classifier is not None:
             check_classifier(classifier, dataset.images[0])
-            noise = Uniform() if self.norm == "l1" else Gaussian(basis)
             theta_map = self._learn(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
         save_theta_map(theta_map, self.out)
         picture = epath.Path(self.out).with_suffix(".png")
-        report.plot_theta_map(theta_map, dataset.images[:4], picture)
+        report.plot_theta_map(theta_map, images[:4], picture)
         print(f"{self.out}: {theta_map}\npicture: {picture}")
 
     def _learn(self, smoothed: Smoothed, dataset: Dataset, sigma: float) -> ThetaMap:

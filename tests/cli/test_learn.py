@@ -59,7 +59,7 @@ def test_an_ascent_stays_between_its_bounds(basis, kind, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--norm", "l1"], "--basis cosine does not preserve l1 distances"),
+        (["--norm", "l1"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
         (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
         (["--theta-max", "0.1"], "theta_max must be in [0.25, inf)"),
         (["--sigma", "-1"], "sigma must be"),
