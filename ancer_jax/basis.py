@@ -28,15 +28,17 @@ from ancer_jax._numerics import Values
 BasisName = Literal["pixels", "cosine", "karhunen-loeve"]
 # Brightness, red against blue, green against both.
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
-_ORTHONORMAL = 1e-12
+# How much thetas may differ in another basis than the pixels: see `Gaussian`.
+MOST_UNEQUAL = 32.0
 _PART = 1000  # images at a time
 _AXES = ("rows", "columns", "channels")
 
 
 class Basis(abc.ABC):
-    """An orthonormal basis of inputs [*d]; coefficients have the same shape. Frozen and hashable.
+    """An orthonormal basis of inputs [*d]; coefficients have the same shape. Frozen and hashable; `Pixels`, `Cosine`
+    and `KarhunenLoeve` are all there are.
 
-    Arrays of JAX stay arrays of JAX, of their type; all others are computed in float64 on the host.
+    Arrays of JAX stay arrays of JAX, in float32 or wider; all others are computed in float64 on the host.
     """
 
     name: BasisName
@@ -97,30 +99,21 @@ class _Separable(Basis):
 
     def rounding(self, shape: tuple[int, ...], dtype: Any) -> float:
         """See `Basis.rounding`."""
-        # A product with an orthonormal matrix of size n, computed in any order: (n + 2) eps times the norm of the
-        # matrix of absolute values, which is sqrt(n) at most. Twice that, for the rounding of the matrix itself.
-        return 2 * sum((n + 2) * math.sqrt(n) for n in shape) * float(jnp.finfo(dtype).eps)
+        # A product with a matrix of size n, computed in any order: (n + 2) eps times the norm of the matrix of absolute
+        # values, which is sqrt(n) at most. Twice that, for the rounding of the matrix itself, and what `_skew` allows.
+        eps = 2 * float(jnp.finfo(dtype).eps) + 4 * float(np.finfo(np.float64).eps)
+        return eps * sum((n + 2) * math.sqrt(n) for n in shape)
 
     def _transform(self, values: ArrayLike, *, inverse: bool) -> Any:
         on_host = not isinstance(values, jax.Array)
         xnp: Any = np if on_host else jnp
-        array: Any = np.asarray(values, np.float64) if on_host else values
+        array: Any = xnp.asarray(values, np.float64 if on_host else jnp.result_type(values, jnp.float32))
         for axis, matrix in zip((-3, -2, -1), self.matrices(array.shape[-3:]), strict=True):
-            matrix, moved = (matrix if inverse else matrix.T), xnp.moveaxis(array, axis, -1)
-            array = xnp.moveaxis(moved @ matrix if on_host else _product(moved, matrix), -1, axis)
+            matrix, moved = (matrix if inverse else matrix.T).astype(array.dtype), xnp.moveaxis(array, axis, -1)
+            # Not in TF32 or bfloat16, whatever JAX is set to.
+            product = moved @ matrix if on_host else jnp.matmul(moved, matrix, precision=jax.lax.Precision.HIGHEST)
+            array = xnp.moveaxis(product, -1, axis)
         return array
-
-
-def _product(values: jax.Array, matrix: np.ndarray) -> jax.Array:
-    """`values @ matrix` in the type of the values.
-
-    A matrix that is rounded to float32 is no longer orthonormal, and the noise would have slightly another law than
-    the certificate says. So what rounding takes off is a second matrix.
-    """
-    product = functools.partial(jnp.matmul, values, precision=jax.lax.Precision.HIGHEST)
-    high = matrix.astype(values.dtype)
-    low = (matrix - high.astype(np.float64)).astype(values.dtype)
-    return product(high) + product(low) if low.any() else product(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +161,7 @@ class KarhunenLoeve(_Separable):
             matrix.flags.writeable = False
             object.__setattr__(self, axis, matrix)
             square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-            if not square or not np.abs(matrix @ matrix.T - np.eye(len(matrix))).max() < _ORTHONORMAL:
+            if not square or not _skew(matrix) <= 4 * (len(matrix) + 2) * len(matrix) ** 0.5 * np.finfo(float).eps:
                 raise ValueError(f"{axis} must be an orthonormal matrix, got one of shape {list(matrix.shape)}")
 
     @classmethod
@@ -220,6 +213,11 @@ class KarhunenLoeve(_Separable):
         return {"name": self.name, **text}
 
 
+def _skew(matrix: np.ndarray) -> float:
+    """How far a square matrix is from an orthonormal one."""
+    return float(np.linalg.norm(matrix @ matrix.T - np.eye(len(matrix))))
+
+
 def _eigenvectors(covariance: np.ndarray) -> np.ndarray:
     """The eigenvectors of a covariance, in rows, those of large variance first."""
     vectors = np.linalg.eigh(covariance)[1].T[::-1]
@@ -259,6 +257,22 @@ def make_basis(name: BasisName, images: ArrayLike) -> Basis:
     return KarhunenLoeve.of(images) if name == KarhunenLoeve.name else read_basis({"name": name})
 
 
+def check_basis(basis: Basis) -> None:
+    """Refuse what is not one of the bases here: another one could not be read back, and its rounding is not known."""
+    if not isinstance(basis, Basis) or read_basis(basis.describe()) != basis:
+        raise ValueError(f"basis must be Pixels(), Cosine() or a KarhunenLoeve basis, got {basis!r}")
+
+
+def check_thetas(smallest: ArrayLike, largest: ArrayLike) -> None:
+    """Refuse thetas in another basis than the pixels, the smallest and largest [...] of each input, if they differ by
+    more than `MOST_UNEQUAL`, up to rounding.
+    """
+    smallest, largest = np.asarray(smallest, np.float64), np.asarray(largest, np.float64)
+    if (largest > (1 + 1e-6) * MOST_UNEQUAL * smallest).any():
+        found = f"{smallest.min():g} to {largest.max():g}"
+        raise ValueError(f"thetas may differ by a factor of {MOST_UNEQUAL:g} at most, except in pixels; got {found}")
+
+
 def spectrum(images: ArrayLike, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
     """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d].
 
@@ -269,7 +283,7 @@ def spectrum(images: ArrayLike, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
     mean, squares = np.zeros(images.shape[1:]), np.zeros(images.shape[1:])
     for part in _parts(images):
         mean += part.sum(axis=0, dtype=np.float64) / len(images)
-        squares += (np.asarray(basis.coefficients(part)) ** 2).sum(axis=0, dtype=np.float64) / len(images)
+        squares += (np.asarray(basis.coefficients(part), np.float64) ** 2).sum(axis=0) / len(images)
     deviations = np.sqrt(np.maximum(squares - np.asarray(basis.coefficients(mean)) ** 2, 0.0))
     return mean.astype(np.float32), deviations
 

@@ -113,7 +113,8 @@ class Memory:
           The memory with one more answer, and the answer.
 
         Guarantee: the invariants at the head of this module. A region that must shrink falls short of the largest one
-        allowed by less than 1e-6 of its size, plus rounding (1e-13 of the other region for each thousand coordinates).
+        allowed by less than 1e-6 of its size, plus rounding: 1e-13 of the other region for each thousand coordinates, more in
+        another basis than the pixels.
 
         Raises:
           ValueError: if norm, basis or shape differ from what is stored, or a value makes no sense.
@@ -121,7 +122,9 @@ class Memory:
         region = certificate.region
         if np.ndim(region.gap):
             raise ValueError(f"insert takes one certificate, got a batch of {len(certificate)}: use insert_batch")
-        prediction, region = jax.tree.map(lambda value: np.asarray(value)[None], (certificate.prediction, region))
+        center, theta, gap = (np.asarray(value)[None] for value in (region.center, region.theta, region.gap))
+        prediction = np.asarray(certificate.prediction)[None]
+        region = dataclasses.replace(region, center=center, theta=theta, gap=gap)
         memory, answers = self.insert_batch(dataclasses.replace(certificate, prediction=prediction, region=region))
         return memory, answers[0]
 
@@ -145,7 +148,7 @@ class Memory:
         inside = np.full(count, -1)
         if not count:
             return self, Answer(new["prediction"], region, np.zeros(0, bool), inside)
-        like = jax.tree.map(lambda values: values[0], region)
+        like = dataclasses.replace(region, center=np.asarray(region.center)[0], theta=1.0, gap=0.0)
         with float64_on_the_host():
             for start in range(0, count, _BATCH):
                 block = {name: column[start : start + _BATCH] for name, column in new.items()}
@@ -281,7 +284,7 @@ def _lossless(values: np.ndarray) -> np.ndarray:
 
 
 def _region(like: Region, columns: dict[str, np.ndarray], row: Any) -> Region:
-    """The region in a row, or those in some rows, of the norm, basis and input shape of one region."""
+    """The region in a row, or those in some rows, of the norm, basis and input shape of the region `like`."""
     gap, (center, theta) = columns["gap"][row], (columns[name][row] for name in ("center", "theta"))
     shape = np.shape(gap) + np.shape(like.center)
     # A number for each input is stored as [n, 1].

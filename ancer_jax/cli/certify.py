@@ -3,6 +3,7 @@
 import dataclasses
 import decimal
 import math
+import warnings
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models import check_fit, resolve_classifier
+from ancer_jax.models.checkpoints import is_network
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
@@ -65,16 +67,16 @@ class Certify:
     method: Method = "ancer"
     """fixed: one theta for all; universal: one per pixel, or coefficient, the same for all images (--theta-map);
     isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
-    basis: Literal["pixels", "cosine"] = "pixels"
-    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta. With
-    universal it is that of --theta-map."""
+    basis: Literal["pixels", "cosine"] | None = None
+    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta. Default: that
+    of --theta-map, or pixels."""
     sigma: float | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
     l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Default: what the bundled
     model, or the network in the folder, was trained with."""
     theta_map: str | None = None
-    """For universal: a theta map (of learn-theta), or an .npy file of theta, an array of the shape of an image.
-    Default: the map that the network in the folder was trained with."""
+    """For universal: a theta map (of learn-theta), or an .npy file of theta in --basis, an array of the shape of an
+    image. Default: the map that the network in the folder was trained with."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
     """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
     ancer as its scripts do (theta = sigma / sqrt(3))."""
@@ -166,10 +168,11 @@ class Certify:
         command = self
         if checkpoint is not None:
             check_fit(self.classifier, checkpoint, dataset)
+            self._compare_with_training(checkpoint.history.get("theta_map"), theta_map)
             if self.noise is None and checkpoint.norm == self.norm:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
         law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
-        law += f"{self.basis}-" * (self.basis != "pixels")
+        law += f"{self.basis}-" * (self.basis not in (None, "pixels"))
         out = self.out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
         command.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
@@ -178,24 +181,35 @@ class Certify:
             leave()
         print_table([out], parse_radii(self.radii) or RADII)
 
+    def _compare_with_training(self, trained: str | None, theta_map: ThetaMap | None) -> None:
+        """Refuse a map in the network's folder that is not the one it was trained with; warn of other noise."""
+        if trained is None or repr(theta_map) == trained:
+            return
+        if theta_map is not None and self.theta_map is None:
+            raise ValueError(f"{self.classifier}/{THETA_MAP} is not the map of its training: give --theta-map")
+        warnings.warn(f"{self.classifier} was trained with another noise: {trained}", stacklevel=2)
+
     def _read_theta_map(self) -> ThetaMap | None:
-        file = self.theta_map
-        if file is None and self.method == "universal" and (own := epath.Path(self.classifier) / THETA_MAP).exists():
+        file, own = self.theta_map, epath.Path(self.classifier) / THETA_MAP
+        if file is None and self.method == "universal" and is_network(self.classifier) and own.exists():
             file = own
         if file is None:
             return None
         if self.sigma is not None or self.sigma_convention != "theta":
             raise ValueError("--theta-map holds theta itself: --sigma and --sigma-convention do not go with it")
-        if self.basis != "pixels":
-            raise ValueError("--theta-map holds its basis: --basis does not go with it")
-        return load_theta_map(file)
+        theta_map = load_theta_map(file)
+        if self.basis is None or self.basis == theta_map.basis.name:
+            return theta_map
+        if epath.Path(file).suffix == ".npy":
+            return ThetaMap(theta_map.theta, read_basis({"name": self.basis}))
+        raise ValueError(f"{file} is a theta map in the basis {theta_map.basis.name}, not {self.basis}")
 
     def certify(
         self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: ThetaMap | None = None
     ) -> None:
         """One run, with a progress bar."""
-        basis = read_basis({"name": self.basis}) if theta_map is None else theta_map.basis
-        config, theta = self._config(sigma, basis, len(dataset)), None if theta_map is None else theta_map.theta
+        basis = read_basis({"name": self.basis or "pixels"}) if theta_map is None else theta_map.basis
+        config = self._config(sigma, basis, len(dataset))
         mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
         total, title = 0 if mine is None else len(mine), f"{self.method} {sigma:g}"
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
@@ -211,7 +225,7 @@ class Certify:
                 advance(bar, title, images, "compiling, then the first batch")
 
             execution = Execution(self.batch_size, self.chunk, self.devices, self.shard_devices, progress)
-            certify_dataset(classifier, dataset, config, out=out, theta_map=theta, execution=execution)
+            certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
 
     def _config(self, sigma: float, basis: Basis, images: int) -> RunConfig:
         """The settings of a run of so many images."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from typing import Literal
 
 import jax
@@ -27,12 +28,12 @@ from ancer_jax.smoothing.smoothed import Smoothed
 @dataclasses.dataclass(frozen=True)
 class LearnTheta:
     """Learn a theta map, one theta for each coefficient of a basis and the same for all images, from training images;
-    for certify --method universal, and for train. Certificates of one map need no memory and have no leakage."""
+    for certify --method universal, and for train. Certificates of one map need no memory."""
 
     out: str
     """File of the theta map (.npz); a picture of it goes beside it (.png)."""
     theta_max: float
-    """Upper bound of theta. Sizes of regions depend on it: report it with them."""
+    """Upper bound of theta. The size of regions depends on it, so report both."""
     data: str = BUNDLED_SUBSET
     """Data set, as in certify."""
     split: str = "train"
@@ -47,13 +48,13 @@ class LearnTheta:
     norm: Norm = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float | None = None
-    """Lower bound of theta, in image units: regions of the same gap contain those of isotropic noise sigma. Default:
+    """Lower bound of theta, in image units: at equal gap, a region contains that of isotropic noise sigma. Default:
     what the bundled model, or the network in the folder, was trained with."""
     start: Literal["spectral", "flat"] = "spectral"
     """spectral: the less the images differ in a coefficient, the larger its theta, from sigma to --theta-max; flat:
     sigma everywhere."""
     power: float = 1.0
-    """Of the spectral start: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
+    """For --start spectral: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
     steps: int = 0
     """Steps of the ascent from there; 0: the start is the map, and needs no classifier if --sigma is given."""
     classifier: str = "bundled"
@@ -84,8 +85,10 @@ class LearnTheta:
         noise = make_noise(self.norm, basis=basis)
         power = self.power if self.start == "spectral" else 0.0
         theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
-        print(f"start: {theta_map}", flush=True)
+        if theta_map.theta.min() == theta_map.theta.max() and self.start == "spectral":
+            warnings.warn(f"all thetas of the start are {theta_map.theta.min():g}: that is white noise", stacklevel=1)
         if self.steps and classifier is not None:
+            print(f"start: {theta_map}", flush=True)
             check_classifier(classifier, dataset.images[0])
             theta_map = self._learn(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
         save_theta_map(theta_map, self.out)

@@ -124,8 +124,7 @@ class Train:
             if theta_map is not None and jax.process_index() == 0:
                 save_theta_map(theta_map, epath.Path(self.out) / THETA_MAP)
             history = config.settings() | {"data": self.data, "test_accuracy": accuracy}
-            theta = config.theta if theta_map is None else None
-            what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, theta
+            what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, config.theta
             save_network(Checkpoint(*what, history=history, classes=datasets[0].classes), self.out, new=False)
         if jax.process_index() == 0:
             report.plot_training(figures, epath.Path(self.out) / "training.png")

@@ -32,14 +32,17 @@ class Front:
     basis: Basis = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Float[ArrayLike, "n *d"]) -> Float[Array, "n *d"]:
-        """The filtered images."""
+        """The filtered images; ValueError if they are not [n, height, width, channels]."""
+        if jnp.ndim(x) != 4:
+            raise ValueError(f"a filter takes images [n, height, width, channels], got shape {list(jnp.shape(x))}")
         coefficients = self.weights * jnp.asarray(self.basis.coefficients(jnp.asarray(x) - self.mean))
         return jnp.asarray(self.basis.inputs(coefficients)) + self.mean
 
 
 def wiener_front(images: Float[ArrayLike, "m *d"], theta: Float[ArrayLike, "..."], basis: Basis) -> Front:
     """Wiener's filter for Gaussian noise theta: `weights = s^2 / (s^2 + theta^2)`, where s is the standard deviation of
-    each coefficient over the images. Of all linear filters in this basis it leaves the smallest squared error.
+    each coefficient over the images. Of all filters with one weight for each coefficient it leaves the smallest squared
+    error.
 
     Args:
       images: [m, *d] of the training data.

@@ -53,9 +53,9 @@ def _theta(name: str, checkpoint: Checkpoint, norm: str, sigma: float | None) ->
         if sigma is None:
             raise ValueError(f"{trained}: --sigma is needed to certify it under {norm} noise")
         warnings.warn(f"{trained}, not with {norm} noise", stacklevel=3)
-    sigma = theta if sigma is None else sigma
     if sigma is None and checkpoint.history.get("theta_map"):
-        raise ValueError(f"{name} was trained with a theta map: certify it with --method universal, or name a --sigma")
+        raise ValueError(f"{name} was trained with a theta map, not one sigma: give --sigma, or --method universal")
+    sigma = theta if sigma is None else sigma
     if sigma is None:
         raise ValueError(f"--sigma is needed: {name} does not say what noise it was trained with")
     return sigma

@@ -92,6 +92,8 @@ def parts_of(region: Region) -> tuple[ModuleType, Any, Any, Any, tuple[int, ...]
     if theta.shape not in (gap.shape, center.shape) or center.shape[: gap.ndim] != gap.shape:
         shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap))
         raise ValueError(f"center, theta and gap do not fit together: their shapes are {shapes}")
+    if len(axes) != 3 and region.basis != Pixels():
+        raise ValueError(f"{region.basis} is of images [height, width, channels], got inputs of {len(axes)} axes")
     if theta.ndim == gap.ndim:
         theta = theta.reshape(*gap.shape, *(1 for _ in axes))
     return xnp, center, xnp.broadcast_to(theta, center.shape), gap, axes

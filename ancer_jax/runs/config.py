@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ancer_jax._checks import check_choice, check_integer, check_real
-from ancer_jax.basis import Basis, Pixels, read_basis
+from ancer_jax.basis import Basis, Pixels, check_basis, read_basis
 from ancer_jax.search.config import (
     THETA_MAX_FACTOR,
     AnisotropicConfig,
@@ -94,6 +94,7 @@ class RunConfig:
         check_choice("method", self.method, Method)
         check_choice("guard", self.guard, Guard)
         check_choice("precision", self.precision, Precision)
+        check_basis(self.basis)
         make_noise(self.norm, self.noise, basis=self.basis)
         if self.noise == DEFAULT_NOISE[self.norm]:
             object.__setattr__(self, "noise", None)

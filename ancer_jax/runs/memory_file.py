@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ancer_jax.basis import read_basis
+from ancer_jax.basis import check_basis, read_basis
 from ancer_jax.memory import Memory
 from ancer_jax.regions.region import Region
 from ancer_jax.storage import as_os_error, in_bucket, read_arrays, write_file
@@ -18,9 +18,11 @@ def save_memory(memory: Memory, path: epath.PathLike, **more: np.ndarray) -> Non
     """Write a memory, with its inputs, to an npz file.
 
     Raises:
+      ValueError: if its basis is not one of `ancer_jax.basis`.
       OSError: if it cannot be written, or is a folder.
     """
     path, regions = epath.Path(path), memory.regions
+    check_basis(memory.basis)
     if not in_bucket(path) and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file that the memory goes to")
     arrays = {"center": regions.center, "theta": regions.theta, "gap": regions.gap, "prediction": memory.predictions}

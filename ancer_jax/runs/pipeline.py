@@ -19,6 +19,7 @@ from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS, Run, open_run
 from ancer_jax.runs.job import Collected, Job, Pending, make_job
 from ancer_jax.runs.plan import choose_batch
 from ancer_jax.runs.settings import describe_run, made_with
+from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.certificate import Certificate
 from ancer_jax.smoothing.certify import warn_if_undecidable
 from ancer_jax.smoothing.classifier import Classifier, check_classifier
@@ -30,7 +31,7 @@ def certify_dataset(
     config: RunConfig,
     *,
     out: epath.PathLike,
-    theta_map: Float[ArrayLike, "*d"] | None = None,
+    theta_map: ThetaMap | Float[ArrayLike, "*d"] | None = None,
     execution: Execution = Execution(),
 ) -> epath.Path:
     """Certify every image of `dataset` into the run directory `out`, continuing what is there.
@@ -48,7 +49,8 @@ def certify_dataset(
       dataset: images in [0, 1] with labels.
       config: what to compute.
       out: run directory, new or unfinished. More images may be added to a run, other settings may not.
-      theta_map: with method "universal" (and no other), the theta of all images, say of `optimize_universal`.
+      theta_map: with method "universal" (and no other), the theta of all images, say of `optimize_universal`, or a
+        `ThetaMap` in the basis of the config.
       execution: how to compute it, and whom to tell about progress.
 
     Returns:
@@ -106,12 +108,16 @@ def _check_labels(classifier: Classifier, dataset: Dataset) -> None:
         )
 
 
-def _start(config: RunConfig, theta_map: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
     """The theta of all images, [] or [*d], or where their search starts."""
     if (theta_map is None) == (config.method == "universal"):
         raise ValueError(
             f"method universal needs a theta_map (--theta-map), and no other takes one: got method {config.method}"
         )
+    if isinstance(theta_map, ThetaMap):
+        if theta_map.basis != config.basis:
+            raise ValueError(f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}")
+        theta_map = theta_map.theta
     theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
     if theta_map is not None and theta.shape != shape:
         raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")

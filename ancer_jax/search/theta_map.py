@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.basis import Basis, Pixels, read_basis, spectrum
+from ancer_jax.basis import Basis, Pixels, check_basis, check_thetas, read_basis, spectrum
 from ancer_jax.storage import read_array, read_arrays, write_file
 
 THETA_MAP = "theta_map.npz"  # in the folder of a network that was trained with one
@@ -29,7 +29,8 @@ class ThetaMap:
       basis: of the coefficients.
 
     Raises:
-      ValueError: if a theta is not positive and finite as float32.
+      ValueError: if a theta is not positive and finite as float32, or, in another basis than the pixels, the largest is
+        more than 32 times the smallest.
     """
 
     theta: np.ndarray
@@ -40,6 +41,9 @@ class ThetaMap:
         valid = (theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)
         if not theta.size or not valid.all():
             raise ValueError(f"theta of a map must be positive and finite, got {theta.min()} to {theta.max()}")
+        check_basis(self.basis)
+        if self.basis != Pixels():
+            check_thetas(theta.min(), theta.max())
         theta = np.array(theta, np.float32)  # a copy, which nobody changes
         theta.flags.writeable = False
         object.__setattr__(self, "theta", theta)
@@ -115,6 +119,8 @@ def load_theta_map(path: epath.PathLike) -> ThetaMap:
         try:
             arrays = read_arrays(path, ("theta", "basis"))
             theta, basis = arrays["theta"], read_basis(json.loads(str(arrays["basis"])))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: there is no such file") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a theta map that can be read ({error})") from None
     try:

@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax._numerics import Values, array_library
-from ancer_jax.basis import Basis, Pixels
-from ancer_jax.regions.region import Region
+from ancer_jax.basis import MOST_UNEQUAL, Basis, Pixels, check_thetas
+from ancer_jax.regions.region import Region, parts_of
 
 # Monte Carlo means of a softmax are clipped to this range before the normal quantile (the settings of ANCER's code).
 _CLIP = 1e-3
@@ -126,7 +126,10 @@ class Gaussian(AdditiveNoise):
     """Gaussian noise: l2 certificates. Each coefficient gets `theta * eps`, `eps ~ N(0, 1)`, so that theta is its
     standard deviation.
 
-    `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds.
+    `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds; in another basis than
+    the pixels less 2^-14 of that. The matrices of a basis are rounded to float32 where noise is drawn, so that the
+    noise has a slightly skewed basis: this covers images of up to 224 x 224 x 3 and thetas that differ by a factor of
+    up to 32. `region` refuses others, and `admissible` lowers them.
 
     In another basis than the pixels the noise is coloured. With B(x) the coefficients of x, the smoothed classifier of
     f at x is that of `z -> f(B^-1(z))` at `B(x)`, under independent noise: so the theorems hold for `B(y) - B(x)`.
@@ -147,6 +150,20 @@ class Gaussian(AdditiveNoise):
         coefficients = widen(theta) * jax.random.normal(key, theta.shape, noise_dtype(theta))
         return jnp.asarray(self.basis.inputs(coefficients))
 
+    def region(self, x: Values | float, theta: Values | float, gap: Values | float) -> Region:
+        """See `Noise.region`; in another basis than the pixels, thetas that differ too much are a ValueError."""
+        region = super().region(x, theta, gap)
+        if self.basis != Pixels():
+            xnp, _, thetas, _, axes = parts_of(region)
+            if xnp is np:  # under jit there are estimates only
+                check_thetas(thetas.min(axes), thetas.max(axes))
+        return region
+
+    def admissible(self, theta: ArrayLike) -> Values:
+        """theta; in another basis than the pixels at most 32 times the smallest one."""
+        theta = jnp.asarray(theta)
+        return theta if self.basis == Pixels() else jnp.minimum(theta, MOST_UNEQUAL * theta.min())
+
     def gap(self, p_lower: ArrayLike, p_b_upper: ArrayLike | None = None) -> Values:
         """See `Noise.gap`.
 
@@ -157,7 +174,8 @@ class Gaussian(AdditiveNoise):
         quantile = scipy.special.ndtri if xnp is np else jax.scipy.special.ndtri
         a, b = -quantile(not_top), -quantile(runner_up)
         gap = (a * (1 - margin * xnp.sign(a)) + b * (1 - margin * xnp.sign(b))) / 2
-        return xnp.where(gap > 0, gap, 0.0)
+        skew = 0.0 if self.basis == Pixels() else 2.0**-14
+        return xnp.where(gap > 0, gap * (1 - skew), 0.0)
 
     def proxy_gap(self, probs: Float[Array, " K"]) -> Float[Array, ""]:
         """`(Phi^-1(p1) - Phi^-1(p2)) / 2` of the two largest probabilities, clipped to [0.001, 0.999]."""

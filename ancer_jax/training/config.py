@@ -91,7 +91,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.theta_map is not None:
-            object.__setattr__(self, "theta", float(geometric_mean(self.theta_map.theta)))
+            object.__setattr__(self, "theta", float(f"{geometric_mean(self.theta_map.theta):.6g}"))
         check_choice("method", self.method, TrainingMethod)
         check_choice("norm", self.norm, Literal["l2", "l1"])
         check_choice("optimizer", self.optimizer, Optimizer)

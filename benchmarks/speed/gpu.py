@@ -97,13 +97,13 @@ def check_linear(small: bool, seed: int) -> list[Row]:
     """Counts against their binomial law, and certificates against true regions."""
     rows = []
     seeds, n = (10, 10_000) if small else (500, 100_000)
-    for norm in ("l2", "l1"):
-        variables, x, theta, true_gap, true_class = soundness.cases(norm, 64, seeds, np.random.default_rng(seed))
+    for norm, noise in soundness.NOISES.items():
+        variables, x, theta, true_gap, true_class = soundness.cases(noise, 64, seeds, np.random.default_rng(seed))
         config = CertifyConfig(n=n)
         result = soundness.certify_all(
-            norm, variables, x, theta, config=config, chunk=n // 10, block=10 if small else 100, seed=seed
+            noise, variables, x, theta, config=config, chunk=n // 10, block=10 if small else 100, seed=seed
         )
-        p = scipy.stats.norm.cdf(true_gap) if norm == "l2" else (1 + true_gap) / 2
+        p = scipy.stats.norm.cdf(true_gap) if noise.norm == 2 else (1 + true_gap) / 2
         prediction, count, gap = (np.asarray(values) for values in (result.prediction, result.count, result.gap))
         right = prediction == true_class
         z = (count - n * p)[right] / np.sqrt(n * p * (1 - p))[right]

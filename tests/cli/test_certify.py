@@ -250,7 +250,6 @@ def test_a_theta_map_from_a_file(here, capsys):
         assert "theta.npy: not an .npy file with an array of real numbers" in error_line(capsys, arguments)
     np.savez(here / "theta.npz", theta=np.ones(1))
     assert "theta.npz: not a theta map that can be read" in error_line(capsys, [*arguments[:-1], "theta.npz"])
-    assert "--basis does not go with it" in error_line(capsys, [*arguments, "--basis", "cosine"])
     np.save(here / "theta.npy", np.ones((2, 2, 1)))
     assert "theta_map must be [2, 1, 1] as the images are, got [2, 2, 1]" in error_line(capsys, arguments)
     np.save(here / "theta.npy", np.full((2, 1, 1), 0.25))

@@ -31,13 +31,19 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     train = ["train", "--out", "net", "--theta-map", "map.npz", "--epochs", "1", "--batch-size", "100", "--max", "300"]
     cli.main([*train, "--front", "wiener", "--test-max", "100", "--devices", "1"])
     checkpoint = load_network("net")
-    assert isinstance(checkpoint.network, WithFront) and checkpoint.theta is None
+    assert isinstance(checkpoint.network, WithFront)
+    assert checkpoint.theta == pytest.approx(np.exp(np.log(theta_map.theta.astype(float)).mean()), rel=1e-5)
     assert load_theta_map("net/theta_map.npz") == theta_map
     capsys.readouterr()
     certify = ["certify", "--classifier", "net", "--max", "2", "--n", "100", "--n0", "10", "--out", "run"]
-    assert "was trained with a theta map: certify it with --method universal" in error_line(capsys, certify)
+    assert "was trained with a theta map, not one sigma: give --sigma, or --method universal" in error_line(
+        capsys, certify
+    )
     cli.main([*certify, "--method", "universal"])
     assert read_run("run").config.certified_noise.basis == Cosine()
+    capsys.readouterr()
+    other = [*certify, "--method", "universal", "--basis", "pixels"]
+    assert "theta_map.npz is a theta map in the basis cosine, not pixels" in error_line(capsys, other)
     lines = pd.read_csv("run/results.tsv", sep="\t")
     # The geometric mean is the larger one, and so is the proxy radius of whatever is certified.
     assert (lines["radius_proxy"] >= lines["radius"]).all() and set(lines["min_sigma"]) == {0.25}

@@ -126,7 +126,7 @@ def test_pairs_are_answered_as_in_pixels(basis, shape, depth):
         flat_a, flat_b = in_pixels(a), in_pixels(b)
         for question in QUESTIONS.values():
             answer, expected = question(a, b), question(flat_a, flat_b)
-            assert answer == pytest.approx(expected, rel=1e-9)
+            assert answer == pytest.approx(expected, rel=1e-8)
             assert answer <= expected * (1 + 1e-12)
         assert disjoint(a, b) == disjoint(flat_a, flat_b)
         center, theta, other, beta = (

@@ -217,12 +217,26 @@ def test_the_noise_has_its_basis(basis):
     noise = Gaussian(basis)
     assert noise == make_noise("l2", basis=basis) != Gaussian()
     assert noise.basis == noise.for_search.basis == basis and noise.norm == 2 and not noise.enumerable
-    assert noise.gap(0.9) == Gaussian().gap(0.9)
+    assert noise.gap(0.9) == pytest.approx(Gaussian().gap(0.9) * (1 - 2.0**-14), rel=1e-12)
     assert Gaussian().basis == Uniform().basis == Pixels() and Gaussian(Pixels()) == Gaussian()
     region = noise.region(np.zeros((4, 4, 1)), 0.5, 1.0)
     assert region == Region(region.center, 0.5, 1.0, 2, basis)
-    with pytest.raises(ValueError, match="Uniform noise has no attribute 'basis'"):
+    with pytest.raises(ValueError, match="noise for l1 is in pixels"):
         make_noise("l1", basis=basis)
+
+
+@pytest.mark.parametrize("basis", [Cosine(), Pixels()], ids=["cosine", "pixels"])
+def test_thetas_that_differ_too_much_are_refused_or_lowered(basis):
+    theta = np.ones((2, 4, 4, 1), np.float32)
+    theta[1, 0, 0] = 33
+    noise, x = Gaussian(basis), np.zeros(theta.shape)
+    lowered = noise.admissible(theta[1])
+    assert lowered.max() == (33 if basis == Pixels() else 32) and noise.region(x[1], np.asarray(lowered), 1.0)
+    if basis == Pixels():
+        assert noise.region(x, theta, np.ones(2)).gap.shape == (2,)
+        return
+    with pytest.raises(ValueError, match="may differ by a factor of 32 at most, except in pixels; got 1 to 33"):
+        noise.region(x, theta, np.ones(2))
 
 
 def test_equal_noise_is_not_compiled_again():
@@ -263,7 +277,7 @@ def test_settings_of_a_run_in_pixels_name_no_basis():
 
 @pytest.mark.parametrize("change", [{}, {"noise": "uniform"}, {"noise": "splitting"}])
 def test_l1_is_in_pixels_only(change):
-    with pytest.raises(ValueError, match=r"the noise for l1 is in pixels: Cosine\(\) does not preserve l1 distances"):
+    with pytest.raises(ValueError, match=r"noise for l1 is in pixels: Cosine\(\) does not preserve l1 distances"):
         RunConfig(norm="l1", basis=Cosine(), **change)
 
 
