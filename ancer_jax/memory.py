@@ -113,8 +113,8 @@ class Memory:
           The memory with one more answer, and the answer.
 
         Guarantee: the invariants at the head of this module. A region that must shrink falls short of the largest one
-        allowed by less than 1e-6 of its size, plus rounding: 1e-13 of the other region for each thousand coordinates, more in
-        another basis than the pixels.
+        allowed by less than 1e-6 of its size, plus rounding: 1e-13 of the other region for each thousand coordinates,
+        more in another basis than the pixels.
 
         Raises:
           ValueError: if norm, basis or shape differ from what is stored, or a value makes no sense.

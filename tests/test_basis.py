@@ -1,6 +1,7 @@
 """Orthonormal bases of images: formulas, SciPy and longer numbers; what is decorrelated; descriptions."""
 
 import base64
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ancer_jax import Memory, RunConfig, save_memory
 from ancer_jax.basis import MOST_UNEQUAL, Cosine, KarhunenLoeve, Pixels, make_basis, read_basis, spectrum
+from ancer_jax.search import ThetaMap
 from ancer_jax.smoothing import Gaussian
 
 KEY = jax.random.key(0)
@@ -409,3 +412,18 @@ def test_images_that_hardly_differ_have_hardly_any_deviation(basis, shape):
 def test_images_that_have_no_spectrum_are_refused(shape, text):
     with pytest.raises(ValueError, match=text):
         spectrum(np.zeros(shape, np.float32), Cosine())
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned(Cosine):
+    """A basis of somebody else, which its description does not tell from the cosine basis."""
+
+
+@pytest.mark.parametrize("basis", [Turned(), "cosine", None])
+def test_a_basis_that_could_not_be_read_back_is_refused(basis, tmp_path):
+    for make in (lambda: RunConfig(basis=basis), lambda: ThetaMap(np.ones((4, 4, 1)), basis)):
+        with pytest.raises(Exception, match="basis"):
+            make()
+    if isinstance(basis, Turned):
+        with pytest.raises(ValueError, match="basis must be Pixels"):
+            save_memory(Memory.empty(2, basis), tmp_path / "memory.npz")

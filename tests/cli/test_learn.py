@@ -8,7 +8,7 @@ from ancer_jax import cli
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels
 from ancer_jax.models import WithFront, load_network
 from ancer_jax.runs import read_run
-from ancer_jax.search import load_theta_map
+from ancer_jax.search import ThetaMap, load_theta_map, save_theta_map
 from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -21,6 +21,7 @@ def in_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("default")
 def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     cli.main([*LEARN, "--sigma", "0.25", "--max", "300"])
     theta_map = load_theta_map("map.npz")
@@ -44,6 +45,12 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     capsys.readouterr()
     other = [*certify, "--method", "universal", "--basis", "pixels"]
     assert "theta_map.npz is a theta map in the basis cosine, not pixels" in error_line(capsys, other)
+    save_theta_map(ThetaMap(theta_map.theta * 2, Cosine()), "other.npz")
+    cli.main([*certify[:-1], "doubled", "--method", "universal", "--theta-map", "other.npz"])
+    assert "warning: net was trained with another noise: ThetaMap(28 x 28 x 1, Cosine()" in capsys.readouterr().err
+    (tmp_path / "other.npz").rename(tmp_path / "net" / "theta_map.npz")
+    changed = [*certify, "--method", "universal"]
+    assert "net/theta_map.npz is not the map of its training: give --theta-map" in error_line(capsys, changed)
     lines = pd.read_csv("run/results.tsv", sep="\t")
     # The geometric mean is the larger one, and so is the proxy radius of whatever is certified.
     assert (lines["radius_proxy"] >= lines["radius"]).all() and set(lines["min_sigma"]) == {0.25}

@@ -265,3 +265,10 @@ def test_regions_are_pytrees_with_their_basis():
     assert jax.tree.structure(a) != jax.tree.structure(dataclasses.replace(a, basis=Pixels()))
     assert len(jax.tree.leaves(a)) == 3
     assert math.isfinite(float(jax.jit(lambda region: region)(a).log_volume))
+
+
+def test_regions_of_what_is_no_image_are_refused():
+    """A batch of regions [4] of inputs [5, 3] must not be taken for images."""
+    region = Region(np.zeros((4, 5, 3)), np.ones(4), np.ones(4), 2, Cosine())
+    with pytest.raises(ValueError, match="got inputs of 2 axes"):
+        region.contains(np.zeros((5, 3)))

@@ -27,11 +27,13 @@ from ancer_jax import (
     report,
     save_memory,
 )
+from ancer_jax.basis import Cosine
 from ancer_jax.data import Dataset, take
 from ancer_jax.metrics import round_down
 from ancer_jax.runs import votes
 from ancer_jax.runs.directory import read_run
 from ancer_jax.runs.table import parse_table
+from ancer_jax.search import ThetaMap
 from ancer_jax.search.leakage import LeakageCounts, leakage, make_probes, soft_leakage
 from ancer_jax.smoothing.certify import Certificate, count_votes
 from ancer_jax.smoothing.registry import NOISES
@@ -125,6 +127,16 @@ def test_the_universal_theta_is_that_of_every_image(tmp_path):
     assert (lines["radius_proxy"] > lines["radius"]).any()
     with pytest.raises(ValueError, match=r"other settings \(theta_map is "):
         certify_dataset(CLASSIFIER, DATASET, universal, out=tmp_path, theta_map=theta_map / 2)
+
+
+def test_a_theta_map_must_be_in_the_basis_of_the_noise(tmp_path):
+    universal, theta_map = dataclasses.replace(CONFIG, method="universal"), ThetaMap(np.full((3, 3, 1), 0.3), Cosine())
+    with pytest.raises(ValueError, match=r"theta_map is in the basis Cosine\(\), the noise of the config in Pixels"):
+        certify_dataset(CLASSIFIER, DATASET, universal, out=tmp_path, theta_map=theta_map)
+    certify_dataset(
+        CLASSIFIER, DATASET, dataclasses.replace(universal, basis=Cosine()), out=tmp_path, theta_map=theta_map
+    )
+    assert read_run(tmp_path).config.basis == Cosine()
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def matrix(basis, shape):
 def problems(basis, shape, count, seed=0):
     """Linear classifiers, thetas and inputs of many images, float32, and the gap of each exact region, with a sign."""
     rng, d = np.random.default_rng(seed), math.prod(shape)
-    w, theta = rng.normal(size=(count, d)), rng.lognormal(-1, 0.7, (count, *shape))
+    w, theta = rng.normal(size=(count, d)), np.clip(rng.lognormal(-1, 0.7, (count, *shape)), 0.08, 2.4)
     x, gap = rng.normal(size=(count, *shape)), rng.uniform(0.2, 3, count) * rng.choice([-1, 1], count)
     spread = np.linalg.norm(theta.reshape(count, d) * (w @ matrix(basis, shape).T), axis=1)
     b = gap * spread - np.sum(w * x.reshape(count, d), axis=1)
@@ -167,7 +167,7 @@ def test_the_region_of_float64_inputs_is_inside_that_certified_in_float32(basis,
     rng = np.random.default_rng(3)
     for scale in (1.0, 100.0):
         x = rng.normal(scale=scale, size=shape)
-        theta = np.float64(0.7) if scalar else rng.lognormal(-1, 1, shape)
+        theta = np.float64(0.7) if scalar else np.clip(rng.lognormal(-1, 1, shape), 0.1, 3)
         smoothed = Smoothed(reference.constant([0, 1]), Gaussian(basis), theta)
         rounded = smoothed.with_theta(np.float32(theta))
         config = CertifyConfig(n0=10, n=500)
