@@ -74,6 +74,7 @@ class LearnTheta:
         self.runtime.start(survive=True)
         if epath.Path(self.out).suffix != ".npz":
             raise ValueError(f"--out is the file of a theta map, NAME.npz, got {self.out}")
+        epath.Path(self.out).parent.mkdir(parents=True, exist_ok=True)
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
         classifier, sigma = None, self.sigma
         if self.steps or sigma is None:
