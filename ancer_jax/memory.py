@@ -277,10 +277,11 @@ def _checked(memory: Memory, regions: Region, predictions: ArrayLike) -> dict[st
 
 
 def _lossless(values: np.ndarray) -> np.ndarray:
-    """As float32 where that loses nothing, else as float64."""
-    with np.errstate(over="ignore"):
+    """As float32 where that loses nothing, else as float64. XLA takes subnormal numbers of float32 for 0."""
+    with np.errstate(over="ignore", under="ignore"):
         narrow = values.astype(np.float32)
-    return narrow if (narrow == values).all() else values.astype(np.float64)
+    kept = (narrow == values) & ((abs(narrow) >= _FLOAT32.tiny) | (narrow == 0))
+    return narrow if kept.all() else values.astype(np.float64)
 
 
 def _region(like: Region, columns: dict[str, np.ndarray], row: Any) -> Region:

@@ -152,7 +152,7 @@ def test_a_trained_network_becomes_a_bundled_model(tmp_path, monkeypatch, capsys
     command_line.main(flags)
     (again,) = commands
     same = dataclasses.replace(again._config(), noise=None)
-    assert dataclasses.asdict(same).items() <= trained.history.items()
+    assert same.settings().items() <= trained.history.items()
     assert (again.network, again.mean, again.std) == ("small_cnn", (0.2,), (0.4,))
     for wrong, message, *flags in (
         ("fashion-mnist-tiny-l1-0.25-stability", "trained with l1 noise of 0.5"),

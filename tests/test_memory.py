@@ -94,6 +94,8 @@ def crowds(draw, dimensions):
 
 @given(crowds([1, 2, 4]), st.integers(0, 2**32))
 @example((2, [([0, 1], 0.5, 0.0, 2), ([0, 0], 0.5, 2.0, 0), ([0, 1], 0.5, 0.5, 2)]), 2)
+@example((2, [([0], np.array([0.5]), 0.0, -1), ([1.5414283107572988e-43], np.array([0.5]), 0.0, 0)]), 0)
+@example((2, [([1.5414283107572988e-43], np.array([0.5]), 0.0, -1)] * 2), 0)
 @settings(max_examples=30, deadline=None)
 def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
     norm, answers = crowd

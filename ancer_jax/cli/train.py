@@ -145,7 +145,7 @@ class Train:
             raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
         return load_theta_map(self.theta_map)
 
-    def _config(self, theta_map: ThetaMap | None) -> TrainConfig:
+    def _config(self, theta_map: ThetaMap | None = None) -> TrainConfig:
         """The method's preset with the settings that were asked for."""
         names = ("epochs", "batch_size", "copies", "weight_decay", "weight", "epsilon", "attack_steps", "shift")
         asked = {name: getattr(self, name) for name in names}
