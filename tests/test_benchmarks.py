@@ -35,6 +35,7 @@ NOT_RUN = {
     "training_step",
 }
 FLAGS = {"leakage": ["--norm", "l2"], "search": ["--norm", "l2"]}
+FLAGS |= {"coloured_noise": ["--sigma", "0.25", "--rows", "cosine"]}
 
 
 def run(*arguments, **options):

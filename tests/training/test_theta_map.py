@@ -53,7 +53,9 @@ def test_a_network_learns_under_coloured_noise_behind_a_filter_that_stays_as_it_
         train(NETWORK, (DATA, TEST), other, out=tmp_path)
 
 
-@pytest.mark.parametrize("method", ["smoothadv", "macer", "consistency", "volume"])
+@pytest.mark.parametrize(
+    "method", ["consistency", *(pytest.param(m, marks=pytest.mark.slow) for m in ("smoothadv", "macer", "volume"))]
+)
 def test_all_methods_train_under_coloured_noise(method, tmp_path):
     data, test = take(DATA, np.arange(50)), take(TEST, np.arange(20))
     settings = {"macer": {"copies": 4}, "smoothadv": {"attack_steps": 2}}.get(method, {})
