@@ -19,8 +19,7 @@ from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
-from ancer_jax.models import check_fit, resolve_classifier
-from ancer_jax.models.checkpoints import is_network
+from ancer_jax.models import bundled_models, check_fit, resolve_classifier
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
@@ -191,7 +190,7 @@ class Certify:
 
     def _read_theta_map(self) -> ThetaMap | None:
         file, own = self.theta_map, epath.Path(self.classifier) / THETA_MAP
-        if file is None and self.method == "universal" and is_network(self.classifier) and own.exists():
+        if file is None and self.method == "universal" and self.classifier not in bundled_models() and own.exists():
             file = own
         if file is None:
             return None

@@ -13,7 +13,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax.basis import BasisName, make_basis
+from ancer_jax.basis import BasisName, Pixels, check_thetas, make_basis
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
@@ -86,6 +86,8 @@ class LearnTheta:
         noise = make_noise(self.norm, basis=basis)
         power = self.power if self.start == "spectral" else 0.0
         theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
+        if basis != Pixels():
+            check_thetas(sigma, self.theta_max)  # now, not after an ascent
         if theta_map.theta.min() == theta_map.theta.max() and self.start == "spectral":
             warnings.warn(f"all thetas of the start are {theta_map.theta.min():g}: that is white noise", stacklevel=1)
         if self.steps and classifier is not None:

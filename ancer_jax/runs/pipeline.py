@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import ArrayLike, Float
 
 from ancer_jax import devices
+from ancer_jax.basis import Pixels
 from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
 from ancer_jax.memory import Memory
 from ancer_jax.runs.config import Execution, RunConfig
@@ -118,6 +119,8 @@ def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tup
         if theta_map.basis != config.basis:
             raise ValueError(f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}")
         theta_map = theta_map.theta
+    elif theta_map is not None and config.basis != Pixels():
+        theta_map = ThetaMap(np.asarray(theta_map), config.basis).theta  # refuses thetas that differ too much
     theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
     if theta_map is not None and theta.shape != shape:
         raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")

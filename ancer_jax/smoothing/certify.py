@@ -105,10 +105,10 @@ def certify(
 
     Guarantee: with probability at least `1 - alpha` over the draws, either the answer is `ABSTAIN`, or the smoothed
     classifier gives `prediction` for every y with `||B(y - x) / theta||_norm <= gap`, where B gives coefficients in the
-    basis of the noise: usually the pixels. This speaks of the smoothed
-    classifier of this theta, not of the base classifier. A theta that was chosen for x makes another smoothed
-    classifier for every input. Neither x nor theta may depend on the draws: x must not come from somebody who knows
-    the key, and theta must not be the best of several that were certified with the same draws.
+    basis of the noise: usually the pixels. This speaks of the smoothed classifier of this theta, not of the base
+    classifier. A theta that was chosen for x makes another smoothed classifier for every input. Neither x nor theta may
+    depend on the draws: x must not come from somebody who knows the key, and theta must not be the best of several that
+    were certified with the same draws.
 
     Raises:
       ValueError: if theta or x is not finite, theta is not positive, shapes do not fit, the noise is enumerable, or

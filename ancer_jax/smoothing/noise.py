@@ -26,7 +26,7 @@ _CLIP = 1e-3
 
 
 class Noise(abc.ABC):
-    """A noise law and the certificate it gives. Subclasses are frozen, hashable and hold no arrays.
+    """A noise law and the certificate it gives. Subclasses are frozen, hashable and hold no arrays of JAX.
 
     Most noise is random: draws are sampled, and their votes give a bound on a probability. Enumerable noise has
     finitely many equally likely draws, numbered `0, ..., num_draws(theta) - 1`, and all of them are counted:

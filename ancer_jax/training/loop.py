@@ -74,7 +74,9 @@ def train(
 
     training, out = _set_up(network, datasets, config, devices), absolute(out)
     history = np.full((config.epochs, len(HISTORY)), np.nan)
-    state = TrainState(*initial_state(training, datasets[0].some_images()), history)
+    # Lazy images are read for the filter only.
+    images = datasets[0].images if config.front_basis is None else datasets[0].some_images()
+    state = TrainState(*initial_state(training, images), history)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with _same_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
         done = manager.latest_step() or 0

@@ -30,10 +30,10 @@ class Training(NamedTuple):
     mesh: Mesh
 
 
-def initial_state(training: Training, images: np.ndarray) -> tuple[Any, optax.OptState]:
+def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]:
     """Variables of the network, initialised on the first of `images`, and state of the optimizer; replicated.
 
-    The filter in front of the network is made from all images.
+    The filter in front of the network, if there is one, is made from all of them.
     """
     key, _ = jax.random.split(_root_key(training.config))
     variables = jax.jit(training.network.init)(key, images[:1])

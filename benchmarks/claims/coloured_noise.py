@@ -1,4 +1,4 @@
-"""Coloured noise: certificates that contain those of white noise at the same accuracy, without memory or leakage.
+"""Coloured noise against white noise: do its certificates contain the other ones, at the same accuracy?
 
 FOLDER holds CIFAR-10's binary files, or Fashion-MNIST's idx files. For each sigma one network is trained for each row
 by `ancer-jax train`, all with the same recipe, and certified by `ancer-jax certify` on every `skip`-th test image:
@@ -215,7 +215,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 BENCHMARK = Benchmark(
-    claim="Coloured noise certifies regions of several times the proxy radius of white noise, at the same accuracy.",
+    claim="Coloured noise against white noise at equal training: accuracy, sizes, and whose regions contain whose.",
     takes="a day on CIFAR-10; 2 hours on Fashion-MNIST",
     measure=measure,
     sizes={

@@ -75,6 +75,7 @@ def test_an_ascent_stays_between_its_bounds(basis, kind, capsys):
         (["--norm", "l1"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
         (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
         (["--theta-max", "0.1"], "theta_max must be in [0.25, inf)"),
+        (["--theta-max", "9", "--start", "flat"], "thetas may differ by a factor of 32 at most"),
         (["--sigma", "-1"], "sigma must be"),
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "-1"], "steps"),

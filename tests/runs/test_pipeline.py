@@ -133,6 +133,10 @@ def test_a_theta_map_must_be_in_the_basis_of_the_noise(tmp_path):
     universal, theta_map = dataclasses.replace(CONFIG, method="universal"), ThetaMap(np.full((3, 3, 1), 0.3), Cosine())
     with pytest.raises(ValueError, match=r"theta_map is in the basis Cosine\(\), the noise of the config in Pixels"):
         certify_dataset(CLASSIFIER, DATASET, universal, out=tmp_path, theta_map=theta_map)
+    unequal = np.linspace(0.01, 0.4, D).reshape(3, 3, 1)
+    with pytest.raises(ValueError, match="thetas may differ by a factor of 32 at most"):
+        in_cosine = dataclasses.replace(universal, basis=Cosine())
+        certify_dataset(CLASSIFIER, DATASET, in_cosine, out=tmp_path, theta_map=unequal)
     certify_dataset(
         CLASSIFIER, DATASET, dataclasses.replace(universal, basis=Cosine()), out=tmp_path, theta_map=theta_map
     )
