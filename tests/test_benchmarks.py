@@ -99,8 +99,10 @@ def test_markdown_tables():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_RUN])
-def test_runs_in_small(name, tmp_path):
-    environment = os.environ | {"BENCH_RESULTS": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+def test_runs_in_small(name, tmp_path, tmp_path_factory):
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "compiled")}
+    environment = os.environ | cache | {"BENCH_RESULTS": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = run("run", name, "--small", *FLAGS.get(name, []), cwd=TOP, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -19,12 +19,12 @@ from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
-from ancer_jax.models import bundled_models, check_fit, resolve_classifier
+from ancer_jax.models import check_fit, resolve_classifier
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
 from ancer_jax.search.config import AnisotropicConfig, Guard, IsotropicConfig, LeakageConfig, Objective, SearchConfig
-from ancer_jax.search.theta_map import THETA_MAP, ThetaMap, load_theta_map
+from ancer_jax.search.theta_map import ThetaMap, load_theta_map
 from ancer_jax.smoothing.certificate import CertifyConfig
 from ancer_jax.smoothing.classifier import Classifier
 from ancer_jax.smoothing.registry import NoiseName
@@ -75,7 +75,7 @@ class Certify:
     model, or the network in the folder, was trained with."""
     theta_map: str | None = None
     """For universal: a theta map (of learn-theta), or an .npy file of theta in --basis, an array of the shape of an
-    image. Default: the map that the network in the folder was trained with."""
+    image. Default: the map that the network was trained with."""
     sigma_convention: Literal["theta", "rs4a", "ancer"] = "theta"
     """Only for l1, to compare with published runs: rs4a takes sigma as standard deviation (theta = sigma * sqrt(3)),
     ancer as its scripts do (theta = sigma / sqrt(3))."""
@@ -161,13 +161,19 @@ class Certify:
         devices.use_all_cores()
         self.runtime.start(survive=True)
         theta_map = self._read_theta_map()
-        sigma = self.sigma if theta_map is None else float(f"{geometric_mean(theta_map.theta):.4g}")
-        classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
+        classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, theta_map or self.sigma)
+        if isinstance(theta, ThetaMap):
+            self._check_theta_map(theta)
+            theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")
+        else:
+            sigma = theta
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
         command = self
         if checkpoint is not None:
             check_fit(self.classifier, checkpoint, dataset)
-            self._compare_with_training(checkpoint.history.get("theta_map"), theta_map)
+            if checkpoint.theta_map not in (None, theta_map):
+                trained = f"{self.classifier} was trained with another noise: {checkpoint.theta_map}"
+                warnings.warn(trained, stacklevel=1)
             if self.noise is None and checkpoint.norm == self.norm:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
         law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
@@ -180,28 +186,27 @@ class Certify:
             leave()
         print_table([out], parse_radii(self.radii) or RADII)
 
-    def _compare_with_training(self, trained: str | None, theta_map: ThetaMap | None) -> None:
-        """Refuse a map in the network's folder that is not the one it was trained with; warn of other noise."""
-        if trained is None or repr(theta_map) == trained:
-            return
-        if theta_map is not None and self.theta_map is None:
-            raise ValueError(f"{self.classifier}/{THETA_MAP} is not the map of its training: give --theta-map")
-        warnings.warn(f"{self.classifier} was trained with another noise: {trained}", stacklevel=2)
-
     def _read_theta_map(self) -> ThetaMap | None:
-        file, own = self.theta_map, epath.Path(self.classifier) / THETA_MAP
-        if file is None and self.method == "universal" and self.classifier not in bundled_models() and own.exists():
-            file = own
-        if file is None:
+        """The map of --theta-map."""
+        if self.theta_map is None:
             return None
-        if self.sigma is not None or self.sigma_convention != "theta":
-            raise ValueError("--theta-map holds theta itself: --sigma and --sigma-convention do not go with it")
-        theta_map = load_theta_map(file)
-        if self.basis is None or self.basis == theta_map.basis.name:
-            return theta_map
-        if epath.Path(file).suffix == ".npy":
+        if self.sigma is not None:
+            raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
+        theta_map = load_theta_map(self.theta_map)
+        if epath.Path(self.theta_map).suffix == ".npy" and self.basis is not None:
             return ThetaMap(theta_map.theta, read_basis({"name": self.basis}))
-        raise ValueError(f"{file} is a theta map in the basis {theta_map.basis.name}, not {self.basis}")
+        return theta_map
+
+    def _check_theta_map(self, theta_map: ThetaMap) -> None:
+        """ValueError if the map that was given, or that of the training, does not go with the other flags."""
+        if self.theta_map is None and self.method != "universal":
+            what = f"{self.classifier} was trained with a theta map, not one sigma"
+            raise ValueError(f"{what}: give --sigma, or --method universal")
+        if self.sigma_convention != "theta":
+            raise ValueError("a theta map holds theta itself: --sigma-convention does not go with it")
+        if self.basis not in (None, theta_map.basis.name):
+            where = self.theta_map or f"the theta map of {self.classifier}"
+            raise ValueError(f"{where} is in the basis {theta_map.basis.name}, not {self.basis}")
 
     def certify(
         self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: ThetaMap | None = None

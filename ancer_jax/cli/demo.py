@@ -8,13 +8,15 @@ from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, load_dataset, select
 from ancer_jax.metrics import round_down
-from ancer_jax.models import BUNDLED_BY_NORM, load_bundled
+from ancer_jax.models import BUNDLED_BY_NORM, BundledModel, load_bundled
+from ancer_jax.models.bundled import COLOURED
 from ancer_jax.runs.config import Method, Norm
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Certify real images (Fashion-MNIST, bundled) with fixed, isotropic and anisotropic noise, and compare them."""
+    """Certify real images (Fashion-MNIST, bundled) with fixed, isotropic, anisotropic and coloured noise, and compare
+    them."""
 
     norm: Norm = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
@@ -36,9 +38,9 @@ class Demo:
         dataset = select(whole, skip=len(whole) // min(max(self.max, 1), len(whole)), max_images=self.max)
         out = self.out or f"demo-{self.norm}"
 
-        def certify(name: str, method: Method, sigma: float, seed: int) -> str:
+        def certify(name: str, method: Method, sigma: float, seed: int, model: BundledModel = bundled) -> str:
             command = Certify(norm=self.norm, method=method, n=self.n, seed=seed)
-            command.certify(bundled.classifier, dataset, sigma, f"{out}/{name}")
+            command.certify(model.classifier, dataset, sigma, f"{out}/{name}", model.theta_map)
             return f"{out}/{name}"
 
         # The best fixed theta is chosen by the draws of one seed, and certified by those of another: a theta chosen by
@@ -48,11 +50,16 @@ class Demo:
         best = max(zip(sigmas, tried, strict=True), key=lambda pair: pair[1].mean_proxy_radius)[0]
         runs = [certify(f"fixed-{best:g}", "fixed", best, 0)]
         runs += [certify(method, method, bundled.theta, 0) for method in ("isotropic", "ancer")]
+        if self.norm == "l2":
+            coloured = load_bundled(COLOURED)
+            runs.append(certify("coloured", "universal", coloured.theta, 0, coloured))
         print("Fixed thetas, tried with another seed:")
         for sigma, r in zip(sigmas, tried, strict=True):
             figures = f"accuracy {round_down(r.correct.mean(), 3)}, proxy radius {round_down(r.mean_proxy_radius, 3)}"
             print(f"  {sigma:<7g} {figures}")
         print()
         results = Report(tuple(runs), out=out).run()
+        if self.norm == "l2":
+            print(f"\ncoloured: one theta for each spatial frequency, and a network of its own, {COLOURED}.")
         print("\nMean proxy radius (of the ball of the same volume) after memory, wrong answers included:")
         print(report.compare_proxy_radius(results, results[0]))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import warnings
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,19 @@ from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models import check_fit, resolve_classifier
 from ancer_jax.runs.config import Norm
-from ancer_jax.search import ThetaMap, UniversalConfig, optimize_universal, save_theta_map, spectral_theta
+from ancer_jax.search import (
+    ThetaMap,
+    UniversalConfig,
+    load_theta_map,
+    optimize_universal,
+    save_theta_map,
+    spectral_theta,
+)
 from ancer_jax.smoothing.classifier import check_classifier
 from ancer_jax.smoothing.registry import make_noise
 from ancer_jax.smoothing.smoothed import Smoothed
+
+_OF_ASCENT = ("steps", "classifier", "batch_size", "samples", "lr", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +39,7 @@ class LearnTheta:
     for certify --method universal, and for train. Certificates of one map need no memory."""
 
     out: str
-    """File of the theta map (.npz); a picture of it goes beside it (.png)."""
+    """New file of the theta map (.npz); a picture of it goes beside it (.png)."""
     theta_max: float
     """Upper bound of theta. The size of regions depends on it, so report both."""
     data: str = BUNDLED_SUBSET
@@ -42,17 +50,17 @@ class LearnTheta:
     """Crop of pictures, as in certify."""
     max: int | None = None
     """Take this many images at most: the first ones."""
-    basis: BasisName = "cosine"
+    basis: BasisName | None = None
     """pixels; cosine: spatial frequencies; or karhunen-loeve: a basis in which these images are decorrelated. l1 noise
-    has pixels only."""
+    has pixels only. Default: cosine, or that of the map in --start."""
     norm: Norm = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float | None = None
     """Lower bound of theta, in image units: at equal gap, a region contains that of isotropic noise sigma. Default:
-    what the bundled model, or the network in the folder, was trained with."""
-    start: Literal["spectral", "flat"] = "spectral"
+    the smallest theta of the map in --start, or what the classifier was trained with."""
+    start: str = "spectral"
     """spectral: the less the images differ in a coefficient, the larger its theta, from sigma to --theta-max; flat:
-    sigma everywhere."""
+    sigma everywhere; or the file of a theta map, say that of the network's training."""
     power: float = 1.0
     """For --start spectral: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
     steps: int = 0
@@ -72,35 +80,78 @@ class LearnTheta:
     def run(self) -> None:
         """Learn the map, store it, draw it."""
         self.runtime.start(survive=True)
-        if epath.Path(self.out).suffix != ".npz":
-            raise ValueError(f"--out is the file of a theta map, NAME.npz, got {self.out}")
-        epath.Path(self.out).parent.mkdir(parents=True, exist_ok=True)
+        out, given = self._out(), self._given()
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
-        classifier, sigma = None, self.sigma
+        classifier, sigma = None, float(given.theta.min()) if given and self.sigma is None else self.sigma
         if self.steps or sigma is None:
-            classifier, sigma, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
+            classifier, trained, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
+            if isinstance(trained, ThetaMap):
+                raise ValueError(f"{self.classifier} was trained with a theta map, not one sigma: give --sigma")
             if checkpoint is not None:
                 check_fit(self.classifier, checkpoint, dataset)
+            sigma = trained
         images = dataset.some_images()
-        basis = make_basis(self.basis, images)
-        noise = make_noise(self.norm, basis=basis)
-        power = self.power if self.start == "spectral" else 0.0
-        theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
-        if basis != Pixels():
-            check_thetas(sigma, self.theta_max)  # now, not after an ascent
-        if theta_map.theta.min() == theta_map.theta.max() and self.start == "spectral":
-            warnings.warn(f"all thetas of the start are {theta_map.theta.min():g}: that is white noise", stacklevel=1)
+        theta_map = given or self._start(images, sigma)
+        self._check(theta_map, sigma, images.shape[1:])
+        noise = make_noise(self.norm, basis=theta_map.basis)
         if self.steps and classifier is not None:
             print(f"start: {theta_map}", flush=True)
             check_classifier(classifier, dataset.images[0])
-            theta_map = self._learn(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
-        save_theta_map(theta_map, self.out)
-        picture = epath.Path(self.out).with_suffix(".png")
+            theta = self._ascend(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
+            theta_map = ThetaMap(theta, theta_map.basis)
+        history = {name: value for name, value in vars(self).items() if self.steps or name not in _OF_ASCENT}
+        history |= {"sigma": sigma, "basis": theta_map.basis.name, "images": len(dataset)}
+        history |= {} if given is None else {"start": {**given.history}}
+        del history["out"], history["runtime"]
+        theta_map = dataclasses.replace(theta_map, history=history)
+        save_theta_map(theta_map, out)
+        picture = out.with_suffix(".png")
         report.plot_theta_map(theta_map, images[:4], picture)
-        print(f"{self.out}: {theta_map}\npicture: {picture}")
+        print(f"{out}: {theta_map}\npicture: {picture}")
 
-    def _learn(self, smoothed: Smoothed, dataset: Dataset, sigma: float) -> ThetaMap:
-        """The map at the end of the ascent, with a progress bar."""
+    def _out(self) -> epath.Path:
+        """The file of the map, which must be new, in a folder that exists."""
+        out = epath.Path(self.out)
+        if out.suffix != ".npz":
+            raise ValueError(f"--out is the file of a theta map, NAME.npz, got {out}")
+        if out.exists():
+            raise ValueError(f"{out} exists already: name a new file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out
+
+    def _given(self) -> ThetaMap | None:
+        """The map in the file --start."""
+        if self.start in ("spectral", "flat"):
+            return None
+        if not self.steps:
+            raise ValueError(f"--start {self.start} is a file, from which an ascent starts: give --steps")
+        theta_map = load_theta_map(self.start)
+        if self.basis not in (None, theta_map.basis.name):
+            raise ValueError(f"{self.start} is in the basis {theta_map.basis.name}, not {self.basis}")
+        return theta_map
+
+    def _start(self, images: np.ndarray, sigma: float) -> ThetaMap:
+        """The spectral or flat start."""
+        power = self.power if self.start == "spectral" else 0.0
+        basis = make_basis(self.basis or "cosine", images)
+        theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
+        if theta_map.theta.min() == theta_map.theta.max() and self.start == "spectral":
+            warnings.warn(f"all thetas of the start are {theta_map.theta.min():g}: that is white noise", stacklevel=1)
+        return theta_map
+
+    def _check(self, start: ThetaMap, sigma: float, shape: tuple[int, ...]) -> None:
+        """ValueError, now rather than after an ascent, if a start or its bounds do not fit."""
+        if start.theta.shape != shape:
+            size, found = (" x ".join(map(str, sizes)) for sizes in (shape, start.theta.shape))
+            raise ValueError(f"{self.start} is a theta map for images {found}, the data are {size}")
+        if start.theta.min() < np.float32(sigma) or start.theta.max() > np.float32(self.theta_max):
+            bounds = f"--sigma {sigma:g} and --theta-max {self.theta_max:g}"
+            raise ValueError(f"{self.start} has {start}: not between {bounds}")
+        if start.basis != Pixels():
+            check_thetas(sigma, self.theta_max)
+
+    def _ascend(self, smoothed: Smoothed, dataset: Dataset, sigma: float) -> np.ndarray:
+        """Theta at the end of the ascent, with a progress bar."""
         config = UniversalConfig(self.steps, self.batch_size, self.samples, self.lr, theta_min=sigma)
         config = dataclasses.replace(config, theta_max=self.theta_max)
         with tqdm.tqdm(total=self.steps, unit="step", desc="compiling") as bar:
@@ -117,4 +168,4 @@ class LearnTheta:
         tenth = max(1, self.steps // 10)
         first, last = (float(np.mean(part)) for part in (trace[:tenth], trace[-tenth:]))
         print(f"estimated ACR-tilde: {first:.3f} in the first {tenth} steps, {last:.3f} in the last {tenth}")
-        return ThetaMap(np.asarray(theta), smoothed.noise.basis)
+        return np.asarray(theta)

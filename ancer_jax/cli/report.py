@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
+import numpy as np
 import tyro
 from etils import epath
 
@@ -12,6 +13,7 @@ from ancer_jax import report
 from ancer_jax._checks import check_real
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
+from ancer_jax.search import ThetaMap
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RadiiFlag = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="RADIUS,RADIUS,...")]
@@ -99,12 +101,24 @@ def _draw(results: list[report.Results], dataset: Dataset, folder: epath.Path) -
     for i, r in enumerate(results):
         if r.run is None:
             continue
-        maps = r.run.config.method == "ancer"
+        maps = r.run.config.method in ("ancer", "universal")
         if not r.run.matches(dataset):
             what = "theta maps" if maps else "images"
             missing.append(f"no {what} of {r.run.path}: {dataset.name} is not its data set (--data, --split, --crop)")
         elif maps:
             path = folder / f"theta_{r.run.path.name}.png"
             path = folder / f"theta_{r.run.path.name}_{i}.png" if path in drawn else path
-            drawn += [path] * report.plot_theta(r, dataset, path)
+            drawn += [path] * _draw_thetas(r, dataset, path)
     return drawn, missing
+
+
+def _draw_thetas(results: report.Results, dataset: Dataset, path: epath.Path) -> bool:
+    """Draw the theta maps of a run; False if there are none."""
+    config, ids = results.config, results["idx"].tolist()
+    if config is None or config.method != "universal" or config.norm != "l2":
+        return report.plot_theta(results, dataset, path)
+    (theta,) = results.thetas(ids[:1]).values()
+    rows = np.flatnonzero(np.isin(dataset.ids, ids))[:4]
+    if len(rows):
+        report.plot_theta_map(ThetaMap(theta, config.basis), dataset.images[rows], path)
+    return bool(len(rows))

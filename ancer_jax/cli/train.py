@@ -16,7 +16,7 @@ from ancer_jax.cli.runtime import Runtime, advance
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models.checkpoints import Checkpoint, is_network, make_network, save_network
-from ancer_jax.search.theta_map import THETA_MAP, ThetaMap, load_theta_map, save_theta_map
+from ancer_jax.search.theta_map import ThetaMap, load_theta_map
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.training import HISTORY, PRESETS, TrainConfig, TrainingMethod, TrainState, train
 from ancer_jax.training.config import Flip, FrontName, Optimizer, Schedule
@@ -121,11 +121,10 @@ class Train:
         figures: dict[str, np.ndarray] = dict(zip(HISTORY, state.history.T, strict=True))
         accuracy = float(figures["test_accuracy"][-1])
         if not is_network(self.out):
-            if theta_map is not None and jax.process_index() == 0:
-                save_theta_map(theta_map, epath.Path(self.out) / THETA_MAP)
             history = config.settings() | {"data": self.data, "test_accuracy": accuracy}
             what = self.network, attributes, state.variables, datasets[0].images.shape[1:], self.norm, config.theta
-            save_network(Checkpoint(*what, history=history, classes=datasets[0].classes), self.out, new=False)
+            checkpoint = Checkpoint(*what, history, datasets[0].classes, theta_map)
+            save_network(checkpoint, self.out, new=False)
         if jax.process_index() == 0:
             report.plot_training(figures, epath.Path(self.out) / "training.png")
             print(f"{self.out}: accuracy {accuracy:.4f} on {len(datasets[1]):,} test images under one noise draw each")

@@ -1,6 +1,8 @@
-"""The trained networks that ship with the package: variables in `weights/NAME.msgpack`, a card in `weights/NAME.json`.
+"""The trained networks that ship with the package: variables in `weights/NAME.msgpack`, a card in `weights/NAME.json`,
+and in `weights/NAME.npz` the theta map of those that were trained with one.
 
-A name consists of data, network, norm and theta of the training, and of its method where it is not noise augmentation.
+A name consists of data, network, norm and theta of the training (of a theta map the smallest one, with "coloured" at
+the end), and of its method where it is not noise augmentation.
 `benchmarks/data/ship_model.py` makes the files.
 """
 
@@ -15,11 +17,13 @@ from typing import Any
 import flax.serialization
 
 from ancer_jax.metrics import round_down
-from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description
+from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description, read_theta_map
+from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.classifier import Classifier
 
 # What `--classifier bundled` means: networks for the bundled images.
 BUNDLED_BY_NORM = {"l2": "fashion-mnist-cnn-l2-0.25", "l1": "fashion-mnist-cnn-l1-0.5"}
+COLOURED = "fashion-mnist-cnn-l2-0.25-coloured"  # trained with a theta map
 WEIGHTS = importlib.resources.files("ancer_jax.models") / "weights"
 
 
@@ -47,9 +51,14 @@ class BundledModel:
 
     @property
     def theta(self) -> float:
-        """The noise parameter it was trained with."""
+        """The noise parameter it was trained with; of a theta map the geometric mean."""
         assert self.checkpoint.theta is not None
         return self.checkpoint.theta
+
+    @property
+    def theta_map(self) -> ThetaMap | None:
+        """The theta map it was trained with, if it was."""
+        return self.checkpoint.theta_map
 
     @property
     def summary(self) -> dict[str, str]:
@@ -60,12 +69,16 @@ class BundledModel:
         versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
         certified = "not measured"
         if found := card["certified"]:
-            how = f"{found['method']} theta {found['theta']:g}, n = {found['n']:,}, alpha = {found['alpha']:g}"
+            theta = "theta map" if found["method"] == "universal" else f"theta {found['theta']:g}"
+            how = f"{found['method']} {theta}, n = {found['n']:,}, alpha = {found['alpha']:g}"
             acr, accuracy = round_down(found["acr"], 3), _share(found["accuracy"], found["images"])
-            certified = f"ACR {acr}, accuracy {accuracy} ({found['images']:,} test images, {how})"
+            sizes = f"ACR {acr}, "
+            if self.theta_map is not None:
+                sizes += f"ACR-tilde {round_down(found['acr_tilde'], 3)}, "
+            certified = f"{sizes}accuracy {accuracy} ({found['images']:,} test images, {how})"
         return {
             "network": f"{checkpoint.name}, images {size}, {self.classifier.num_classes} classes",
-            "noise": f"{checkpoint.norm}, theta {self.theta:g}",
+            "noise": f"{checkpoint.norm}, {self.theta_map or f'theta {self.theta:g}'}",
             "data": card["data"],
             "training": f"{card['method']}, {card['epochs']} epochs",
             "command": card["command"],
@@ -108,11 +121,14 @@ def load_bundled(name: str) -> BundledModel:
         raise ValueError(f"there is no bundled model {name!r}, only {', '.join(names)}{hint}")
     try:
         info = json.loads((WEIGHTS / f"{name}.json").read_text())
-        checkpoint, expected = read_description(info["checkpoint"])
+        checkpoint, digests = read_description(info["checkpoint"])
         variables = flax.serialization.msgpack_restore((WEIGHTS / f"{name}.msgpack").read_bytes())
-        if hash_variables(variables) != expected:
+        if hash_variables(variables) != digests["variables"]:
             raise ValueError("the values are not those that the card describes")
-        model = BundledModel(name, dataclasses.replace(checkpoint, variables=variables), info["card"])
+        with importlib.resources.as_file(WEIGHTS) as folder:
+            theta_map = read_theta_map(folder / f"{name}.npz", digests["theta_map"])
+        checkpoint = dataclasses.replace(checkpoint, variables=variables, theta_map=theta_map)
+        model = BundledModel(name, checkpoint, info["card"])
         _ = model.classifier, model.summary  # they need all of the card
         return model
     except Exception as error:  # msgpack raises many types

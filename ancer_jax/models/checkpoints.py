@@ -20,6 +20,7 @@ from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.front import WithFront
 from ancer_jax.models.resnet import IMAGENET_MEAN, IMAGENET_STD, Bottleneck, ResNet
 from ancer_jax.models.wide_resnet import WideResNet
+from ancer_jax.search.theta_map import ThetaMap, load_theta_map, save_theta_map
 from ancer_jax.smoothing.classifier import Classifier, from_linen
 from ancer_jax.storage import absolute, write_file
 
@@ -36,7 +37,7 @@ NETWORKS: dict[str, Any] = {
     "efficientnet_lite0": EfficientNetLite0(),
 }
 _IMAGE_SHAPES = {"small_cnn": (28, 28, 1), "imagenet_resnet50": (224, 224, 3), "efficientnet_lite0": (224, 224, 3)}
-_INFO, _VARIABLES = "network.json", "variables"
+_INFO, _VARIABLES, _THETA_MAP = "network.json", "variables", "theta_map.npz"
 # In a folder without `network.json`: a training that is not finished, which stores its network there at the end.
 TRAINING_SETTINGS = "training.json"
 
@@ -80,6 +81,7 @@ class Checkpoint:
       variables: parameters and batch statistics.
       image_shape: height, width and channels of the images that the network takes.
       norm, theta: the noise it was trained with: "l2" or "l1", and the noise parameter, None if it is not known.
+      theta_map: instead of one theta, that of each coefficient; theta is their geometric mean then.
       history: how it was trained or where it was converted from, as JSON values.
       classes: names of the classes in the order of their labels; () if they are not known.
     """
@@ -92,6 +94,7 @@ class Checkpoint:
     theta: float | None = None
     history: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    theta_map: ThetaMap | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -122,6 +125,8 @@ def save_network(checkpoint: Checkpoint, path: epath.PathLike, *, new: bool = Tr
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / _VARIABLES, checkpoint.variables, force=True)
     if jax.process_index() == 0:
+        if checkpoint.theta_map is not None:
+            save_theta_map(checkpoint.theta_map, path / _THETA_MAP)
         write_file(path / _INFO, f"{json.dumps(describe(checkpoint), indent=2)}\n".encode())
 
 
@@ -142,7 +147,7 @@ def load_network(path: epath.PathLike) -> Checkpoint:
     if not is_network(path):
         raise ValueError(f"{path} is not the folder of a network: there is no {_INFO}")
     try:
-        checkpoint, expected = read_description(json.loads((path / _INFO).read_text()))
+        checkpoint, digests = read_description(json.loads((path / _INFO).read_text()))
         network = checkpoint.network
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path / _INFO}: not the description of a network ({error})") from None
@@ -154,26 +159,38 @@ def load_network(path: epath.PathLike) -> Checkpoint:
         with ocp.StandardCheckpointer() as checkpointer:
             _check_shapes(checkpointer.metadata(path / _VARIABLES).item_metadata, shapes)
             variables = jax.tree.map(np.asarray, checkpointer.restore(path / _VARIABLES, shapes))
-        if hash_variables(variables) != expected:
+        if hash_variables(variables) != digests["variables"]:
             raise ValueError(f"its values are not those that {_INFO} describes")
     except Exception as error:  # orbax raises many types
         line = str(error).splitlines()[0][:200]
         raise ValueError(f"{path / _VARIABLES}: damaged, or of another network ({line})") from None
-    return dataclasses.replace(checkpoint, variables=variables)
+    theta_map = read_theta_map(path / _THETA_MAP, digests["theta_map"])
+    return dataclasses.replace(checkpoint, variables=variables, theta_map=theta_map)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint as JSON values, with the hash of its variables in place of these."""
-    info = dataclasses.asdict(dataclasses.replace(checkpoint, variables=None))
-    return info | {"variables": hash_variables(checkpoint.variables)}
+    """A checkpoint as JSON values, with hashes of its variables and its theta map in place of these."""
+    info = dataclasses.asdict(dataclasses.replace(checkpoint, variables=None, theta_map=None))
+    theta_map = checkpoint.theta_map and checkpoint.theta_map.digest
+    return info | {"variables": hash_variables(checkpoint.variables), "theta_map": theta_map}
 
 
-def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, str]:
-    """The checkpoint that `describe` described, without its variables, and their hash."""
+def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, str | None]]:
+    """The checkpoint that `describe` described, without its variables and its theta map, and the hashes of these."""
     info = {**description, **{name: tuple(description[name]) for name in ("image_shape", "classes")}}
     info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
-    expected = info.pop("variables")
-    return Checkpoint(variables=None, **info), expected
+    digests = {"variables": info.pop("variables"), "theta_map": info.pop("theta_map", None)}
+    return Checkpoint(variables=None, **info), digests
+
+
+def read_theta_map(path: epath.PathLike, digest: str | None) -> ThetaMap | None:
+    """The theta map of that hash in the file beside a network, or None if it has none; ValueError if it is another."""
+    if digest is None:
+        return None
+    theta_map = load_theta_map(path)
+    if theta_map.digest != digest:
+        raise ValueError(f"{path} is not the theta map of the network's training")
+    return theta_map
 
 
 def _leaves(tree) -> dict[str, Any]:

@@ -12,25 +12,28 @@ from ancer_jax._checks import check_choice
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.models.bundled import BUNDLED_BY_NORM, bundled_models, load_bundled
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS, Checkpoint, is_network, load_network
+from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.classifier import Classifier
 
 
-def resolve_classifier(name: str, norm: str, sigma: float | None) -> tuple[Classifier, float, Checkpoint | None]:
-    """The base classifier of a name, its noise parameter theta, and its checkpoint (None for that of a function).
+def resolve_classifier(
+    name: str, norm: str, theta: float | ThetaMap | None
+) -> tuple[Classifier, float | ThetaMap, Checkpoint | None]:
+    """The base classifier of a name, its noise parameter, and its checkpoint (None for that of a function).
 
     The name is that of a bundled model (`bundled_models`), "bundled" (the one for the bundled images and this norm),
     the folder of a network (`save_network`), or "module:function", of a function without arguments that returns a
-    `Classifier`. Theta is sigma or, if that is None, the theta of the training.
+    `Classifier`. The noise parameter is theta or, if that is None, the theta or the theta map of the training.
 
     Raises:
-      ValueError: if there is no such classifier, or sigma is needed, because theta is unknown or of another norm.
+      ValueError: if there is no such classifier, or that of the training is needed, and unknown or of another norm.
     """
     check_choice("norm", norm, Literal["l2", "l1"])
     bundled = ["bundled", *bundled_models()]
     if name in bundled or is_network(name):
         of_norm = BUNDLED_BY_NORM[norm] if name == "bundled" else name
         checkpoint = load_bundled(of_norm).checkpoint if name in bundled else load_network(name)
-        return checkpoint.classifier, _theta(name, checkpoint, norm, sigma), checkpoint
+        return checkpoint.classifier, _theta(name, checkpoint, norm, theta), checkpoint
     if epath.Path(name).is_file():
         raise ValueError(f"--classifier {name} is a file: ancer-jax convert makes the folder of a network from it")
     if (epath.Path(name) / TRAINING_SETTINGS).exists():
@@ -41,24 +44,23 @@ def resolve_classifier(name: str, norm: str, sigma: float | None) -> tuple[Class
         known = f"a bundled model ({', '.join(bundled)})"
         what = f"neither {known}, nor the folder of a network, nor module:function{hint}"
         raise ValueError(f"--classifier {name!r} is {what}")
-    if sigma is None:
+    if theta is None:
         raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")
-    return _call(name), sigma, None
+    return _call(name), theta, None
 
 
-def _theta(name: str, checkpoint: Checkpoint, norm: str, sigma: float | None) -> float:
-    theta = checkpoint.theta
-    if checkpoint.norm != norm and theta is not None:
-        trained = f"{name} was trained with {checkpoint.norm} noise of {theta:g}"
-        if sigma is None:
+def _theta(name: str, checkpoint: Checkpoint, norm: str, theta: float | ThetaMap | None) -> float | ThetaMap:
+    known = checkpoint.theta if checkpoint.theta_map is None else checkpoint.theta_map
+    if checkpoint.norm != norm and known is not None:
+        trained = f"{name} was trained with {checkpoint.norm} noise of {checkpoint.theta:g}"
+        if theta is None:
             raise ValueError(f"{trained}: --sigma is needed to certify it under {norm} noise")
         warnings.warn(f"{trained}, not with {norm} noise", stacklevel=3)
-    if sigma is None and checkpoint.history.get("theta_map"):
-        raise ValueError(f"{name} was trained with a theta map, not one sigma: give --sigma, or --method universal")
-    sigma = theta if sigma is None else sigma
-    if sigma is None:
+    if theta is not None:
+        return theta
+    if known is None:
         raise ValueError(f"--sigma is needed: {name} does not say what noise it was trained with")
-    return sigma
+    return known
 
 
 def _call(name: str) -> Classifier:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tabulate
 
+from ancer_jax._numerics import geometric_mean
 from ancer_jax.basis import Pixels
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report.notes import caveats, footnotes, mark, notes, shortest
@@ -48,13 +49,13 @@ def format_table(rows: list[dict[str, str]]) -> str:
 
 
 def compare_proxy_radius(results: list[Results], best: Results) -> str:
-    """Mean proxy radius, after memory, of the best fixed theta's run and of each data-dependent run, as text.
+    """Mean proxy radius, after memory, of the best fixed theta's run and of each other run, as text.
 
     The certificates of `best` must use other draws than those that chose its theta: a theta chosen by its own
     certifying draws is wrong more often than alpha.
     """
     lines = []
-    for r in (best, *(r for r in results if r.data_dependent)):
+    for r in (best, *(r for r in results if r is not best)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
         kept = r.leaks_at_most(LEAKAGE_LIMIT)
         without = _NOT_MEASURED if kept is None else round_down((r["radius_proxy"] * kept).mean(), 3)
@@ -71,12 +72,12 @@ def percent(share: float) -> str:
 def _figures(results: list[Results]) -> list[dict[str, str]]:
     sampled = any(r.config and r.config.sampling for r in results)
     certain = any(r.alpha is not None for r in results)
-    coloured = any(r.config and r.config.basis != Pixels() for r in results)
+    mapped = any(r.config and (r.config.method == "universal" or r.config.basis != Pixels()) for r in results)
     return [
         {
             "run": mark(r),
             "norm": r.norm or "?",
-            **({"basis": r.config.basis.name if r.config else "?"} if coloured else {}),
+            **({"theta": _theta(r)} if mapped else {}),
             "images": str(len(r.correct)) + " (unfinished)" * (not r.finished),
             **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
             **({"all lines hold": _joint(r)} if certain else {}),
@@ -91,6 +92,19 @@ def _figures(results: list[Results]) -> list[dict[str, str]]:
         }
         for r in results
     ]
+
+
+def _theta(results: Results) -> str:
+    """The basis, if it is not the pixels, and the theta of all images; of a theta map its range and geometric mean."""
+    if results.config is None:
+        return "?"
+    basis, theta = results.config.basis.name, "one per image"
+    if results.config.method == "fixed":
+        theta = f"{results.config.theta:g}"
+    elif results.config.method == "universal":
+        (values,) = results.thetas(results["idx"][:1].tolist()).values()
+        theta = f"{values.min():.3g} to {values.max():.3g}, mean {geometric_mean(values):.3g}"
+    return theta if basis == "pixels" else f"{basis}: {theta}"
 
 
 def _joint(results: Results) -> str:

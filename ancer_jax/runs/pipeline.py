@@ -111,10 +111,10 @@ def _check_labels(classifier: Classifier, dataset: Dataset) -> None:
 
 def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
     """The theta of all images, [] or [*d], or where their search starts."""
-    if (theta_map is None) == (config.method == "universal"):
-        raise ValueError(
-            f"method universal needs a theta_map (--theta-map), and no other takes one: got method {config.method}"
-        )
+    if theta_map is None and config.method == "universal":
+        raise ValueError("method universal needs theta_map, one theta for each coefficient (--theta-map)")
+    if theta_map is not None and config.method != "universal":
+        raise ValueError(f"theta_map (--theta-map) is for method universal, got method {config.method}")
     if isinstance(theta_map, ThetaMap):
         if theta_map.basis != config.basis:
             raise ValueError(f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from ancer_jax._numerics import geometric_mean
 from ancer_jax.basis import Basis, Pixels, check_basis, check_thetas, read_basis, spectrum
 from ancer_jax.storage import read_array, read_arrays, write_file
 
-THETA_MAP = "theta_map.npz"  # in the folder of a network that was trained with one
 _FLOAT32 = np.finfo(np.float32)
 
 
@@ -27,6 +27,7 @@ class ThetaMap:
     Attributes:
       theta: float32 [*d], positive and finite.
       basis: of the coefficients.
+      history: how it was made, as JSON values; two maps that differ in it alone are equal.
 
     Raises:
       ValueError: if a theta is not positive and finite as float32, or, in another basis than the pixels, the largest is
@@ -35,6 +36,7 @@ class ThetaMap:
 
     theta: np.ndarray
     basis: Basis = Pixels()
+    history: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         theta = np.asarray(self.theta)
@@ -93,7 +95,14 @@ def spectral_theta(
     deviations = np.maximum(spectrum(images, basis)[1], np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):
         theta = np.clip(sigma * (sigma / deviations) ** power, sigma, theta_max)
-    return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(sigma)), basis)
+    history = {
+        "start": "spectral",
+        "sigma": sigma,
+        "theta_max": theta_max,
+        "power": power,
+        "images": np.shape(images)[0],
+    }
+    return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(sigma)), basis, history)
 
 
 def save_theta_map(theta_map: ThetaMap, path: epath.PathLike) -> None:
@@ -102,7 +111,9 @@ def save_theta_map(theta_map: ThetaMap, path: epath.PathLike) -> None:
     Raises:
       OSError: if it cannot be written.
     """
-    arrays: dict[str, Any] = {"theta": theta_map.theta, "basis": np.array(json.dumps(theta_map.basis.describe()))}
+    described = {"basis": theta_map.basis.describe(), "history": {**theta_map.history}}
+    arrays: dict[str, Any] = {name: np.array(json.dumps(value)) for name, value in described.items()}
+    arrays["theta"] = theta_map.theta
     write_file(epath.Path(path), lambda file: np.savez(file, **arrays))
 
 
@@ -114,16 +125,19 @@ def load_theta_map(path: epath.PathLike) -> ThetaMap:
     """
     path = epath.Path(path)
     if path.suffix == ".npy":
-        theta, basis = read_array(path), Pixels()
+        theta, basis, history = read_array(path), Pixels(), {}
     else:
         try:
-            arrays = read_arrays(path, ("theta", "basis"))
+            arrays = read_arrays(path, ("theta", "basis", "history"))
             theta, basis = arrays["theta"], read_basis(json.loads(str(arrays["basis"])))
+            history = json.loads(str(arrays["history"]))
+            if not isinstance(history, dict):
+                raise ValueError("history is not a mapping")
         except FileNotFoundError:
             raise ValueError(f"{path}: there is no such file") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a theta map that can be read ({error})") from None
     try:
-        return ThetaMap(theta, basis)
+        return ThetaMap(theta, basis, history)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

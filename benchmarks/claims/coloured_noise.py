@@ -39,7 +39,7 @@ from ancer_jax._numerics import geometric_mean
 from ancer_jax.report import Results, load_results
 from ancer_jax.search import load_theta_map
 from benchmarks import figures
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines
+from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
 from benchmarks.data.cifar10_models import RECIPE, ancer_jax
 
 FASHION = ["--network", "small_cnn", "--batch-size", "128", "--optimizer", "muon", "--muon-lr", "0.05"]
@@ -205,6 +205,21 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
     figure.savefig(RESULTS / name, dpi=120)
 
 
+def _table(output: str) -> str:
+    """All rows of one data set."""
+    found, table = load(output)["results"], []
+    white = {r["sigma"]: r for r in found["rows"] if r["row"] == "white"}
+    for r in found["rows"]:
+        if r["row"] == ANCER:
+            continue
+        cells = [f"{r['sigma']:g}", r["row"], f"{r['theta_max']:g}", f"{r['geometric mean'] / r['sigma']:.2f}"]
+        cells += [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
+        contain = "{} of {}".format(r["contain white's"], r["correct with white"])
+        table.append([*cells, "" if r is white[r["sigma"]] else contain])
+    header = ["sigma", "noise", "theta_max", "geometric mean / sigma", "accuracy", "ACR", "ACR-tilde"]
+    return markdown([*header, "contains white's"], table)
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, what is compared, and where everything stays."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
@@ -229,4 +244,5 @@ BENCHMARK = Benchmark(
     arguments=arguments,
     small_is_judged=False,
     outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
+    figures={"fashion_table": lambda: _table("coloured_noise-fashion")},
 )

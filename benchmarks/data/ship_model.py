@@ -1,16 +1,20 @@
-"""Make the two files of a bundled model from a trained network, and show the cards of all bundled models.
+"""Make the files of a bundled model from a trained network, and show the cards of all bundled models.
 
 NETWORK is the folder of a finished `ancer-jax train`, or the name of a bundled model, which then gets a new card. NAME
 consists of data, network, norm and theta, and of the training method where it is not noise augmentation:
-`cifar10-resnet20-l2-0.25-consistency`. Accuracy is measured on all test images of `--data`: without noise, and under
-one draw of the noise of the training for each image. ACR comes from the run directory `--certified`, which must be of
-this network. With `--small` the package stays as it is.
+`cifar10-resnet20-l2-0.25-consistency`. If it was trained with a theta map, theta is the smallest one, and "coloured"
+follows: `fashion-mnist-cnn-l2-0.25-coloured`.
+
+Accuracy is measured on all test images of `--data`: without noise, and under one draw of the noise of the training for
+each image. ACR comes from the run directory `--certified`, which must be of this network. With `--small` the package
+stays as it is.
 """
 
 import argparse
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -23,14 +27,18 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import ancer_jax.models
+from ancer_jax.basis import Pixels
+from ancer_jax.cli.learn import LearnTheta
 from ancer_jax.data import Dataset, load_dataset
 from ancer_jax.metrics import round_down
 from ancer_jax.models import BundledModel, Checkpoint, bundled_models, load_bundled, load_network
 from ancer_jax.models.checkpoints import describe
 from ancer_jax.report import load_results
-from ancer_jax.runs import read_run
+from ancer_jax.runs import Run, read_run
+from ancer_jax.search import save_theta_map
 from ancer_jax.smoothing import Classifier, Noise, make_noise
 from ancer_jax.smoothing.classifier import fingerprint
 from ancer_jax.training import PRESETS
@@ -38,7 +46,9 @@ from benchmarks.benchmark import RESULTS, Benchmark, markdown
 from benchmarks.figures import share
 
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
-NAME = re.compile(rf"(?P<data>{'|'.join(DATA)})-\w+-(?P<norm>l[12])-(?P<theta>[\d.]+)(-(?P<method>\w+))?")
+NAME = re.compile(
+    rf"(?P<data>{'|'.join(DATA)})-\w+-(?P<norm>l[12])-(?P<theta>[\d.]+)(-(?P<method>(?!coloured)\w+))?(-coloured)?"
+)
 FLAGS = {"theta": "sigma", "learning_rate": "lr", "muon_learning_rate": "muon_lr", "warmup_epochs": "warmup"}
 BATCH = 500
 
@@ -52,35 +62,38 @@ def place(options: argparse.Namespace, package: types.ModuleType, name: str) -> 
 
 
 def ship(options: argparse.Namespace, name: str, checkpoint: Checkpoint, card: Mapping[str, Any]) -> None:
-    """Write the two files of a bundled model, and print the card."""
+    """Write the files of a bundled model, and print the card."""
     variables = jax.tree.map(np.asarray, checkpoint.variables)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
     description = {"checkpoint": describe(checkpoint), "card": card}
     serialized = flax.serialization.msgpack_serialize(variables)
     place(options, ancer_jax.models, f"weights/{name}.msgpack").write_bytes(serialized)
     place(options, ancer_jax.models, f"weights/{name}.json").write_text(json.dumps(description, indent=2) + "\n")
+    if checkpoint.theta_map is not None:
+        save_theta_map(checkpoint.theta_map, place(options, ancer_jax.models, f"weights/{name}.npz"))
     print(BundledModel(name, checkpoint, card))
 
 
 def accuracies(checkpoint: Checkpoint, test: Dataset, seed: int) -> dict[str, Any]:
     """The accuracy on all images of a data set: without noise, and under one draw of noise for each image."""
-    noise, key = make_noise(checkpoint.norm, checkpoint.history.get("noise")), jax.random.key(seed)
-    right = np.zeros(2, int)
+    theta_map, key, right = checkpoint.theta_map, jax.random.key(seed), np.zeros(2, int)
+    theta, basis = (checkpoint.theta, Pixels()) if theta_map is None else (theta_map.theta, theta_map.basis)
+    noise = make_noise(checkpoint.norm, checkpoint.history.get("noise"), basis=basis)
     for start in range(0, len(test), BATCH):
         part = slice(start, start + BATCH)
         ids, images, labels = test.ids[part], test.images[part], test.labels[part]
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(ids, jnp.uint32))
-        right += np.asarray(_right(checkpoint.classifier, keys, images, labels, checkpoint.theta, noise=noise))
+        right += np.asarray(_right(checkpoint.classifier, keys, images, labels, theta, noise=noise))
     clean, noisy = (right / len(test)).tolist()
     return {"test_images": len(test), "clean_accuracy": clean, "noisy_accuracy": noisy}
 
 
 @functools.partial(jax.jit, static_argnames="noise")
 def _right(
-    classifier: Classifier, keys: jax.Array, images: jax.Array, labels: jax.Array, theta: float, *, noise: Noise
+    classifier: Classifier, keys: jax.Array, images: jax.Array, labels: jax.Array, theta: ArrayLike, *, noise: Noise
 ) -> jax.Array:
     """How many images the classifier answers with their label, [2]: without noise and with it."""
-    perturb = lambda key, x: noise.perturb(key, 0, x, jnp.full(x.shape, theta))
+    perturb = lambda key, x: noise.perturb(key, 0, x, jnp.broadcast_to(theta, x.shape))
     noisy = jax.vmap(perturb)(keys, images)
     return jnp.stack([(classifier(x).argmax(-1) == labels).sum() for x in (images, noisy)])
 
@@ -91,6 +104,7 @@ def certified(folder: str, checkpoint: Checkpoint) -> dict[str, Any]:
     config, platform = run.config, run.settings["platform"]
     if config.exact or config.sampling is not None or not results.finished:
         raise SystemExit(f"{folder}: not a finished run with a fixed number of random draws")
+    _check_noise(run, checkpoint)
     if platform == jax.default_backend() == "cpu":
         if run.settings["classifier"] != fingerprint(checkpoint.classifier, np.zeros(checkpoint.image_shape)):
             raise SystemExit(f"{folder} is a run of another network, or of other versions of the code or JAX")
@@ -98,13 +112,35 @@ def certified(folder: str, checkpoint: Checkpoint) -> dict[str, Any]:
         print(f"{folder} was made on {platform}: only a run on CPUs can be checked to be of this network")
     return {
         "acr": results.acr("radius"),
+        "acr_tilde": results.acr("radius_proxy"),
         "accuracy": float(results.correct.mean()),
         "images": len(results.correct),
         "method": config.method,
-        "theta": config.theta,
+        "theta": None if config.method == "universal" else config.theta,
         "n": config.certify.n,
         "alpha": config.certify.alpha,
     }
+
+
+def _check_noise(run: Run, checkpoint: Checkpoint) -> None:
+    """SystemExit if a network that was trained with a theta map was certified with another one."""
+    theta_map, config = checkpoint.theta_map, run.config
+    if theta_map is None:
+        return
+    digest = hashlib.sha256(theta_map.theta.tobytes()).hexdigest()
+    if config.basis != theta_map.basis or run.settings.get("theta_map") != digest:
+        raise SystemExit(f"{run.path} is a run with another theta map than that of the training")
+
+
+def theta_command(checkpoint: Checkpoint, data: str, name: str) -> str:
+    """The `ancer-jax learn-theta` that makes its theta map: the flags that are not defaults."""
+    usual = {field.name: field.default for field in dataclasses.fields(LearnTheta)} | {"basis": "cosine"}
+    words = ["ancer-jax", "learn-theta", "--data", f"data/{data}"]
+    assert checkpoint.theta_map is not None
+    for field, value in checkpoint.theta_map.history.items():
+        if field != "data" and field in usual and value != usual[field]:
+            words += [f"--{field.replace('_', '-')}", str(value)]
+    return " ".join([*words, "--out", f"nets/{name}.npz"])
 
 
 def command(checkpoint: Checkpoint, data: str, name: str) -> str:
@@ -114,13 +150,17 @@ def command(checkpoint: Checkpoint, data: str, name: str) -> str:
     if not history["drop_every"]:  # of the schedule drops
         settings.pop("drop_every", None)
     settings = {"method": history["method"], "theta": checkpoint.theta} | settings
+    if checkpoint.theta_map is not None:
+        del settings["theta"]
+        settings["theta_map"] = f"nets/{name}.npz"
     unusual = lambda field, value: field in ("mean", "std") or value == "bfloat16"
     settings |= {field: value for field, value in checkpoint.attributes.items() if unusual(field, value)}
     words = ["ancer-jax", "train", "--data", f"data/{data}", "--network", checkpoint.name]
     for field, value in settings.items():
         words += [f"--{FLAGS.get(field, field).replace('_', '-')}"]
         words += map(str, np.atleast_1d(value).tolist())
-    return " ".join([*words, "--out", f"nets/{name}"])
+    train = " ".join([*words, "--out", f"nets/{name}"])
+    return train if checkpoint.theta_map is None else f"{theta_command(checkpoint, data, name)} && {train}"
 
 
 def today() -> dict[str, Any]:
@@ -134,12 +174,18 @@ def measure(options: argparse.Namespace) -> tuple[()]:
     old = load_bundled(options.network) if options.network in bundled_models() else None
     checkpoint = old.checkpoint if old else load_network(options.network)
     parts, history = NAME.fullmatch(options.name), dict(checkpoint.history)
-    if not parts or (parts["norm"], float(parts["theta"])) != (checkpoint.norm, checkpoint.theta):
-        of = f"trained with {checkpoint.norm} noise of {checkpoint.theta}"
-        raise SystemExit(f"{options.name} is not DATA-NETWORK-NORM-THETA[-METHOD] of a network {of}")
+    theta_map = checkpoint.theta_map
+    theta = checkpoint.theta if theta_map is None else float(f"{theta_map.theta.min():.6g}")
+    if not parts or (parts["norm"], float(parts["theta"])) != (checkpoint.norm, theta):
+        of = f"trained with {checkpoint.norm} noise of {theta}"
+        raise SystemExit(f"{options.name} is not DATA-NETWORK-NORM-THETA[-METHOD][-coloured] of a network {of}")
+    if options.name.endswith("-coloured") != (theta_map is not None):
+        raise SystemExit(f"{options.name}: coloured networks, and no others, were trained with a theta map")
     if (parts["method"] or "augmentation") != history.get("method"):
         raise SystemExit(f"{options.name} names another training method than the network's, {history.get('method')}")
     history["data"] = DATA[parts["data"]]  # not the folder of whoever trained it
+    if theta_map is not None:
+        theta_map = dataclasses.replace(theta_map, history={**theta_map.history, "data": history["data"]})
     card: dict[str, Any] = {
         "data": DATA[parts["data"]],
         "command": old.card["command"] if old else command(checkpoint, parts["data"], options.name),
@@ -149,7 +195,7 @@ def measure(options: argparse.Namespace) -> tuple[()]:
         "certified": certified(options.certified, checkpoint) if options.certified else None,
         **today(),
     }
-    ship(options, options.name, dataclasses.replace(checkpoint, history=history), card)
+    ship(options, options.name, dataclasses.replace(checkpoint, history=history, theta_map=theta_map), card)
     return ()
 
 

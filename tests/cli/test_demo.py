@@ -1,4 +1,4 @@
-"""`ancer-jax demo`: three methods side by side, and their pictures."""
+"""`ancer-jax demo`: four methods side by side, and their pictures."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from ancer_jax import cli, report
+from ancer_jax.models.bundled import COLOURED
 from ancer_jax.report import TWO_CLAIMS
 from tests.cli.commands import error_line, settings_of
 
@@ -26,15 +27,17 @@ class _SmallCertify(cli.Certify):
     devices: int | None = 1
 
 
-def test_demo_compares_three_methods_and_draws_them(here, capsys, monkeypatch):
+def test_demo_compares_four_methods_and_draws_them(here, capsys, monkeypatch):
     monkeypatch.setattr(cli.demo, "Certify", _SmallCertify)
     cli.main(["demo", "--max", "2", "--n", "100"])
     printed = capsys.readouterr().out
-    lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| l2 +\| 2 ", line)]
-    assert len(lines) == 3 and lines[0].startswith("fixed-") and lines[1:] == ["isotropic", "ancer"]
+    lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| l2 ", line)]
+    assert len(lines) == 4 and lines[0].startswith("fixed-") and lines[1:] == ["isotropic", "ancer", "coloured"]
+    assert "| cosine: 0.25 to 1, mean 0.561 " in printed and f"a network of its own, {COLOURED}." in printed
     assert sorted(path.name for path in (here / "demo-l2").glob("*.png")) == [
         "certified_accuracy.png",
         "theta_ancer.png",
+        "theta_coloured.png",
     ]
     tried = [f"try-{factor * 0.25:g}" for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
     for name in (*tried, *lines):
@@ -45,8 +48,8 @@ def test_demo_compares_three_methods_and_draws_them(here, capsys, monkeypatch):
     best = max(proxy, key=proxy.__getitem__)
     assert lines[0] == best.replace("try", "fixed")
     seeds = [settings_of(here / "demo-l2" / name)["seed"] for name in (best, *lines)]
-    assert seeds == [1, 0, 0, 0]
-    assert printed.count("x the best fixed theta") == 3
+    assert seeds == [1, 0, 0, 0, 0]
+    assert printed.count("x the best fixed theta") == 4
     assert "1.00 x the best fixed theta" in printed and printed.count(TWO_CLAIMS) == 1
 
 

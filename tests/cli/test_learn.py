@@ -7,6 +7,7 @@ import pytest
 from ancer_jax import cli
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels
 from ancer_jax.models import WithFront, load_network
+from ancer_jax.models.bundled import COLOURED
 from ancer_jax.runs import read_run
 from ancer_jax.search import ThetaMap, load_theta_map, save_theta_map
 from tests.cli.commands import error_line
@@ -44,13 +45,15 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     assert read_run("run").config.certified_noise.basis == Cosine()
     capsys.readouterr()
     other = [*certify, "--method", "universal", "--basis", "pixels"]
-    assert "theta_map.npz is a theta map in the basis cosine, not pixels" in error_line(capsys, other)
+    assert "the theta map of net is in the basis cosine, not pixels" in error_line(capsys, other)
     save_theta_map(ThetaMap(theta_map.theta * 2, Cosine()), "other.npz")
     cli.main([*certify[:-1], "doubled", "--method", "universal", "--theta-map", "other.npz"])
-    assert "warning: net was trained with another noise: ThetaMap(28 x 28 x 1, Cosine()" in capsys.readouterr().err
+    assert "warning: net was trained with another noise: theta 0.25 to 1" in capsys.readouterr().err
     (tmp_path / "other.npz").rename(tmp_path / "net" / "theta_map.npz")
     changed = [*certify, "--method", "universal"]
-    assert "net/theta_map.npz is not the map of its training: give --theta-map" in error_line(capsys, changed)
+    assert "net/theta_map.npz is not the theta map of the network" in error_line(capsys, changed)
+    (tmp_path / "net" / "theta_map.npz").unlink()
+    assert "net/theta_map.npz: there is no such file" in error_line(capsys, changed)
     lines = pd.read_csv("run/results.tsv", sep="\t")
     # The geometric mean is the larger one, and so is the proxy radius of whatever is certified.
     assert (lines["radius_proxy"] >= lines["radius"]).all() and set(lines["min_sigma"]) == {0.25}
@@ -69,6 +72,27 @@ def test_an_ascent_stays_between_its_bounds(basis, kind, capsys):
     assert "start: theta 0.25 to 0.25" in printed and "estimated ACR-tilde" in printed
 
 
+def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_theta(capsys):
+    cli.main([*LEARN, "--basis", "karhunen-loeve", "--sigma", "0.3", "--max", "100"])
+    first = load_theta_map("map.npz")
+    assert first.history["start"] == "spectral" and first.history["images"] == 100 and "lr" not in first.history
+    again = ["learn-theta", "--out", "next.npz", "--theta-max", "1", "--start", "map.npz", "--max", "100"]
+    flags = ["--steps", "2", "--batch-size", "2", "--samples", "8", "--lr", "0.1"]
+    capsys.readouterr()
+    assert "map.npz is a file, from which an ascent starts: give --steps" in error_line(capsys, again)
+    cosine = [*again, *flags, "--basis", "cosine"]
+    assert "map.npz is in the basis karhunen-loeve, not cosine" in error_line(capsys, cosine)
+    narrow = [*again, *flags, "--sigma", "0.5"]
+    assert "not between --sigma 0.5 and --theta-max 1" in error_line(capsys, narrow)
+    cli.main([*again, *flags])
+    found = load_theta_map("next.npz")
+    assert found.basis == first.basis and found != first
+    assert found.theta.min() >= np.float32(0.3) and found.theta.max() <= 1
+    assert found.history["start"] == first.history and found.history["lr"] == 0.1
+    capsys.readouterr()
+    assert "next.npz exists already: name a new file" in error_line(capsys, [*again, *flags])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -79,6 +103,8 @@ def test_an_ascent_stays_between_its_bounds(basis, kind, capsys):
         (["--sigma", "-1"], "sigma must be"),
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "-1"], "steps"),
+        (["--classifier", COLOURED], "was trained with a theta map, not one sigma: give --sigma"),
+        (["--start", "nowhere.npz", "--steps", "3"], "nowhere.npz: there is no such file"),
     ],
 )
 def test_bad_input_gets_one_line(flags, message, capsys):

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from ancer_jax import check_classifier, load_dataset
+from ancer_jax.basis import Cosine
 from ancer_jax.models import BUNDLED_BY_NORM, bundled, bundled_models, load_bundled, load_network, save_network
+from ancer_jax.models.bundled import COLOURED
+from ancer_jax.search import ThetaMap, save_theta_map
 from ancer_jax.smoothing import make_noise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,9 +22,13 @@ NAME = BUNDLED_BY_NORM["l2"]
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A folder of its own with the files of one bundled model."""
-    for suffix in (".json", ".msgpack"):
-        (tmp_path / f"{NAME}{suffix}").write_bytes((bundled.WEIGHTS / f"{NAME}{suffix}").read_bytes())
+    """A folder of its own with the files of two bundled models."""
+    for file in (
+        f"{NAME}.json",
+        f"{NAME}.msgpack",
+        *(f"{COLOURED}{suffix}" for suffix in (".json", ".msgpack", ".npz")),
+    ):
+        (tmp_path / file).write_bytes((bundled.WEIGHTS / file).read_bytes())
     monkeypatch.setattr(bundled, "WEIGHTS", tmp_path)
     return tmp_path
 
@@ -29,8 +36,11 @@ def weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", bundled_models())
 def test_a_name_says_what_the_model_is(name):
     model = load_bundled(name)
-    data, norm, theta, method = re.fullmatch(r"(.+)-\w+-(l[12])-([\d.]+)(?:-(\w+))?", name).groups()
-    assert (model.name, model.checkpoint.norm, model.theta) == (name, norm, float(theta))
+    pattern = r"(.+)-\w+-(l[12])-([\d.]+)(?:-((?!coloured)\w+))?(-coloured)?"
+    data, norm, theta, method, coloured = re.fullmatch(pattern, name).groups()
+    smallest = model.theta if model.theta_map is None else model.theta_map.theta.min()
+    assert (model.name, model.checkpoint.norm, smallest) == (name, norm, np.float32(theta))
+    assert bool(coloured) == (model.theta_map is not None)
     assert model.card["method"] == model.checkpoint.history["method"] == (method or "augmentation")
     assert model.card["data"].lower().replace("-", "") == data.replace("-", "")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.checkpoint.variables)} == {np.dtype("float32")}
@@ -39,20 +49,24 @@ def test_a_name_says_what_the_model_is(name):
 
 @pytest.mark.parametrize("name", bundled_models())
 def test_a_card_tells_how_good_the_model_is_and_where_it_comes_from(name):
-    card = load_bundled(name).card
+    card, theta_map = load_bundled(name).card, load_bundled(name).theta_map
     assert all(0.3 < card[f"{kind}_accuracy"] < 1 for kind in ("clean", "noisy")) and card["test_images"] == 10_000
     if card["certified"]:
-        assert {"acr", "accuracy", "images", "method", "theta", "n", "alpha"} == card["certified"].keys()
+        found = {"acr", "accuracy", "images", "method", "theta", "n", "alpha"}
+        assert found == card["certified"].keys() - {"acr_tilde"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", card["date"]) and "jax" in card["versions"]
-    assert card["command"].startswith(("ancer-jax train ", "python -m benchmarks run "))
-    assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps(card))
+    assert card["command"].startswith(("ancer-jax train ", "ancer-jax learn-theta ", "python -m benchmarks run "))
+    history = {} if theta_map is None else {**theta_map.history}
+    assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps([card, history]))
 
 
-@pytest.mark.parametrize("name", BUNDLED_BY_NORM.values())
+@pytest.mark.parametrize("name", [*BUNDLED_BY_NORM.values(), COLOURED])
 def test_the_bundled_images_get_the_accuracy_of_the_card(name):
     model, test = load_bundled(name), load_dataset("fashion-mnist-subset")
-    key, noise = jax.random.key(0), make_noise(model.checkpoint.norm)
-    noisy = test.images + noise.sample(key, jnp.full(test.images.shape, model.theta))
+    theta_map = model.theta_map or ThetaMap(np.full((28, 28, 1), model.theta))
+    noise = make_noise(model.checkpoint.norm, basis=theta_map.basis)
+    perturb = jax.vmap(lambda key, x: noise.perturb(key, 0, x, jnp.asarray(theta_map.theta)))
+    noisy = perturb(jax.random.split(jax.random.key(0), len(test)), test.images)
     for kind, images in (("clean", test.images), ("noisy", noisy)):
         accuracy = (np.asarray(model.classifier(images)).argmax(-1) == test.labels).mean()
         # 500 of the 10,000 images: four standard errors.
@@ -83,13 +97,30 @@ def test_a_printed_model_shows_its_card(weights):
     assert "ACR 0.567, accuracy 0.570 (100 test images, fixed theta 0.25, n = 100,000, alpha = 0.001)" in printed
 
 
-def test_a_bundled_model_can_be_stored_like_any_other(tmp_path):
-    checkpoint = load_bundled(NAME).checkpoint
+def test_the_card_of_a_coloured_model_says_so():
+    noise = "noise      l2, theta 0.25 to 1, geometric mean 0.5608, basis cosine"
+    assert f"  {noise}\n" in str(load_bundled(COLOURED)) and "ACR-tilde" in str(load_bundled(COLOURED))
+
+
+@pytest.mark.parametrize("name", [NAME, COLOURED])
+def test_a_bundled_model_can_be_stored_like_any_other(tmp_path, name):
+    checkpoint = load_bundled(name).checkpoint
     save_network(checkpoint, tmp_path / "net")
     copy = load_network(tmp_path / "net")
     assert (copy.norm, copy.theta, copy.history) == (checkpoint.norm, checkpoint.theta, checkpoint.history)
+    assert copy.theta_map == checkpoint.theta_map
+    if copy.theta_map is not None:
+        assert copy.theta_map.history == checkpoint.theta_map.history
     x = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
     np.testing.assert_array_equal(copy.classifier(x), checkpoint.classifier(x))
+
+
+@pytest.mark.parametrize("theta", [None, 0.7], ids=["gone", "another"])
+def test_a_damaged_theta_map_is_one_line(weights, theta):
+    file = weights / f"{COLOURED}.npz"
+    file.unlink() if theta is None else save_theta_map(ThetaMap(np.full((28, 28, 1), theta), Cosine()), file)
+    with pytest.raises(ValueError, match=rf"the files of the bundled model {COLOURED} are damaged .*: install again"):
+        load_bundled(COLOURED)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "gone", "no card", "not JSON", "another network"])

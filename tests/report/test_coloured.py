@@ -108,7 +108,9 @@ def test_the_page_says_which_basis_each_run_has(runs, tmp_path):
     assert re.findall("<td>(.*?)</td>", row)[3].startswith(CONFIGS["patterns"].basis.digest[:12])
     assert "basis.rows" not in text and "<dt>basis</dt>" in text
     (_, figures), *_ = report.summary([*runs.values()], [0.0])
-    assert [row["basis"] for row in figures] == names
+    thetas = [row["theta"] for row in figures]
+    assert [theta.split(": ")[0] if ": " in theta else "pixels" for theta in thetas] == names
+    assert re.fullmatch(r"cosine: 0\.\d+ to [\d.]+, mean 0\.\d+", thetas[names.index("cosine")])
     note = "Coloured noise, with one theta for each coefficient of a basis: "
     note += "universal (cosine), frequencies (cosine), patterns (karhunen-loeve)."
     assert note in text and note in report.summary_table([*runs.values()], [0.0])

@@ -90,7 +90,7 @@ def test_a_spectral_theta_that_makes_no_sense_is_refused(change, text):
 
 
 def test_theta_maps_are_equal_if_theta_and_basis_are():
-    first, same = ThetaMap(THETA, Cosine()), ThetaMap(np.float64(THETA), Cosine())
+    first, same = ThetaMap(THETA, Cosine()), ThetaMap(np.float64(THETA), Cosine(), {"start": "flat"})
     others = [ThetaMap(THETA), ThetaMap(2 * THETA, Cosine()), ThetaMap(THETA.reshape(5, 4, 3), Cosine())]
     others += [ThetaMap(THETA, BASES[2])]
     assert first == same and hash(first) == hash(same) and first.digest == same.digest
@@ -126,10 +126,10 @@ def test_a_theta_map_of_nothing_is_refused():
 
 @each_basis
 def test_a_theta_map_is_the_same_after_a_file(basis, tmp_path):
-    theta_map = ThetaMap(THETA, basis)
+    theta_map = ThetaMap(THETA, basis, {"start": "spectral", "power": 0.5})
     save_theta_map(theta_map, tmp_path / "map.npz")
     loaded = load_theta_map(tmp_path / "map.npz")
-    assert loaded == theta_map and loaded.basis == basis
+    assert loaded == theta_map and loaded.basis == basis and loaded.history == theta_map.history
     np.testing.assert_array_equal(loaded.theta, THETA)
     assert load_theta_map(str(tmp_path / "map.npz")) == theta_map
     assert [file.name for file in tmp_path.iterdir()] == ["map.npz"]
@@ -155,6 +155,7 @@ BAD = {
     "theta missing": {"basis": described(Cosine())},
     "unknown basis": {"theta": THETA, "basis": np.array('{"name": "wavelet"}')},
     "no name": {"theta": THETA, "basis": np.array("{}")},
+    "history no mapping": {"theta": THETA, "basis": described(Cosine()), "history": np.array("[]")},
     "no JSON": {"theta": THETA, "basis": np.array("cosine")},
     "basis of numbers": {"theta": THETA, "basis": np.arange(3)},
     "half a basis": {"theta": THETA, "basis": np.array('{"name": "karhunen-loeve", "rows": "AAAA"}')},
@@ -175,7 +176,7 @@ def assert_refused(file):
 @pytest.mark.parametrize("arrays", BAD.values(), ids=BAD)
 def test_a_file_that_is_no_theta_map_is_refused_in_one_line(arrays, tmp_path):
     file = tmp_path / "map.npz"
-    np.savez(file, **arrays)
+    np.savez(file, **({"history": np.array("{}")} | arrays))
     assert_refused(file)
 
 
