@@ -263,6 +263,12 @@ def check_basis(basis: Basis) -> None:
         raise ValueError(f"basis must be Pixels(), Cosine() or a KarhunenLoeve basis, got {basis!r}")
 
 
+def least_theta(sigma: float, basis: Basis) -> float:
+    """The smallest theta of noise whose regions contain those of white noise sigma for the same votes: sigma, or in
+    another basis than the pixels 2^-13 more, where gaps are smaller by 2^-14 (`Gaussian`)."""
+    return sigma if basis == Pixels() else sigma * (1 + 2**-13)
+
+
 def check_thetas(smallest: ArrayLike, largest: ArrayLike) -> None:
     """Refuse thetas in another basis than the pixels, the smallest and largest [...] of each input, if they differ by
     more than `MOST_UNEQUAL`, up to rounding.

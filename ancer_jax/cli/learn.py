@@ -12,7 +12,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax.basis import BasisName, Pixels, check_thetas, make_basis
+from ancer_jax.basis import BasisName, Pixels, check_thetas, least_theta, make_basis
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
@@ -56,7 +56,7 @@ class LearnTheta:
     norm: Norm = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float | None = None
-    """Lower bound of theta, in image units: at equal gap, a region contains that of isotropic noise sigma. Default:
+    """Lower bound of theta, in image units: for the same votes, a region contains that of white noise sigma. Default:
     the smallest theta of the map in --start, or what the classifier was trained with."""
     start: str = "spectral"
     """spectral: the less the images differ in a coefficient, the larger its theta, from sigma to --theta-max; flat:
@@ -152,8 +152,8 @@ class LearnTheta:
 
     def _ascend(self, smoothed: Smoothed, dataset: Dataset, sigma: float) -> np.ndarray:
         """Theta at the end of the ascent, with a progress bar."""
-        config = UniversalConfig(self.steps, self.batch_size, self.samples, self.lr, theta_min=sigma)
-        config = dataclasses.replace(config, theta_max=self.theta_max)
+        bounds = {"theta_min": least_theta(sigma, smoothed.noise.basis), "theta_max": self.theta_max}
+        config = UniversalConfig(self.steps, self.batch_size, self.samples, self.lr, **bounds)
         with tqdm.tqdm(total=self.steps, unit="step", desc="compiling") as bar:
 
             def progress(step, objective) -> None:

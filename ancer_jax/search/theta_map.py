@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.basis import Basis, Pixels, check_basis, check_thetas, read_basis, spectrum
+from ancer_jax.basis import Basis, Pixels, check_basis, check_thetas, least_theta, read_basis, spectrum
 from ancer_jax.storage import read_array, read_arrays, write_file
 
 _FLOAT32 = np.finfo(np.float32)
@@ -77,7 +77,8 @@ def spectral_theta(
     """The theta map `theta_k = clip(sigma * (sigma / s_k)^power, sigma, theta_max)`, where s_k is the standard
     deviation of coefficient k over the images: the less the images differ in a coefficient, the more noise it gets.
 
-    It needs no network, and no theta is below sigma: regions of the same gap contain those of isotropic noise sigma.
+    It needs no network. Regions contain those of isotropic noise sigma for the same votes: no theta is below sigma or,
+    in another basis than the pixels, 1.00013 sigma (`least_theta`).
 
     Args:
       images: [m, *d] of the training data.
@@ -92,9 +93,10 @@ def spectral_theta(
     check_real("sigma", sigma, "(0, inf)")
     check_real("theta_max", theta_max, f"[{sigma}, inf)")
     check_real("power", power, "[0, inf)")
+    least = min(least_theta(sigma, basis), theta_max)
     deviations = np.maximum(spectrum(images, basis)[1], np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):
-        theta = np.clip(sigma * (sigma / deviations) ** power, sigma, theta_max)
+        theta = np.clip(sigma * (sigma / deviations) ** power, least, theta_max)
     history = {
         "start": "spectral",
         "sigma": sigma,
@@ -102,7 +104,7 @@ def spectral_theta(
         "power": power,
         "images": np.shape(images)[0],
     }
-    return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(sigma)), basis, history)
+    return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(least)), basis, history)
 
 
 def save_theta_map(theta_map: ThetaMap, path: epath.PathLike) -> None:

@@ -36,6 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ancer_jax._numerics import geometric_mean
+from ancer_jax.metrics import round_down
 from ancer_jax.report import Results, load_results
 from ancer_jax.search import load_theta_map
 from benchmarks import figures

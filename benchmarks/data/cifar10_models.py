@@ -26,7 +26,7 @@ import numpy as np
 from ancer_jax.metrics import round_down
 from ancer_jax.report import load_results
 from benchmarks import figures
-from benchmarks.benchmark import Benchmark, Found, Line, Lines
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
 from benchmarks.data import ship_model
 
 NETWORK = "cifar10-resnet20"
@@ -103,6 +103,18 @@ def lines(found: Found) -> Lines:
         yield Line(what, cells, f">= {NEAR:.0%} of {accuracy:.3f}; {acr:.3f}", holds)
 
 
+def _table() -> str:
+    """The networks, beside the public ones."""
+    rows = []
+    for r in load("cifar10_models")["results"]["rows"]:
+        public = "; ".join(f"{value:.3f}" for value in PUBLIC.get(r["name"], ())) or "none"
+        cells = [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), public]
+        minutes = (f"{r[f'seconds of {what}'] / 60:.0f}" for what in ("training", "certification"))
+        rows.append([f"`{r['name']}`", *cells, *minutes])
+    header = ["model", "accuracy", "ACR", "public: accuracy; ACR", "minutes of training", "of certification"]
+    return markdown(header, rows)
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, and where networks and runs stay."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
@@ -117,4 +129,5 @@ BENCHMARK = Benchmark(
     arguments=arguments,
     small_is_judged=False,
     outputs={"cifar10_models": lines},
+    figures={"table": _table},
 )

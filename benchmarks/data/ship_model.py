@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace) -> tuple[()]:
     checkpoint = old.checkpoint if old else load_network(options.network)
     parts, history = NAME.fullmatch(options.name), dict(checkpoint.history)
     theta_map = checkpoint.theta_map
-    theta = checkpoint.theta if theta_map is None else float(f"{theta_map.theta.min():.6g}")
+    theta = checkpoint.theta if theta_map is None else float(f"{theta_map.theta.min():.3g}")
     if not parts or (parts["norm"], float(parts["theta"])) != (checkpoint.norm, theta):
         of = f"trained with {checkpoint.norm} noise of {theta}"
         raise SystemExit(f"{options.name} is not DATA-NETWORK-NORM-THETA[-METHOD][-coloured] of a network {of}")

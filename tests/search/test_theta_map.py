@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ancer_jax import Gaussian, Smoothed, UniversalConfig, from_function, optimize_universal
-from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels, spectrum
+from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels, least_theta, spectrum
 from ancer_jax.search.theta_map import ThetaMap, load_theta_map, save_theta_map, spectral_theta
 from tests import reference
 
@@ -30,7 +30,8 @@ KEY = jax.random.key(0)
 def test_the_spectral_theta_is_that_of_the_formula(basis, power):
     found = spectral_theta(IMAGES, basis, 0.2, theta_max=1.0, power=power)
     deviations = np.asarray(basis.coefficients(np.float64(IMAGES))).std(0)
-    expected = np.clip(0.2 * (0.2 / deviations) ** power, 0.2, 1.0)
+    least = 0.2 if basis == Pixels() else 0.2 * (1 + 2**-13)
+    expected = np.clip(0.2 * (0.2 / deviations) ** power, least, 1.0)
     assert found.basis == basis
     assert found.theta.shape == SHAPE and found.theta.dtype == np.float32
     np.testing.assert_allclose(found.theta, expected, rtol=1e-5)
@@ -59,15 +60,26 @@ def test_coefficients_in_which_images_do_not_differ_get_the_largest_theta(basis)
 def test_images_that_differ_in_brightness_only_get_no_more_noise_there():
     images = np.float32([0.1, 0.9, 0.3])[:, None, None, None] * np.ones(SHAPE, np.float32)
     theta = spectral_theta(images, Cosine(), 0.2, theta_max=0.9).theta
-    assert theta[0, 0, 0] == np.float32(0.2)
+    assert theta[0, 0, 0] == np.float32(0.2 * (1 + 2**-13))
     np.testing.assert_array_equal(theta.ravel()[1:], np.float32(0.9))
+
+
+@each_basis
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("p_lower", [0.500001, 0.7, 0.9993, 1 - 1e-12])
+def test_regions_contain_those_of_white_noise_for_the_same_votes(basis, sigma, p_lower):
+    theta_map = spectral_theta(IMAGES, basis, sigma, theta_max=5 * sigma)
+    gaps = [np.asarray(Gaussian(of).gap(p_lower)) for of in (basis, Pixels())]
+    coloured = Gaussian(basis).region(IMAGES[0], theta_map.theta, gaps[0])
+    white = Gaussian().region(IMAGES[0], np.full(SHAPE, sigma, np.float32), gaps[1])
+    assert coloured.radius >= white.radius > 0
 
 
 @each_basis
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1 / 3])
 def test_without_power_theta_is_sigma_everywhere(basis, sigma):
     theta = spectral_theta(IMAGES, basis, sigma, theta_max=5.0, power=0.0).theta
-    np.testing.assert_array_equal(theta, np.float32(sigma))
+    np.testing.assert_array_equal(theta, np.float32(least_theta(sigma, basis)))
     np.testing.assert_array_equal(spectral_theta(IMAGES, basis, sigma, theta_max=sigma).theta, np.float32(sigma))
 
 
