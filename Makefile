@@ -13,7 +13,7 @@ test: $(VENV)/installed
 
 # The tests that `make test` skips, because they need more than it installs: PyTorch, pictures, what reads notebooks.
 test-extras: $(VENV)/extras
-	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models tests/cli/test_networks.py tests/test_notebooks.py
+	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models/test_torch_import.py tests/cli/test_networks.py tests/test_notebooks.py
 
 # Of the slow tests, those of several processes, and all benchmarks in small.
 test-long: $(VENV)/installed

@@ -221,6 +221,14 @@ def _table(output: str) -> str:
     return markdown([*header, "contains white's"], table)
 
 
+def _against(output: str, column: str) -> str:
+    """A figure of the row "cosine", and that of "white", of the smallest sigma."""
+    rows = load(output)["results"]["rows"]
+    some = {r["row"]: r for r in rows if r["sigma"] == rows[0]["sigma"]}
+    shown = lambda r: figures.share(r[column], r["images"]) if column == "accuracy" else round_down(r[column], 3)
+    return f"{shown(some['cosine'])} against {shown(some['white'])}"
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, what is compared, and where everything stays."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
@@ -245,5 +253,10 @@ BENCHMARK = Benchmark(
     arguments=arguments,
     small_is_judged=False,
     outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
-    figures={"fashion_table": lambda: _table("coloured_noise-fashion")},
+    figures={
+        "fashion": lambda: _table("coloured_noise-fashion"),
+        "fashion-accuracy": lambda: _against("coloured_noise-fashion", "accuracy"),
+        "fashion-ACR": lambda: _against("coloured_noise-fashion", "ACR"),
+        "fashion-ACR-tilde": lambda: _against("coloured_noise-fashion", "ACR-tilde"),
+    },
 )
