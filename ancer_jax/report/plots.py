@@ -243,9 +243,13 @@ def noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray
 
 
 def _wrapped(inches: float, *sentences: str) -> str:
-    """Sentences as the caption of a figure of that width."""
+    """Sentences as the caption of a figure of that width, in lines of about the same length."""
     said = " ".join(f"{sentence[0].upper()}{sentence[1:].removesuffix('.')}." for sentence in sentences if sentence)
-    return textwrap.fill(said, int(15 * inches))
+    widest = max(1, int(15 * inches))
+    lines = len(textwrap.wrap(said, widest))
+    return next(
+        textwrap.fill(said, width) for width in range(1, widest + 1) if len(textwrap.wrap(said, width)) <= lines
+    )
 
 
 def _draw_image(axis, image: np.ndarray, title: str = "") -> None:
@@ -272,8 +276,8 @@ def _draw_coefficients(figure, theta_map: ThetaMap, maps: list[np.ndarray]) -> N
         axis.set_ylabel(down, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[-1].set_xlabel(right, fontsize=9)
-    ticks = LogLocator(subs=(1, 2, 5)) if logarithmic else None
-    options = {"label": f"{THETA_BY[name][0]} (image units)", "format": "{x:g}", "ticks": ticks, "shrink": 0.6}
+    ticks = LogLocator(subs=(1, 2, 5)) if logarithmic else np.unique(np.linspace(np.min(maps), np.max(maps), 4))
+    options = {"label": f"{THETA_BY[name][0]} (image units)", "format": "{x:.3g}", "ticks": ticks, "shrink": 0.6}
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, **options).minorticks_off()
 
 
