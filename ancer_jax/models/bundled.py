@@ -1,8 +1,8 @@
 """The trained networks that ship with the package: variables in `weights/NAME.msgpack`, a card in `weights/NAME.json`,
 and in `weights/NAME.npz` the theta map of those that were trained with one.
 
-A name consists of data, network, norm and theta of the training (of a theta map the smallest one, with "coloured" at
-the end), and of its method where it is not noise augmentation.
+A name consists of data, network, norm and theta of the training, and of its method where it is not noise augmentation.
+Of a theta map, theta is the smallest one, and at the end is "spectral", or "coloured" if it was learned.
 `benchmarks/data/ship_model.py` makes the files.
 """
 
@@ -23,7 +23,7 @@ from ancer_jax.smoothing.classifier import Classifier
 
 # What `--classifier bundled` means: networks for the bundled images.
 BUNDLED_BY_NORM = {"l2": "fashion-mnist-cnn-l2-0.25", "l1": "fashion-mnist-cnn-l1-0.5"}
-COLOURED = "fashion-mnist-cnn-l2-0.25-coloured"  # trained with a theta map
+COLOURED = "fashion-mnist-cnn-l2-0.25-coloured"  # trained with a learned theta map
 WEIGHTS = importlib.resources.files("ancer_jax.models") / "weights"
 
 

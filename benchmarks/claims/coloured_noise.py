@@ -17,8 +17,8 @@ sigma where its radius is at least as large. ACR-tilde depends on theta_max, whi
 noise (ANCER after memory, and without leaky thetas) is that of the white network, on every `ancer_skip`-th image: the
 other rows are given on these images, too.
 
-Bars for "cosine" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three times as large, and at
-least half of the images that both answer correctly have a region that contains white's.
+Bars for "cosine" and "cosine, learned" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three
+times as large, and at least half of the images that both answer correctly have a region that contains white's.
 
 Networks, maps and runs stay in the folder `--work`, where a second call continues; `--networks` is a folder with
 networks for white noise that are trained already, NAME-l2-SIGMA.
@@ -58,6 +58,7 @@ ROWS: dict[str, tuple[list[str] | None, float, bool]] = {
     "cosine, 8": (["--basis", "cosine"], 8, True),
     "cosine, 16": (["--basis", "cosine"], 16, True),
 }
+JUDGED = ("cosine", "cosine, learned")
 ANCER = "ANCER, after memory"
 
 
@@ -167,7 +168,7 @@ def lines(found: Found) -> Lines:
             kept = {"ACR": r["without leaky"]["radius"], "ACR-tilde": r["without leaky"]["radius_proxy"]}
             yield Line(f"{what}, without leaky thetas: ACR; ACR-tilde", figures.down(kept, "ACR", "ACR-tilde"))
         white = rows.get(("white", sigma))
-        if name != "cosine" or white is None:
+        if name not in JUDGED or white is None:
             continue
         for figure, factor in (("ACR", 0.98), ("ACR-tilde", 3.0)):
             ratio = r[figure] / white[figure] if white[figure] else float("nan")
@@ -222,11 +223,11 @@ def _table(output: str) -> str:
 
 
 def _against(output: str, column: str) -> str:
-    """A figure of the row "cosine", and that of "white", of the smallest sigma."""
+    """A figure of the row "cosine, learned", and that of "white", of the smallest sigma."""
     rows = load(output)["results"]["rows"]
     some = {r["row"]: r for r in rows if r["sigma"] == rows[0]["sigma"]}
     shown = lambda r: figures.share(r[column], r["images"]) if column == "accuracy" else round_down(r[column], 3)
-    return f"{shown(some['cosine'])} against {shown(some['white'])}"
+    return f"{shown(some['cosine, learned'])} against {shown(some['white'])}"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

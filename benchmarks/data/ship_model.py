@@ -2,8 +2,8 @@
 
 NETWORK is the folder of a finished `ancer-jax train`, or the name of a bundled model, which then gets a new card. NAME
 consists of data, network, norm and theta, and of the training method where it is not noise augmentation:
-`cifar10-resnet20-l2-0.25-consistency`. If it was trained with a theta map, theta is the smallest one, and "coloured"
-follows: `fashion-mnist-cnn-l2-0.25-coloured`.
+`cifar10-resnet20-l2-0.25-consistency`. If it was trained with a theta map, theta is the smallest one, and the name ends
+with "spectral" or, for a map that was learned with a bundled model, "coloured": `fashion-mnist-cnn-l2-0.25-coloured`.
 
 Accuracy is measured on all test images of `--data`: without noise, and under one draw of the noise of the training for
 each image. ACR comes from the run directory `--certified`, which must be of this network. With `--small` the package
@@ -35,10 +35,10 @@ from ancer_jax.cli.learn import LearnTheta
 from ancer_jax.data import Dataset, load_dataset
 from ancer_jax.metrics import round_down
 from ancer_jax.models import BundledModel, Checkpoint, bundled_models, load_bundled, load_network
-from ancer_jax.models.checkpoints import describe
+from ancer_jax.models.checkpoints import describe, hash_variables
 from ancer_jax.report import load_results
 from ancer_jax.runs import Run, read_run
-from ancer_jax.search import save_theta_map
+from ancer_jax.search import ThetaMap, save_theta_map
 from ancer_jax.smoothing import Classifier, Noise, make_noise
 from ancer_jax.smoothing.classifier import fingerprint
 from ancer_jax.training import PRESETS
@@ -47,7 +47,8 @@ from benchmarks.figures import share
 
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
 NAME = re.compile(
-    rf"(?P<data>{'|'.join(DATA)})-\w+-(?P<norm>l[12])-(?P<theta>[\d.]+)(-(?P<method>(?!coloured)\w+))?(-coloured)?"
+    rf"(?P<data>{'|'.join(DATA)})-\w+-(?P<norm>l[12])-(?P<theta>[\d.]+)"
+    r"(-(?P<method>(?!spectral|coloured)\w+))?(-(?P<map>spectral|coloured))?"
 )
 FLAGS = {"theta": "sigma", "learning_rate": "lr", "muon_learning_rate": "muon_lr", "warmup_epochs": "warmup"}
 BATCH = 500
@@ -132,6 +133,18 @@ def _check_noise(run: Run, checkpoint: Checkpoint) -> None:
         raise SystemExit(f"{run.path} is a run with another theta map than that of the training")
 
 
+def _for_others(theta_map: ThetaMap, data: str) -> ThetaMap:
+    """A theta map whose history names no folders: the data set, and the bundled model that it was learned with."""
+    history = {**theta_map.history, "data": data}
+    if "classifier" in history and history["classifier"] not in bundled_models():
+        used = hash_variables(load_network(history["classifier"]).variables)
+        same = [m.name for m in _models() if hash_variables(m.checkpoint.variables) == used]
+        if not same:
+            raise SystemExit(f"{history['classifier']}, with which its theta map was learned, is not bundled")
+        history["classifier"] = same[0]
+    return dataclasses.replace(theta_map, history=history)
+
+
 def theta_command(checkpoint: Checkpoint, data: str, name: str) -> str:
     """The `ancer-jax learn-theta` that makes its theta map: the flags that are not defaults."""
     usual = {field.name: field.default for field in dataclasses.fields(LearnTheta)} | {"basis": "cosine"}
@@ -178,14 +191,15 @@ def measure(options: argparse.Namespace) -> tuple[()]:
     theta = checkpoint.theta if theta_map is None else float(f"{theta_map.theta.min():.3g}")
     if not parts or (parts["norm"], float(parts["theta"])) != (checkpoint.norm, theta):
         of = f"trained with {checkpoint.norm} noise of {theta}"
-        raise SystemExit(f"{options.name} is not DATA-NETWORK-NORM-THETA[-METHOD][-coloured] of a network {of}")
-    if options.name.endswith("-coloured") != (theta_map is not None):
-        raise SystemExit(f"{options.name}: coloured networks, and no others, were trained with a theta map")
+        raise SystemExit(f"{options.name} is not DATA-NETWORK-NORM-THETA[-METHOD][-MAP] of a network {of}")
+    made = theta_map and ("coloured" if theta_map.history.get("steps") else "spectral")
+    if parts["map"] != made:
+        raise SystemExit(f"{options.name} must end with the kind of its theta map, {made}")
     if (parts["method"] or "augmentation") != history.get("method"):
         raise SystemExit(f"{options.name} names another training method than the network's, {history.get('method')}")
     history["data"] = DATA[parts["data"]]  # not the folder of whoever trained it
-    if theta_map is not None:
-        theta_map = dataclasses.replace(theta_map, history={**theta_map.history, "data": history["data"]})
+    theta_map = theta_map and _for_others(theta_map, history["data"])
+    checkpoint = dataclasses.replace(checkpoint, history=history, theta_map=theta_map)
     card: dict[str, Any] = {
         "data": DATA[parts["data"]],
         "command": old.card["command"] if old else command(checkpoint, parts["data"], options.name),
@@ -195,7 +209,7 @@ def measure(options: argparse.Namespace) -> tuple[()]:
         "certified": certified(options.certified, checkpoint) if options.certified else None,
         **today(),
     }
-    ship(options, options.name, dataclasses.replace(checkpoint, history=history, theta_map=theta_map), card)
+    ship(options, options.name, checkpoint, card)
     return ()
 
 

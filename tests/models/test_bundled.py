@@ -36,7 +36,7 @@ def weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", bundled_models())
 def test_a_name_says_what_the_model_is(name):
     model = load_bundled(name)
-    pattern = r"(.+)-\w+-(l[12])-([\d.]+)(?:-((?!coloured)\w+))?(-coloured)?"
+    pattern = r"(.+)-\w+-(l[12])-([\d.]+)(?:-((?!coloured|spectral)\w+))?(-coloured|-spectral)?"
     data, norm, theta, method, coloured = re.fullmatch(pattern, name).groups()
     smallest = model.theta if model.theta_map is None else model.theta_map.theta.min()
     assert (model.name, model.checkpoint.norm) == (name, norm) and smallest == pytest.approx(float(theta), rel=2e-4)
@@ -98,7 +98,7 @@ def test_a_printed_model_shows_its_card(weights):
 
 
 def test_the_card_of_a_coloured_model_says_so():
-    noise = "noise      l2, theta 0.25 to 1, geometric mean 0.5608, basis cosine"
+    noise = "noise      l2, theta 0.25 to 1, geometric mean 0.7589, basis cosine"
     assert f"  {noise}\n" in str(load_bundled(COLOURED)) and "ACR-tilde" in str(load_bundled(COLOURED))
 
 
