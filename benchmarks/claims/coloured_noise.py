@@ -10,7 +10,8 @@ by `ancer-jax train`, all with the same recipe, and certified by `ancer-jax cert
     Karhunen-Loeve         the same in the basis that decorrelates the training images
     pixels                 one theta for each pixel, by the same formula: what the basis is good for
     cosine, learned        the map of "cosine" after an ascent on training images under its network; trained anew
-    cosine, 2 (8, 16)      "cosine" with theta_max = 2, 8 or 16 sigma: where is the knee?
+    cosine, 2 (8)          "cosine" with theta_max = 2 or 8 sigma (the spectral map has no larger theta)
+    cosine, learned, 8 (16)    "cosine, learned" with theta_max = 8 or 16 sigma: where is the knee?
 
 `--rows` names some of them. No theta is below sigma, so the region of an image contains that of white noise of the same
 sigma where its radius is at least as large. ACR-tilde depends on theta_max, which is named in each row. Per-image
@@ -56,10 +57,16 @@ ROWS: dict[str, tuple[list[str] | None, float, bool]] = {
     "cosine, learned": (["--basis", "cosine", "--steps"], 4, True),
     "cosine, 2": (["--basis", "cosine"], 2, True),
     "cosine, 8": (["--basis", "cosine"], 8, True),
-    "cosine, 16": (["--basis", "cosine"], 16, True),
+    "cosine, learned, 8": (["--basis", "cosine", "--steps"], 8, True),
+    "cosine, learned, 16": (["--basis", "cosine", "--steps"], 16, True),
 }
 JUDGED = ("cosine", "cosine, learned")
 ANCER = "ANCER, after memory"
+# In the picture: rows by growing theta_max.
+KNEE = {
+    ("spectral", "o-"): ("white, filter", "cosine, 2", "cosine", "cosine, 8"),
+    ("learned", "s--"): ("cosine, learned", "cosine, learned, 8", "cosine, learned, 16"),
+}
 
 
 def theta_map(row: str, sigma: float, options: argparse.Namespace) -> str | None:
@@ -183,24 +190,21 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    for i, sigma in enumerate(dict.fromkeys(r["sigma"] for r in rows)):
-        of_sigma = {r["row"]: r for r in rows if r["sigma"] == sigma}
-        knee = [
-            of_sigma[row]
-            for row in ("white, filter", "cosine, 2", "cosine", "cosine, 8", "cosine, 16")
-            if row in of_sigma
-        ]
-        for axis, column in zip(axes, ("accuracy", "ACR"), strict=True):
-            at = [r["geometric mean"] / sigma for r in knee]
-            axis.plot(at, [r[column] for r in knee], f"C{i}o-", label=f"sigma {sigma:g}, cosine basis and filter")
-            for r, x in zip(knee, at, strict=True):
-                axis.annotate(f"{r['theta_max'] / sigma:g}", (x, r[column]), textcoords="offset points", xytext=(4, 5))
+    for axis, column in zip(axes, ("accuracy", "ACR"), strict=True):
+        for i, sigma in enumerate(dict.fromkeys(r["sigma"] for r in rows)):
+            of_sigma = {r["row"]: r for r in rows if r["sigma"] == sigma}
+            for (kind, style), names in KNEE.items():
+                knee = [of_sigma[name] for name in names if name in of_sigma]
+                at = [r["geometric mean"] / sigma for r in knee]
+                label = f"sigma {sigma:g}, {kind} map, filter"
+                axis.plot(at, [r[column] for r in knee], f"C{i}{style}", label=label)
+                for r, x in zip(knee, at, strict=True):
+                    place = {"textcoords": "offset points", "xytext": (4, 5)}
+                    axis.annotate(f"{r['theta_max'] / sigma:g}", (x, r[column]), **place)
             if white := of_sigma.get("white"):
-                axis.axhline(
-                    white[column], color=f"C{i}", linestyle=":", label=f"sigma {sigma:g}, white noise, no filter"
-                )
-            axis.set(xlabel="geometric mean of theta / sigma (numbers: theta_max / sigma)", ylabel=column)
-    for axis in axes:
+                label = f"sigma {sigma:g}, white noise, no filter"
+                axis.axhline(white[column], color=f"C{i}", linestyle=":", label=label)
+        axis.set(xlabel="geometric mean of theta / sigma (numbers: theta_max / sigma)", ylabel=column)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower left")
