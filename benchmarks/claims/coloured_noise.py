@@ -204,8 +204,8 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
             if white := of_sigma.get("white"):
                 label = f"sigma {sigma:g}, white noise, no filter"
                 axis.axhline(white[column], color=f"C{i}", linestyle=":", label=label)
-        axis.set(xlabel="geometric mean of theta / sigma (numbers: theta_max / sigma)", ylabel=column)
-        axis.set_ylim(bottom=0)
+        axis.set(xlabel="geometric mean of theta / sigma\n(at the marks: theta_max / sigma)", ylabel=column)
+        axis.set_ylim(0, 1.2 * max(r[column] for r in rows) or 1)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(RESULTS / name, dpi=120)
