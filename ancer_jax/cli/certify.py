@@ -188,6 +188,8 @@ class Certify:
 
     def _read_theta_map(self) -> ThetaMap | None:
         """The map of --theta-map."""
+        if self.method == "universal" and self.sigma is not None:
+            raise ValueError("--method universal takes theta from a map (--theta-map): --sigma does not go with it")
         if self.theta_map is None:
             return None
         if self.sigma is not None:

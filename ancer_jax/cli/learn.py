@@ -12,6 +12,7 @@ import tyro
 from etils import epath
 
 from ancer_jax import report
+from ancer_jax._checks import check_real
 from ancer_jax.basis import BasisName, Pixels, check_thetas, least_theta, make_basis
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
@@ -57,10 +58,10 @@ class LearnTheta:
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float | None = None
     """Lower bound of theta, in image units: for the same votes, a region contains that of white noise sigma. Default:
-    the smallest theta of the map in --start, or what the classifier was trained with."""
+    that of the map in --start, or what the classifier was trained with."""
     start: str = "spectral"
-    """spectral: the less the images differ in a coefficient, the larger its theta, from sigma to --theta-max; flat:
-    sigma everywhere; or the file of a theta map, say that of the network's training."""
+    """spectral: the less the images differ in a coefficient, the larger its theta, up to --theta-max; flat: the lower
+    bound everywhere; or the file of a theta map, say that of the network's training."""
     power: float = 1.0
     """For --start spectral: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
     steps: int = 0
@@ -82,7 +83,9 @@ class LearnTheta:
         self.runtime.start(survive=True)
         out, given = self._out(), self._given()
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
-        classifier, sigma = None, float(given.theta.min()) if given and self.sigma is None else self.sigma
+        classifier, sigma = None, self.sigma
+        if sigma is None and given is not None:
+            sigma = given.history.get("sigma")
         if self.steps or sigma is None:
             classifier, trained, checkpoint = resolve_classifier(self.classifier, self.norm, sigma)
             if isinstance(trained, ThetaMap):
@@ -123,6 +126,8 @@ class LearnTheta:
         """The map in the file --start."""
         if self.start in ("spectral", "flat"):
             return None
+        if not epath.Path(self.start).exists():
+            raise ValueError(f"--start is spectral, flat, or the file of a theta map, got {self.start!r}")
         if not self.steps:
             raise ValueError(f"--start {self.start} is a file, from which an ascent starts: give --steps")
         theta_map = load_theta_map(self.start)
@@ -144,9 +149,13 @@ class LearnTheta:
         if start.theta.shape != shape:
             size, found = (" x ".join(map(str, sizes)) for sizes in (shape, start.theta.shape))
             raise ValueError(f"{self.start} is a theta map for images {found}, the data are {size}")
-        if start.theta.min() < np.float32(sigma) or start.theta.max() > np.float32(self.theta_max):
-            bounds = f"--sigma {sigma:g} and --theta-max {self.theta_max:g}"
-            raise ValueError(f"{self.start} has {start}: not between {bounds}")
+        check_real("sigma", sigma, "(0, inf)")
+        least = least_theta(sigma, start.basis)
+        check_real("theta_max", self.theta_max, f"[{least}, inf)")
+        low, high = float(start.theta.min()), float(start.theta.max())
+        if low < np.float32(least) or high > np.float32(self.theta_max):
+            bounds = f"{least:.7g} (--sigma {sigma:g}) and --theta-max {self.theta_max:g}"
+            raise ValueError(f"{self.start} has thetas from {low:.7g} to {high:.7g}: not between {bounds}")
         if start.basis != Pixels():
             check_thetas(sigma, self.theta_max)
 

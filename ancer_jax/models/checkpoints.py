@@ -111,7 +111,7 @@ def save_network(checkpoint: Checkpoint, path: epath.PathLike, *, new: bool = Tr
     """Store a network in a new folder, or with `new=False` in one that may hold other files.
 
     Raises:
-      ValueError: if a folder that must be new is not empty, or theta is not a noise parameter.
+      ValueError: if a folder that must be new is not empty, or theta or the theta map is no noise for such images.
       OSError: if the folder cannot be written.
     """
     import orbax.checkpoint as ocp
@@ -119,6 +119,9 @@ def save_network(checkpoint: Checkpoint, path: epath.PathLike, *, new: bool = Tr
     path = absolute(path)
     if checkpoint.theta is not None and not 0 < checkpoint.theta < math.inf:
         raise ValueError(f"theta must be positive and finite, got {checkpoint.theta}")
+    theta_map, shape = checkpoint.theta_map, tuple(checkpoint.image_shape)
+    if theta_map is not None and theta_map.theta.shape != shape:
+        raise ValueError(f"the theta map must be {list(shape)} as the images are, got {list(theta_map.theta.shape)}")
     if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already: a network is stored in a new folder")
     path.mkdir(parents=True, exist_ok=True)
@@ -180,6 +183,8 @@ def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, dict[s
     info = {**description, **{name: tuple(description[name]) for name in ("image_shape", "classes")}}
     info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
     digests = {"variables": info.pop("variables"), "theta_map": info.pop("theta_map", None)}
+    if digests["theta_map"] is None and info["history"].get("theta_map"):
+        raise ValueError("stored without the theta map of its training, by an older version: train it again")
     return Checkpoint(variables=None, **info), digests
 
 

@@ -52,7 +52,8 @@ def resolve_classifier(
 def _theta(name: str, checkpoint: Checkpoint, norm: str, theta: float | ThetaMap | None) -> float | ThetaMap:
     known = checkpoint.theta if checkpoint.theta_map is None else checkpoint.theta_map
     if checkpoint.norm != norm and known is not None:
-        trained = f"{name} was trained with {checkpoint.norm} noise of {checkpoint.theta:g}"
+        noise = str(known) if isinstance(known, ThetaMap) else f"{known:g}"
+        trained = f"{name} was trained with {checkpoint.norm} noise of {noise}"
         if theta is None:
             raise ValueError(f"{trained}: --sigma is needed to certify it under {norm} noise")
         warnings.warn(f"{trained}, not with {norm} noise", stacklevel=3)

@@ -253,7 +253,7 @@ def _wrapped(inches: float, *sentences: str) -> str:
 
 
 def _draw_image(axis, image: np.ndarray, title: str = "") -> None:
-    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+    axis.imshow(image if image.shape[-1] in (3, 4) else image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
     axis.set_title(title, fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

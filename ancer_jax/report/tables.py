@@ -98,12 +98,11 @@ def _theta(results: Results) -> str:
     """The basis, if it is not the pixels, and the theta of all images; of a theta map its range and geometric mean."""
     if results.config is None:
         return "?"
-    basis, theta = results.config.basis.name, "one per image"
-    if results.config.method == "fixed":
-        theta = f"{results.config.theta:g}"
-    elif results.config.method == "universal":
+    basis, theta = results.config.basis.name, "of each image"
+    if results.data_dependent is False:
         (values,) = results.thetas(results["idx"][:1].tolist()).values()
-        theta = f"{values.min():.3g} to {values.max():.3g}, mean {geometric_mean(values):.3g}"
+        low, mean, high = (f"{value:.3g}" for value in (values.min(), geometric_mean(values), values.max()))
+        theta = low if low == high else f"{low} to {high}, geometric mean {mean}"
     return theta if basis == "pixels" else f"{basis}: {theta}"
 
 

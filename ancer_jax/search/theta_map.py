@@ -74,34 +74,34 @@ class ThetaMap:
 def spectral_theta(
     images: Float[ArrayLike, "m *d"], basis: Basis, sigma: float, *, theta_max: float, power: float = 1.0
 ) -> ThetaMap:
-    """The theta map `theta_k = clip(sigma * (sigma / s_k)^power, sigma, theta_max)`, where s_k is the standard
+    """The theta map `theta_k = clip(sigma * (sigma / s_k)^power, least, theta_max)`, where s_k is the standard
     deviation of coefficient k over the images: the less the images differ in a coefficient, the more noise it gets.
 
-    It needs no network. Regions contain those of isotropic noise sigma for the same votes: no theta is below sigma or,
-    in another basis than the pixels, 1.00013 sigma (`least_theta`).
+    It needs no network. For the same votes, regions contain those of white noise sigma: the smallest theta, `least`, is
+    sigma or, in another basis than the pixels, 1.00013 sigma (`basis.least_theta`).
 
     Args:
       images: [m, *d] of the training data.
       basis: of the coefficients.
-      sigma: the smallest theta.
+      sigma: standard deviation of the white noise that it is compared with.
       theta_max: the largest theta. Sizes depend on it: report it.
-      power: 0 gives sigma everywhere.
+      power: 0 gives the smallest theta everywhere.
 
     Raises:
-      ValueError: if theta_max is below sigma, or a setting is not positive; as in `spectrum`.
+      ValueError: if theta_max is below the smallest theta, or a setting is not positive; as in `spectrum`.
     """
     check_real("sigma", sigma, "(0, inf)")
-    check_real("theta_max", theta_max, f"[{sigma}, inf)")
+    least = least_theta(sigma, basis)
+    check_real("theta_max", theta_max, f"[{least}, inf)")
     check_real("power", power, "[0, inf)")
-    least = min(least_theta(sigma, basis), theta_max)
     deviations = np.maximum(spectrum(images, basis)[1], np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):
         theta = np.clip(sigma * (sigma / deviations) ** power, least, theta_max)
     history = {
         "start": "spectral",
-        "sigma": sigma,
-        "theta_max": theta_max,
-        "power": power,
+        "sigma": float(sigma),
+        "theta_max": float(theta_max),
+        "power": float(power),
         "images": np.shape(images)[0],
     }
     return ThetaMap(np.maximum(theta.astype(np.float32), np.float32(least)), basis, history)

@@ -88,6 +88,9 @@ def optimize_universal(
 
     (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
     theta = jnp.exp(log_theta)
-    if config.theta_min is not None:  # exp may round the bound
+    # exp may round the bounds.
+    if config.theta_max is not None:
+        theta = jnp.minimum(theta, jnp.maximum(config.theta_max, first))
+    if config.theta_min is not None:
         theta = jnp.maximum(theta, jnp.minimum(config.theta_min, first))
     return theta, trace

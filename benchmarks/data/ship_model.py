@@ -136,6 +136,8 @@ def _check_noise(run: Run, checkpoint: Checkpoint) -> None:
 def _for_others(theta_map: ThetaMap, data: str) -> ThetaMap:
     """A theta map whose history names no folders: the data set, and the bundled model that it was learned with."""
     history = {**theta_map.history, "data": data}
+    if not isinstance(history["start"], str):
+        raise SystemExit("its theta map was learned from another one, which a card cannot say yet")
     if "classifier" in history and history["classifier"] not in bundled_models():
         used = hash_variables(load_network(history["classifier"]).variables)
         same = [m.name for m in _models() if hash_variables(m.checkpoint.variables) == used]

@@ -169,7 +169,7 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--theta-max", "nan"), r"theta_max must be in \(0, inf\], got nan"),
         (("--skip", "0"), "skip must be at least 1, got 0"),
         (("--max", "0"), "max must be at least 1, got 0"),
-        (("--method", "universal"), "method universal needs theta_map, one theta for each coefficient"),
+        (("--method", "universal"), "--method universal takes theta from a map .*: --sigma does not go with it"),
         (("--theta-map", "no.npy"), "--theta-map holds theta itself: --sigma does not go with it"),
         (("--seed", "-1"), "seed must be in .*got -1"),
         (("--iso-steps", "0"), "steps must be at least 1, got 0"),

@@ -33,7 +33,7 @@ def test_demo_compares_four_methods_and_draws_them(here, capsys, monkeypatch):
     printed = capsys.readouterr().out
     lines = [line.split("|")[1].strip() for line in printed.splitlines() if re.match(r"\| \S+ +\| l2 ", line)]
     assert len(lines) == 4 and lines[0].startswith("fixed-") and lines[1:] == ["isotropic", "ancer", "coloured"]
-    assert "| cosine: 0.25 to 1, mean 0.759 " in printed and f"a network of its own, {COLOURED}." in printed
+    assert "| cosine: 0.25 to 1, geometric mean 0.759 " in printed and f"a network of its own, {COLOURED}." in printed
     assert sorted(path.name for path in (here / "demo-l2").glob("*.png")) == [
         "certified_accuracy.png",
         "theta_ancer.png",

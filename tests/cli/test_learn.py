@@ -1,10 +1,12 @@
 """`ancer-jax learn-theta`, and what train and certify do with its theta map."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from ancer_jax import cli
+from ancer_jax import Gaussian, cli
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels
 from ancer_jax.models import WithFront, load_network
 from ancer_jax.models.bundled import COLOURED
@@ -52,6 +54,13 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     (tmp_path / "other.npz").rename(tmp_path / "net" / "theta_map.npz")
     changed = [*certify, "--method", "universal"]
     assert "net/theta_map.npz is not the theta map of the network" in error_line(capsys, changed)
+    stored = tmp_path / "net" / "network.json"
+    description = json.loads(stored.read_text())
+    del description["theta_map"]  # as older versions did
+    stored.write_text(json.dumps(description))
+    fixed = [*certify, "--method", "fixed"]
+    assert "stored without the theta map of its training, by an older version" in error_line(capsys, fixed)
+    stored.write_text(json.dumps(description | {"theta_map": theta_map.digest}))
     (tmp_path / "net" / "theta_map.npz").unlink()
     assert "net/theta_map.npz: there is no such file" in error_line(capsys, changed)
     lines = pd.read_csv("run/results.tsv", sep="\t")
@@ -59,6 +68,14 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     assert (lines["radius_proxy"] >= lines["radius"]).all() and set(lines["min_sigma"]) == {0.25003}
     capsys.readouterr()
     assert "--sigma does not go with it" in error_line(capsys, [*train, "--sigma", "0.25"])
+
+
+def test_an_ascent_at_its_upper_bound_can_be_continued(capsys):
+    flags = ["--max", "50", "--steps", "2", "--batch-size", "2", "--samples", "8", "--theta-max", "0.35"]
+    cli.main(["learn-theta", "--out", "map.npz", "--sigma", "0.25", *flags])
+    assert load_theta_map("map.npz").theta.max() == np.float32(0.35)  # exp(log(0.35)) is larger
+    cli.main(["learn-theta", "--out", "next.npz", "--start", "map.npz", *flags])
+    assert load_theta_map("next.npz").history["sigma"] == 0.25
 
 
 @pytest.mark.parametrize(("basis", "kind"), [("pixels", Pixels), ("karhunen-loeve", KarhunenLoeve)])
@@ -83,11 +100,16 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
     cosine = [*again, *flags, "--basis", "cosine"]
     assert "map.npz is in the basis karhunen-loeve, not cosine" in error_line(capsys, cosine)
     narrow = [*again, *flags, "--sigma", "0.5"]
-    assert "not between --sigma 0.5 and --theta-max 1" in error_line(capsys, narrow)
+    bounds = "from 0.3000366 to 1: not between 0.500061 (--sigma 0.5) and --theta-max 1"
+    assert bounds in error_line(capsys, narrow)
+    save_theta_map(ThetaMap(np.full((28, 28, 1), 0.3), first.basis, {"sigma": 0.3}), "low.npz")
+    low = ["learn-theta", "--out", "next.npz", "--theta-max", "1", "--start", "low.npz", "--max", "100", *flags]
+    assert "from 0.3 to 0.3: not between 0.3000366 (--sigma 0.3)" in error_line(capsys, low)
     cli.main([*again, *flags])
     found = load_theta_map("next.npz")
     assert found.basis == first.basis and found != first
-    assert found.theta.min() >= np.float32(0.3) and found.theta.max() <= 1
+    gaps = [float(Gaussian(basis).gap(0.9)) for basis in (found.basis, Pixels())]
+    assert found.theta.min() * gaps[0] >= np.float32(0.3) * gaps[1] and found.theta.max() <= 1
     assert found.history["start"] == first.history and found.history["lr"] == 0.1
     capsys.readouterr()
     assert "next.npz exists already: name a new file" in error_line(capsys, [*again, *flags])
@@ -98,13 +120,13 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
     [
         (["--norm", "l1"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
         (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
-        (["--theta-max", "0.1"], "theta_max must be in [0.25, inf)"),
+        (["--theta-max", "0.1"], "theta_max must be in [0.250030517578125, inf)"),
         (["--theta-max", "9", "--start", "flat"], "thetas may differ by a factor of 32 at most"),
         (["--sigma", "-1"], "sigma must be"),
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "-1"], "steps"),
         (["--classifier", COLOURED], "was trained with a theta map, not one sigma: give --sigma"),
-        (["--start", "nowhere.npz", "--steps", "3"], "nowhere.npz: there is no such file"),
+        (["--start", "spectrum"], "--start is spectral, flat, or the file of a theta map, got 'spectrum'"),
     ],
 )
 def test_bad_input_gets_one_line(flags, message, capsys):

@@ -3,10 +3,13 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 
-from ancer_jax import cli
+from ancer_jax import cli, report
+from ancer_jax.data import load_dataset
 from ancer_jax.report import NOT_RECONCILED, UNKNOWN
+from ancer_jax.search import ThetaMap
 from tests.cli.commands import SEARCH, error_line, toy
 
 pytestmark = pytest.mark.usefixtures("here", "quick_compilation")
@@ -116,3 +119,15 @@ def test_theta_maps_are_beside_the_images_of_the_data_set_that_is_named(here, ca
     cli.main(["report", "a/run", "--out", "others"])
     assert "no theta maps of a/run: fashion-mnist-subset is not its data set (--data," in capsys.readouterr().out
     assert "no data set is named 'toy'" in error_line(capsys, ["report", "a/run", "--data", "toy"])
+
+
+def test_a_universal_theta_is_drawn_once(here, monkeypatch):
+    drawn, theta = [], np.float32([0.2, 0.4]).reshape(2, 1, 1)
+    monkeypatch.setattr(report, "plot_theta_map", lambda *arguments: drawn.append(arguments))
+    np.save(here / "theta.npy", theta)
+    arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three", "--n", "50", "--method", "universal"]
+    cli.main([*arguments, "--theta-map", "theta.npy", "--out", "run"])
+    cli.main(["report", "run", "--data", "toy.npz"])
+    ((theta_map, images, path),) = drawn
+    assert theta_map == ThetaMap(theta) and path.name == "theta_run.png"
+    np.testing.assert_array_equal(images, load_dataset("toy.npz").images[:4])

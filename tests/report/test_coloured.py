@@ -110,7 +110,7 @@ def test_the_page_says_which_basis_each_run_has(runs, tmp_path):
     (_, figures), *_ = report.summary([*runs.values()], [0.0])
     thetas = [row["theta"] for row in figures]
     assert [theta.split(": ")[0] if ": " in theta else "pixels" for theta in thetas] == names
-    assert re.fullmatch(r"cosine: 0\.\d+ to [\d.]+, mean 0\.\d+", thetas[names.index("cosine")])
+    assert re.fullmatch(r"cosine: 0\.\d+ to [\d.]+, geometric mean 0\.\d+", thetas[names.index("cosine")])
     note = "Coloured noise, with one theta for each coefficient of a basis: "
     note += "universal (cosine), frequencies (cosine), patterns (karhunen-loeve)."
     assert note in text and note in report.summary_table([*runs.values()], [0.0])
