@@ -217,6 +217,11 @@ def _table(output: str) -> str:
     white = {r["sigma"]: r for r in found["rows"] if r["row"] == "white"}
     for r in found["rows"]:
         if r["row"] == ANCER:
+            name, kept = f"{ANCER}, {r['images']} images", r["without leaky"]
+            first = [f"{r['sigma']:g}", name, f"{4 * r['sigma']:g}", "", figures.share(r["accuracy"], r["images"])]
+            table.append([*first, round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3), ""])
+            sizes = (round_down(kept[column], 3) for column in ("radius", "radius_proxy"))
+            table.append([first[0], f"{name}, without leaky thetas", first[2], "", "", *sizes, ""])
             continue
         cells = [f"{r['sigma']:g}", r["row"], f"{r['theta_max']:g}", f"{r['geometric mean'] / r['sigma']:.2f}"]
         cells += [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
