@@ -203,7 +203,7 @@ class Certify:
         """ValueError if the map that was given, or that of the training, does not go with the other flags."""
         if self.theta_map is None and self.method != "universal":
             what = f"{self.classifier} was trained with a theta map, not one sigma"
-            raise ValueError(f"{what}: give --sigma, or --method universal")
+            raise ValueError(f"{what}: give --method universal (or --sigma, for other noise)")
         if self.sigma_convention != "theta":
             raise ValueError("a theta map holds theta itself: --sigma-convention does not go with it")
         if self.basis not in (None, theta_map.basis.name):

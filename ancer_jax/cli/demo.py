@@ -52,7 +52,8 @@ class Demo:
         runs += [certify(method, method, bundled.theta, 0) for method in ("isotropic", "ancer")]
         if self.norm == "l2":
             coloured = load_bundled(COLOURED)
-            runs.append(certify("coloured", "universal", coloured.theta, 0, coloured))
+            assert coloured.checkpoint.theta is not None
+            runs.append(certify("coloured", "universal", coloured.checkpoint.theta, 0, coloured))
         print("Fixed thetas, tried with another seed:")
         for sigma, r in zip(sigmas, tried, strict=True):
             figures = f"accuracy {round_down(r.correct.mean(), 3)}, proxy radius {round_down(r.mean_proxy_radius, 3)}"

@@ -16,10 +16,13 @@ from typing import Any
 
 import flax.serialization
 
+from ancer_jax.basis import Pixels
 from ancer_jax.metrics import round_down
 from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description, read_theta_map
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.registry import make_noise
+from ancer_jax.smoothing.smoothed import Smoothed
 
 # What `--classifier bundled` means: networks for the bundled images.
 BUNDLED_BY_NORM = {"l2": "fashion-mnist-cnn-l2-0.25", "l1": "fashion-mnist-cnn-l1-0.5"}
@@ -51,14 +54,23 @@ class BundledModel:
 
     @property
     def theta(self) -> float:
-        """The noise parameter it was trained with; of a theta map the geometric mean."""
+        """The noise parameter it was trained with; ValueError if that was a theta map."""
         assert self.checkpoint.theta is not None
+        if self.theta_map is not None:
+            raise ValueError(f"{self.name} was trained with a theta map: take model.smoothed, or model.theta_map")
         return self.checkpoint.theta
 
     @property
     def theta_map(self) -> ThetaMap | None:
         """The theta map it was trained with, if it was."""
         return self.checkpoint.theta_map
+
+    @property
+    def smoothed(self) -> Smoothed:
+        """The smoothed classifier of the noise it was trained with."""
+        theta_map, history = self.theta_map, self.checkpoint.history
+        theta, basis = (self.theta, Pixels()) if theta_map is None else (theta_map.theta, theta_map.basis)
+        return Smoothed(self.classifier, make_noise(self.checkpoint.norm, history.get("noise"), basis=basis), theta)
 
     @property
     def summary(self) -> dict[str, str]:

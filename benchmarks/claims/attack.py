@@ -74,7 +74,7 @@ def settings_of(norm: Norm, method: str, n: int, seed: int) -> tuple[BundledMode
     settings = aj.RunConfig(
         norm,
         cast(Method, "universal" if method == "coloured" else method),
-        model.theta,
+        model.checkpoint.theta or 0,
         aj.CertifyConfig(n=n),
         isotropic=aj.IsotropicConfig.published(steps=100),
         anisotropic=aj.AnisotropicConfig.published(),
