@@ -17,7 +17,7 @@ from ancer_jax.basis import BasisName, Pixels, check_thetas, least_theta, make_b
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
-from ancer_jax.models import check_fit, resolve_classifier
+from ancer_jax.models import check_fit, resolve_classifier, wiener_front
 from ancer_jax.runs.config import Norm
 from ancer_jax.search import (
     ThetaMap,
@@ -109,7 +109,8 @@ class LearnTheta:
         theta_map = dataclasses.replace(theta_map, history=history)
         save_theta_map(theta_map, out)
         picture = out.with_suffix(".png")
-        report.plot_theta_map(theta_map, images[:4], picture)
+        front = wiener_front(images, theta_map.theta, theta_map.basis) if self.norm == "l2" else None
+        report.plot_theta_map(theta_map, images[:4], picture, front=front)
         print(f"{out}: {theta_map}\npicture: {picture}")
 
     def _out(self) -> epath.Path:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import round_down
+from ancer_jax.models import Front
 from ancer_jax.report.notes import THETA_BY, footnotes, legend_of_marks, mark
 from ancer_jax.report.results import Results
 from ancer_jax.report.tables import percent
@@ -86,14 +87,17 @@ def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, colu
     return True
 
 
-def plot_theta_map(theta_map: ThetaMap, images: Float[ArrayLike, "m *d"], path: epath.PathLike) -> None:
-    """A theta map, and images with noise of it, as PNG: below each image a noisy copy of it, and one with white noise
-    of the smallest theta.
+def plot_theta_map(
+    theta_map: ThetaMap, images: Float[ArrayLike, "m *d"], path: epath.PathLike, *, front: Front | None = None
+) -> None:
+    """A theta map, and images with noise of it, as PNG: below each image a noisy copy of it, what a filter makes of
+    this copy, and a copy with white noise of the smallest theta.
 
     Args:
       theta_map: of images [height, width, channels], for Gaussian noise.
       images: [m, *d] in [0, 1]; the first four are drawn.
       path: PNG file.
+      front: the filter (`wiener_front`), if there is one.
 
     Raises:
       ValueError: if there are no images, or they are not of the shape of theta.
@@ -106,15 +110,20 @@ def plot_theta_map(theta_map: ThetaMap, images: Float[ArrayLike, "m *d"], path: 
 
     maps = [theta.mean(axis=-1)] if theta_map.basis == Pixels() else list(np.moveaxis(theta, -1, 0))
     widths = 4.4 if len(maps) == 1 else 3.4, 0.6 + 1.8 * len(images)
-    figure = Figure(figsize=(sum(widths), 6), layout="constrained")
+    rows = 3 if front is None else 4
+    figure = Figure(figsize=(sum(widths), 2 * rows), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
     _draw_coefficients(left, theta_map, maps)
-    axes, least = right.subplots(3, len(images), squeeze=False), theta.min()
+    axes, least = right.subplots(rows, len(images), squeeze=False), theta.min()
     for column, image in zip(axes.T, images, strict=True):
-        _draw_image(column[0], image)
-        _draw_image(column[1], noisy_copy(Gaussian(theta_map.basis), image, theta))
-        _draw_image(column[2], noisy_copy(Gaussian(), image, np.full_like(theta, least)))
-    for axis, label in zip(axes[:, 0], ("image", "noise of\nthe map", f"white noise,\ntheta {least:.3g}"), strict=True):
+        noisy = _noisy_copy(Gaussian(theta_map.basis), image, theta)
+        filtered = [] if front is None else [np.asarray(front(noisy[None])[0])]
+        white = _noisy_copy(Gaussian(), image, np.full_like(theta, least))
+        for axis, shown in zip(column, (image, noisy, *filtered, white), strict=True):
+            _draw_image(axis, np.clip(shown, 0, 1))
+    after = [] if front is None else ["the same,\nfiltered"]
+    labels = ("image", "noise of\nthe map", *after, f"white noise,\ntheta {least:.3g}")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label, fontsize=9)
     figure.supxlabel(_wrapped(sum(widths), str(theta_map), THETA_BY[theta_map.basis.name][1]), fontsize=8)
     _save(figure, path)
@@ -238,8 +247,12 @@ def heat_map(values: np.ndarray, scale) -> np.ndarray:
 
 def noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """A copy of an image [*d] in [0, 1] under noise, always the same one, clipped to [0, 1] for display."""
+    return np.clip(_noisy_copy(noise, image, theta), 0, 1)
+
+
+def _noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray:
     key = jax.random.key(0, impl="threefry2x32")
-    return np.clip(np.asarray(noise.perturb(key, 0, jnp.asarray(image), jnp.asarray(theta))), 0, 1)
+    return np.asarray(noise.perturb(key, 0, jnp.asarray(image), jnp.asarray(theta)))
 
 
 def _wrapped(inches: float, *sentences: str) -> str:

@@ -3,11 +3,13 @@
 import pathlib
 
 import ancer_jax as aj
-from ancer_jax.basis import Cosine
+from ancer_jax.models import wiener_front
+from ancer_jax.models.bundled import COLOURED
 from ancer_jax.report import plot_theta_map
-from ancer_jax.search import spectral_theta
 
 if __name__ == "__main__":
     images = aj.load_dataset("fashion-mnist-subset", split="train").images
-    theta_map = spectral_theta(images, Cosine(), 0.25, theta_max=1.0)
-    plot_theta_map(theta_map, images[[0, 4, 5, 8]], pathlib.Path(__file__).with_suffix(".png"))
+    theta_map = aj.load_bundled(COLOURED).theta_map
+    assert theta_map is not None
+    front = wiener_front(images, theta_map.theta, theta_map.basis)
+    plot_theta_map(theta_map, images[[0, 4, 5, 8]], pathlib.Path(__file__).with_suffix(".png"), front=front)

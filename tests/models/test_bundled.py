@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ancer_jax import check_classifier, load_dataset
+from ancer_jax import Gaussian, Uniform, check_classifier, load_dataset
 from ancer_jax.basis import Cosine
 from ancer_jax.models import BUNDLED_BY_NORM, bundled, bundled_models, load_bundled, load_network, save_network
 from ancer_jax.models.bundled import COLOURED
@@ -95,6 +95,16 @@ def test_a_printed_model_shows_its_card(weights):
     printed = str(load_bundled(NAME))
     assert "accuracy   0.570; under noise " in printed
     assert "ACR 0.567, accuracy 0.570 (100 test images, fixed theta 0.25, n = 100,000, alpha = 0.001)" in printed
+
+
+def test_a_model_has_the_smoothed_classifier_of_its_training():
+    white, coloured = load_bundled(NAME), load_bundled(COLOURED)
+    assert (white.smoothed.noise, white.smoothed.theta) == (Gaussian(), 0.25)
+    assert load_bundled(BUNDLED_BY_NORM["l1"]).smoothed.noise == Uniform()
+    assert coloured.smoothed.noise == Gaussian(Cosine())
+    np.testing.assert_array_equal(coloured.smoothed.theta, coloured.theta_map.theta)
+    with pytest.raises(ValueError, match=r"was trained with a theta map: take model\.smoothed"):
+        _ = coloured.theta  # one number would be white noise
 
 
 def test_the_card_of_a_coloured_model_says_so():
