@@ -62,9 +62,10 @@ def printed_cells(printed: str) -> dict[str, dict[str, str]]:
             header = cells
         elif line.startswith("| "):
             runs[cells[0]] = dict(zip(header, cells, strict=True)) | runs.get(cells[0], {})
-    for cells in runs.values():
-        cells.setdefault("mean", "0")  # a fixed theta does not leak
-        cells.setdefault(WITHOUT_LEAKY, cells["ACR-tilde"])
+    for name, cells in runs.items():
+        fixed = name.startswith("fixed")  # such a theta does not leak; of a theta map leakage is not measured
+        cells.setdefault("mean", "0" if fixed else "-")
+        cells.setdefault(WITHOUT_LEAKY, cells["ACR-tilde"] if fixed else "-")
     return runs
 
 
