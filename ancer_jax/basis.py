@@ -264,8 +264,8 @@ def check_basis(basis: Basis) -> None:
 
 
 def least_theta(sigma: float, basis: Basis) -> float:
-    """The smallest theta of noise whose regions contain those of white noise sigma for the same votes: sigma, or in
-    another basis than the pixels 2^-13 more, where gaps are smaller by 2^-14 (`Gaussian`)."""
+    """The smallest theta with which regions contain those of white noise sigma for the same votes: sigma, or in another
+    basis than the pixels, where gaps are smaller by 2^-14 of themselves (`Gaussian`), `(1 + 2^-13) sigma`."""
     return sigma if basis == Pixels() else sigma * (1 + 2**-13)
 
 

@@ -78,7 +78,7 @@ def spectral_theta(
     deviation of coefficient k over the images: the less the images differ in a coefficient, the more noise it gets.
 
     It needs no network. For the same votes, regions contain those of white noise sigma: the smallest theta, `least`, is
-    sigma or, in another basis than the pixels, 1.00013 sigma (`basis.least_theta`).
+    sigma or, in another basis than the pixels, 1.00012 sigma (`basis.least_theta`).
 
     Args:
       images: [m, *d] of the training data.

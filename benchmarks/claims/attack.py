@@ -71,10 +71,11 @@ def count(keys, smoothed, x, theta):
 def settings_of(norm: Norm, method: str, n: int, seed: int) -> tuple[BundledModel, aj.RunConfig]:
     """The bundled model and the settings that certify it; "coloured" is a universal theta in another basis."""
     model = aj.load_bundled(COLOURED if method == "coloured" else BUNDLED_BY_NORM[norm])
+    assert model.checkpoint.theta is not None
     settings = aj.RunConfig(
         norm,
         cast(Method, "universal" if method == "coloured" else method),
-        model.checkpoint.theta or 0,
+        model.checkpoint.theta,
         aj.CertifyConfig(n=n),
         isotropic=aj.IsotropicConfig.published(steps=100),
         anisotropic=aj.AnisotropicConfig.published(),
