@@ -28,7 +28,7 @@ LAYERS = [
     ["differentiable"],
     ["search"],
     ["data"],
-    ["models"],
+    ["models", "torch"],
     ["runs"],
     ["training"],
     ["report"],
@@ -105,10 +105,8 @@ def test_outside_libraries_and_the_outside_world_stay_where_they_belong(path):
     tree, module = TREES[path], module_of(path)
     names = {name.split(".")[0] for name in imports(tree)}
     assert "flax" not in names or module in ("models", "training") or path.name == "classifier.py"
-    top_level = {
-        name.split(".")[0]
-        for name in imports(ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef)], []))
-    }
+    at_once = [n for n in tree.body if not isinstance(n, ast.FunctionDef) and "TYPE_CHECKING" not in ast.unparse(n)]
+    top_level = {name.split(".")[0] for name in imports(ast.Module(at_once, []))}
     assert top_level.isdisjoint({"matplotlib", "torch", "tensorflow_datasets"})
     calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert "print" not in calls or module == "cli"
@@ -195,6 +193,8 @@ def test_the_example_of_the_readme_prints_what_it_says(capsys, tmp_path, monkeyp
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_examples_of_the_guides_run(page, tmp_path, monkeypatch):
+    if page.name == "torch.md":
+        pytest.importorskip("torch", reason="the page certifies PyTorch modules")
     monkeypatch.chdir(tmp_path)
     _run_examples(page.read_text())
 

@@ -69,13 +69,19 @@ def certify_dataset(
     is to be certified with another seed.
 
     Raises:
-      ValueError: if the classifier or the data cannot be certified, `theta_map` is missing, not wanted or not a theta
-        of these images, several CPU devices are to share draws, or `out` holds something else: other settings, another
-        platform or precision, or the work of a classifier that calls back to the host, which cannot be continued.
+      ValueError: if the classifier or the data cannot be certified, theta is to be searched for a classifier outside of
+        JAX, `theta_map` is missing, not wanted or not a theta of these images, several CPU devices are to share draws,
+        or `out` holds something else: other settings, another platform or precision, or the work of a classifier that
+        calls back to the host, which cannot be continued.
       OSError: if `out` cannot be written.
     """
     _check_labels(classifier, dataset)
     start = _start(config, theta_map, dataset.images.shape[1:])
+    if classifier.on_host and config.data_dependent:
+        raise ValueError(
+            f"method {config.method} searches theta by gradients, which a classifier outside of JAX does not give: "
+            "take method fixed or universal"
+        )
     mesh = devices.device_mesh(execution.devices)
     if execution.shard == "draws" and config.data_dependent:
         devices.refuse_collectives(mesh, "shard the draws of a search")

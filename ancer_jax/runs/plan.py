@@ -27,7 +27,8 @@ def choose_batch(job: Job, dataset: Dataset, execution: Execution) -> tuple[Job,
     while True:
         even_batch = math.ceil(len(dataset) / math.ceil(len(dataset) / per_device / among))
         batch = math.ceil(min(execution.batch_size or even_batch, len(dataset)) / among) * among
-        if execution.batch_size and execution.chunk:  # nothing to choose: compile nothing
+        # Nothing to choose, or no program of JAX to choose for: compile nothing.
+        if job.classifier.on_host or (execution.batch_size and execution.chunk):
             return job, batch
         budget = int(_USABLE * devices.free_memory(job.mesh))
         search, count = needed_memory(job, dataset.images[:1], batch)

@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
@@ -36,7 +37,7 @@ class Program(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Work items that are being counted: the image of each, and its votes, still on the devices."""
+    """Work items that are being counted: the image of each, and its votes, which may still be on the devices."""
 
     indices: np.ndarray
     votes: jax.Array
@@ -44,6 +45,8 @@ class Launch(NamedTuple):
 
 class VoteCounter(NamedTuple):
     """Counts the votes of noisy copies of a batch of images, on all devices of the mesh.
+
+    A classifier outside of JAX gets its copies from the first of them, one image after another.
 
     Attributes:
       keys, images: an entry for each image, on every device.
@@ -67,9 +70,11 @@ class VoteCounter(NamedTuple):
         return self.collect(self.launch(stage, indices, first, stop))[indices]
 
     def launch(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> list[Launch]:
-        """Launch the counting without waiting for it."""
+        """Launch the counting without waiting for it, unless the classifier runs outside of JAX."""
         ranges = np.broadcast_arrays(indices, first, stop)
         wanted = [(int(index), int(a), int(b)) for index, a, b in zip(*ranges, strict=True) if a < b]
+        if self.smoothed.classifier.on_host:
+            return [Launch(np.array([index]), self._count_on_host(stage, index, (a, b))) for index, a, b in wanted]
         launches = []
         while wanted:
             # Every item of a launch runs the same number of chunks (steps), as one compiled program. With this number,
@@ -81,6 +86,14 @@ class VoteCounter(NamedTuple):
             now += [(0, 0, 0)] * (self.num_items - len(now))  # padding, of no draws
             launches.append(Launch(np.array(now)[:, 0], self.program(stage, np.array(now, np.int32), steps).run()))
         return launches
+
+    def _count_on_host(self, stage: Stage, index: int, draws: tuple[int, int]) -> jax.Array:
+        """Votes in the draws first, ..., stop - 1 for one image: int32 [1, K]."""
+        of_image = self.keys[index], self.images[index], jnp.asarray(self.smoothed.theta)[index]
+        key, image, theta = jax.device_put(of_image, self.mesh.devices.flat[0])
+        smoothed, steps = self.smoothed.with_theta(theta), math.ceil((draws[1] - draws[0]) / self.chunk)
+        key = stage_key(key, stage)
+        return class_counts_between(key, smoothed, image, draws, steps=steps, chunk=self.chunk)[None]
 
     def program(self, stage: Stage, items: np.ndarray, steps: int) -> Program:
         """The program that counts work items (index, first, stop), int32 [items, 3], of so many chunks."""

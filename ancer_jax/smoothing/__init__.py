@@ -10,7 +10,7 @@ from ancer_jax.smoothing.certify import (
     predict,
     predict_batch,
 )
-from ancer_jax.smoothing.classifier import Classifier, check_classifier, from_function, from_linen, from_nnx
+from ancer_jax.smoothing.classifier import Classifier, check_classifier, from_function, from_host, from_linen, from_nnx
 from ancer_jax.smoothing.noise import AdditiveNoise, Gaussian, Noise, Uniform
 from ancer_jax.smoothing.registry import NOISES, make_noise
 from ancer_jax.smoothing.sequential import SequentialConfig, certify_sequentially
@@ -39,6 +39,7 @@ __all__ = [
     "class_counts",
     "count_votes",
     "from_function",
+    "from_host",
     "from_linen",
     "from_nnx",
     "make_noise",

@@ -24,7 +24,7 @@ from ancer_jax.smoothing.certificate import (
     theta_of_each,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, jit_in_jax, stage_key
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -78,7 +78,7 @@ def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
         )
 
 
-_count_votes = jax.jit(count_votes, static_argnames=("config", "chunk"))
+_count_votes = jit_in_jax(count_votes, static_argnames=("config", "chunk"))
 
 
 def certify(
@@ -206,7 +206,7 @@ def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLik
     return dataclasses.replace(certificate, region=region, prediction=prediction)
 
 
-_class_counts = jax.jit(class_counts, static_argnames=("num_samples", "chunk"))
+_class_counts = jit_in_jax(class_counts, static_argnames=("num_samples", "chunk"))
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""Base classifiers as frozen pytrees: wrappers for Flax Linen, Flax NNX and plain functions, and a check.
+"""Base classifiers as frozen pytrees: wrappers for Flax Linen, Flax NNX, functions in and outside of JAX, and a check.
 
 A wrapper separates what is compiled (`apply`, hashable by value) from what is data (`variables`), so that rebuilding
 it, or loading other weights, compiles nothing again.
@@ -6,6 +6,7 @@ it, or loading other weights, compiles nothing again.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import re
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ancer_jax._checks import check_integer
@@ -46,13 +48,24 @@ class Classifier:
     def __post_init__(self):
         check_integer("num_classes", self.num_classes, minimum=2)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether it runs outside of JAX (`from_host`)."""
+        return isinstance(self.apply, _HostApply)
+
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Logits [n, K] of inputs [n, *d].
 
         Raises:
-          ValueError: at trace time, if `apply` fails, or the logits have another shape.
+          ValueError: at trace time, if `apply` fails, or the logits have another shape; if the classifier runs outside
+            of JAX and x is being traced.
         """
         x = jnp.asarray(x)
+        if self.on_host and isinstance(x, Tracer):
+            raise ValueError(
+                "this classifier runs outside of JAX, where there are no gradients, jit or vmap: it can be certified "
+                "and can predict, under one theta or a theta map, but theta cannot be searched"
+            )
         try:
             logits = self.apply(self.variables, x)
             shape = logits.shape
@@ -135,6 +148,34 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
     return Classifier(function, jax.tree.map(jnp.asarray, variables), num_classes)
 
 
+@dataclasses.dataclass(frozen=True)
+class _HostApply:
+    function: Callable[[jax.Array], ArrayLike]
+    digest: str
+
+    def __call__(self, variables, x) -> jax.Array:
+        return jnp.asarray(self.function(x))
+
+
+def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, digest: str = "") -> Classifier:
+    """A classifier from `function(x[n, *d]) -> logits[n, num_classes]` that runs outside of JAX.
+
+    JAX draws the noise, the same bits as for any other classifier, and the function votes. The classifier can be
+    certified and can predict, alone and in runs. It has no gradients, so theta cannot be searched for it.
+
+    Args:
+      function: is called with a JAX array of float32 and returns anything that JAX reads as an array. Each row's
+        logits must depend on that row alone, and be the same each time.
+      num_classes: K.
+      digest: a hash of everything that the function computes with, by which a stopped run knows it again. With "", a
+        run cannot be continued.
+
+    Raises:
+      ValueError: if `num_classes` is below 2.
+    """
+    return Classifier(_HostApply(function, digest), (), num_classes)
+
+
 def _evaluation(module, arguments) -> tuple[tuple[str, Any], ...]:
     """`arguments`, and those that put the module's call into evaluation mode."""
     taken = inspect.signature(type(module).__call__).parameters
@@ -158,9 +199,9 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     noise = np.random.default_rng(0).normal(size=(7, *x.shape)).astype(np.float32)
     batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
     others = np.concatenate([x[None], noise[4:6], x[None] + 0.5 * noise[6:]])
-    run = jax.jit(Classifier.__call__)
+    run = classifier if classifier.on_host else functools.partial(jax.jit(Classifier.__call__), classifier)
     try:
-        logits = np.asarray(run(classifier, batch), np.float64)
+        logits = np.asarray(run(batch), np.float64)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -169,18 +210,21 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     if not np.isfinite(logits).all():
         raise ValueError("the classifier's logits are not finite")
     tolerance = 1e-3 * np.ptp(logits, axis=-1).max() + 1e-5 * np.abs(logits).max()
-    moved = np.asarray(run(classifier, batch[::-1]), np.float64)[::-1]
+    moved = np.asarray(run(batch[::-1]), np.float64)[::-1]
     if np.abs(moved - logits).max() > tolerance:
         raise ValueError("the classifier's logits depend on a row's place in the batch (dropout?)")
-    company = np.asarray(run(classifier, others), np.float64)[0]
+    company = np.asarray(run(others), np.float64)[0]
     if np.abs(company - logits[0]).max() > tolerance:
         raise ValueError("the classifier's logits depend on the rest of the batch (batch norm in training mode?)")
 
 
 def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
     """Whether classifying inputs like `x` [*d] calls code outside of the program, which its `fingerprint` cannot hash:
-    by `jax.pure_callback`, `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`.
+    by `jax.pure_callback`, `io_callback`, `buffer_callback`, `jax.ffi` or `jax2tf.call_tf`, or by `from_host` without a
+    digest.
     """
+    if isinstance(classifier.apply, _HostApply):
+        return not classifier.apply.digest
     program = str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
     return bool({*re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", program)} - {"debug_callback"})
 
@@ -190,8 +234,10 @@ def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
 
     The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
     version of JAX may write it differently. The arithmetic of the device that runs it is not noticed: the programs for
-    a CPU and for a GPU are the same text.
+    a CPU and for a GPU are the same text. A classifier outside of JAX is named by the digest that it came with.
     """
+    if isinstance(classifier.apply, _HostApply):
+        return hashlib.sha256(f"{classifier.num_classes} {classifier.apply.digest}".encode()).hexdigest()
     inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
     # Shapes alone, without the devices that the variables are on.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)

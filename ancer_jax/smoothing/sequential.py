@@ -22,7 +22,7 @@ from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
 from ancer_jax.smoothing.certify import check_example, in_callers_numbers, warn_if_undecidable
 from ancer_jax.smoothing.noise import Noise
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts_between, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts_between, jit_in_jax, stage_key
 
 # Sizes of looks are multiples of UNIT, each half as large again as the last one.
 UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
@@ -106,7 +106,7 @@ def certify_sequentially(
     return in_callers_numbers(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
 
 
-_counts_between = jax.jit(class_counts_between, static_argnames="chunk")
+_counts_between = jit_in_jax(class_counts_between, static_argnames="chunk")
 
 
 class SequentialVotes(NamedTuple):

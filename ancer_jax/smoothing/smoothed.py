@@ -7,10 +7,14 @@ pixels in float32, whose last digits may differ.)
 
 import dataclasses
 import enum
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -45,7 +49,8 @@ class Smoothed:
             raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
         if callable(self.classifier) and not isinstance(self.classifier, Classifier):
             kind = type(self.classifier).__name__
-            raise ValueError(f"{kind} is not a Classifier: wrap it with from_linen, from_nnx or from_function")
+            ways = "from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
+            raise ValueError(f"{kind} is not a Classifier: wrap it with {ways}")
 
     def with_theta(self, theta: ArrayLike) -> "Smoothed":
         """The smoothed classifier of another theta."""
@@ -84,19 +89,23 @@ def check_key(key: Key[Array, ""]) -> None:
 
 
 def _noisy_logits(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, draws: jax.Array) -> jax.Array:
-    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m].
+    """Logits [m, K] of `x` [m, *d], or [1, *d] for all, under the noise draws with the given indices [m]."""
+    return smoothed.classifier(_noisy_copies(key, smoothed.noise, smoothed.theta, x, draws))
 
-    Noise is drawn and added in float32 or wider; the network gets the copies in the type of x.
-    """
+
+def _noisy_copies(key: Key[Array, ""], noise: Noise, theta: ArrayLike, x: ArrayLike, draws: jax.Array) -> jax.Array:
+    """What the network gets: noise is drawn and added in float32 or wider, the copies are in the type of x."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
     dtype, wide = jnp.result_type(x), noise_dtype(x)
     x = jnp.asarray(x, wide)
-    theta = jnp.broadcast_to(jnp.asarray(smoothed.theta, wide), x.shape[1:])
-    copy = lambda draw, x: smoothed.noise.perturb(key, draw, x, theta)
+    theta = jnp.broadcast_to(jnp.asarray(theta, wide), x.shape[1:])
+    copy = lambda draw, x: noise.perturb(key, draw, x, theta)
     axis, x = (0, x) if len(x) > 1 else (None, x[0])
-    copies = jax.vmap(copy, (0, axis))(draws, x)
-    return smoothed.classifier(copies.astype(dtype))
+    return jax.vmap(copy, (0, axis))(draws, x).astype(dtype)
+
+
+_compiled_noisy_copies = jax.jit(_noisy_copies, static_argnames="noise")
 
 
 def class_counts(
@@ -153,6 +162,8 @@ def class_counts_between(
     """
     check_integer("chunk", chunk)  # a fraction would count draws twice
     first, stop = draws
+    if smoothed.classifier.on_host:
+        return _counts_on_host(key, smoothed, jnp.asarray(x), draws, chunk)
 
     def add(step, counts):
         indices = first + step * chunk + jnp.arange(chunk)
@@ -163,6 +174,30 @@ def class_counts_between(
         return counts + (votes * counted[:, None]).sum(axis=0, dtype=jnp.int32)
 
     return jax.lax.fori_loop(0, steps, add, jnp.zeros(smoothed.classifier.num_classes, jnp.int32))
+
+
+def _counts_on_host(key, smoothed: Smoothed, x: jax.Array, draws: tuple[Any, Any], chunk: int) -> jax.Array:
+    """`class_counts_between` of a classifier outside of JAX."""
+    counts, (first, stop) = np.zeros(smoothed.classifier.num_classes, np.int64), map(int, draws)
+    chunk = max(1, min(chunk, stop - first))
+    for start in range(first, stop, chunk):
+        indices = start + jnp.arange(chunk)  # a whole chunk each time: one compiled program
+        copies = _compiled_noisy_copies(key, smoothed.noise, smoothed.theta, x[None], indices)
+        logits = np.asarray(smoothed.classifier(copies[: stop - start]))
+        counted = ~np.isnan(logits).any(axis=-1)
+        counts += np.bincount(logits[counted].argmax(axis=-1), minlength=len(counts))
+    return jnp.asarray(counts, jnp.int32)
+
+
+def jit_in_jax(function: Callable[..., Any], *, static_argnames: str | tuple[str, ...]) -> Callable[..., Any]:
+    """`function(key, smoothed, ...)`, compiled, unless the classifier runs outside of JAX."""
+    compiled = jax.jit(function, static_argnames=static_argnames)
+
+    @functools.wraps(function)
+    def run(key, smoothed: Smoothed, *arguments, **settings):
+        return (function if smoothed.classifier.on_host else compiled)(key, smoothed, *arguments, **settings)
+
+    return run
 
 
 def smoothed_probs(

@@ -261,7 +261,7 @@ def test_with_theta_changes_theta_alone():
 @pytest.mark.usefixtures("without_type_checker")
 @pytest.mark.parametrize("network", [nn.Dense(2), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), lambda x: x])
 def test_a_network_that_is_not_wrapped_is_refused(network):
-    with pytest.raises(ValueError, match="is not a Classifier: wrap it with from_linen, from_nnx or from_function"):
+    with pytest.raises(ValueError, match="is not a Classifier: wrap it with from_linen, from_nnx"):
         Smoothed(network, Gaussian(), 0.5)
 
 
