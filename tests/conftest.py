@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests leave the user's own alone
 
 import jax
+import jax.monitoring
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,6 +44,21 @@ def compilation(request):
 def quick_compilation(compilation):
     """For tests of the plumbing: programs are compiled in half the time, and run slower."""
     compile_quickly(True)
+
+
+_compiled = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _note_compilation(event, seconds, **kinds):
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(seconds)
+
+
+@pytest.fixture
+def compilations():
+    """How many programs have been compiled so far."""
+    return lambda: len(_compiled)
 
 
 @pytest.fixture

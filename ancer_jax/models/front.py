@@ -67,7 +67,13 @@ class _WithFrontApply:
 
 
 def with_front(classifier: Classifier, front: Front) -> Classifier:
-    """The base classifier that filters its inputs first; the smoothing noise is added before the filter."""
+    """The base classifier that filters its inputs first; the smoothing noise is added before the filter.
+
+    Raises:
+      ValueError: if the classifier runs outside of JAX.
+    """
+    if classifier.on_host:
+        raise ValueError("a filter in JAX cannot be put in front of a classifier that runs outside of it")
     variables = (jax.tree.map(jnp.asarray, front), classifier.variables)
     return Classifier(_WithFrontApply(classifier.apply), variables, classifier.num_classes)
 

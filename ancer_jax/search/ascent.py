@@ -1,9 +1,10 @@
 """Sample-wise noise parameters: gradient ascent on the size of the certifiable region (the method of ANCER).
 
-Both searches work on one input and are meant to be vmapped. What they return is a choice of theta, not a certificate:
+Both searches work on one input, can be vmapped, and are compiled once for each shape of it and each config. What they return is a choice of theta, not a certificate:
 theta is then certified with fresh draws.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,13 +58,18 @@ def optimize_isotropic(
       theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is NaN, the last theta is kept.
 
     Raises:
-      ValueError: outside jit, if the start is not positive and finite; at trace time, if probes are needed and missing.
+      ValueError: outside jit, if the start is not positive and finite, or x is not finite; at trace time, if probes are
+        needed and missing.
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
     _check_config(config, IsotropicConfig)
-    check_start(smoothed.theta)
-    x = jnp.asarray(x)
+    check_start(smoothed.theta, x)
+    return _isotropic(key, smoothed, jnp.asarray(x), config, probes)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _isotropic(key, smoothed: Smoothed, x: jax.Array, config: IsotropicConfig, probes: Probes | None):
     start = jnp.asarray(smoothed.theta, noise_dtype(x))
     key, smoothed = stage_key(key, Stage.ISOTROPIC), smoothed.with_theta(start)
     objective = lambda theta, gap: theta * gap
@@ -92,8 +98,12 @@ def optimize_anisotropic(
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
     _check_config(config, AnisotropicConfig)
-    check_start(smoothed.theta)
-    x = jnp.asarray(x)
+    check_start(smoothed.theta, x)
+    return _anisotropic(key, smoothed, jnp.asarray(x), config, probes)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _anisotropic(key, smoothed: Smoothed, x: jax.Array, config: AnisotropicConfig, probes: Probes | None):
     start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(x)), x.shape)
     key, smoothed = stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start)
     objective = lambda theta, gap: gap * (geometric_mean(theta) + config.kappa * theta.min())
@@ -105,8 +115,10 @@ def _check_config(config: SearchConfig, wanted: type[SearchConfig]) -> None:
         raise TypeError(f"config must be of type {wanted.__name__}, got {type(config).__name__}")
 
 
-def check_start(theta: ArrayLike) -> None:
-    """Refuse a start, or a bound, that is not positive and finite, outside jit."""
+def check_start(theta: ArrayLike, x: ArrayLike) -> None:
+    """Refuse a start that is not positive and finite, or inputs that are not finite, outside jit."""
+    if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x)).all():
+        raise ValueError("x must be finite")
     if not isinstance(theta, jax.core.Tracer):
         theta = np.asarray(theta)
         if not ((theta > 0) & np.isfinite(theta)).all():

@@ -48,13 +48,13 @@ def optimize_universal(
     Guarantee: none of size. Certificates with this theta are all of one smoothed classifier: they need no memory.
 
     Raises:
-      ValueError: if there is not a label for each image; outside jit, if one is not a class, or the start is not
-        positive and finite.
+      ValueError: if there is not a label for each image; outside jit, if one is not a class, images are not
+        finite, or the start is not positive and finite.
     """
     if len(np.shape(labels)) != 1 or np.shape(labels) != np.shape(images)[:1]:
         raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
     check_labels(labels, smoothed.classifier)
-    check_start(smoothed.theta)
+    check_start(smoothed.theta, images)
     key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     first = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])

@@ -24,7 +24,7 @@ from ancer_jax.smoothing.certificate import (
     theta_of_each,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, jit_in_jax, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, counts_now, stage_key
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -78,9 +78,6 @@ def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
         )
 
 
-_count_votes = jit_in_jax(count_votes, static_argnames=("config", "chunk"))
-
-
 def certify(
     key: Key[Array, ""],
     smoothed: Smoothed,
@@ -124,7 +121,10 @@ def certify(
 
 def _certify(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, config: CertifyConfig, chunk: int) -> Certificate:
     as_float32, x32 = check_example(smoothed, x)
-    selected, count = _count_votes(key, as_float32, x32, config=config, chunk=chunk)
+    check_random(smoothed.noise)
+    counts = lambda stage, n: np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (0, n), chunk=chunk))
+    selected = counts(Stage.SELECT, config.n0).argmax()
+    count = counts(Stage.ESTIMATE, config.n)[selected]
     certificate = certificate_from_votes(as_float32, x32, selected, count, config=config)
     return in_callers_numbers(certificate, smoothed, x)
 
@@ -206,9 +206,6 @@ def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLik
     return dataclasses.replace(certificate, region=region, prediction=prediction)
 
 
-_class_counts = jit_in_jax(class_counts, static_argnames=("num_samples", "chunk"))
-
-
 def predict(
     key: Key[Array, ""],
     smoothed: Smoothed,
@@ -249,7 +246,8 @@ def _check_prediction(n: int, alpha: float) -> None:
 def _predict(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, n: int, alpha: float, chunk: int) -> int:
     smoothed, x = check_example(smoothed, x)
     key = stage_key(key, Stage.PREDICT)
-    counts = np.asarray(_class_counts(key, smoothed, x, num_samples=n, chunk=chunk))
+    check_random(smoothed.noise)
+    counts = np.asarray(counts_now(key, smoothed, x, (0, n), chunk=chunk))
     top, second = np.argsort(-counts, kind="stable")[:2]
     return int(top) if bounds.binomial_test(counts[top], counts[second]) <= alpha else ABSTAIN
 

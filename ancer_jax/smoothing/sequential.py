@@ -22,7 +22,7 @@ from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
 from ancer_jax.smoothing.certify import check_example, in_callers_numbers, warn_if_undecidable
 from ancer_jax.smoothing.noise import Noise
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts_between, jit_in_jax, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, counts_now, stage_key
 
 # Sizes of looks are multiples of UNIT, each half as large again as the last one.
 UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
@@ -91,8 +91,7 @@ def certify_sequentially(
     warn_if_undecidable(config, smoothed.noise)
 
     def counts(stage, first, stop):
-        of_stage, steps = stage_key(key, stage), math.ceil((stop - first) / chunk)
-        return np.asarray(_counts_between(of_stage, as_float32, x32, (first, stop), steps=steps, chunk=chunk))
+        return np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (first, stop), chunk=chunk))
 
     def votes_in(stage, indices, first, stop):
         return counts(stage, int(first[0]), int(stop[0]))[None, selected]
@@ -104,9 +103,6 @@ def certify_sequentially(
     )
     one = jax.tree.map(lambda column: column[0], found)
     return in_callers_numbers(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
-
-
-_counts_between = jit_in_jax(class_counts_between, static_argnames="chunk")
 
 
 class SequentialVotes(NamedTuple):

@@ -7,9 +7,7 @@ pixels in float32, whose last digits may differ.)
 
 import dataclasses
 import enum
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -179,7 +177,6 @@ def class_counts_between(
 def _counts_on_host(key, smoothed: Smoothed, x: jax.Array, draws: tuple[Any, Any], chunk: int) -> jax.Array:
     """`class_counts_between` of a classifier outside of JAX."""
     counts, (first, stop) = np.zeros(smoothed.classifier.num_classes, np.int64), map(int, draws)
-    chunk = max(1, min(chunk, stop - first))
     for start in range(first, stop, chunk):
         indices = start + jnp.arange(chunk)  # a whole chunk each time: one compiled program
         copies = _compiled_noisy_copies(key, smoothed.noise, smoothed.theta, x[None], indices)
@@ -189,15 +186,18 @@ def _counts_on_host(key, smoothed: Smoothed, x: jax.Array, draws: tuple[Any, Any
     return jnp.asarray(counts, jnp.int32)
 
 
-def jit_in_jax(function: Callable[..., Any], *, static_argnames: str | tuple[str, ...]) -> Callable[..., Any]:
-    """`function(key, smoothed, ...)`, compiled, unless the classifier runs outside of JAX."""
-    compiled = jax.jit(function, static_argnames=static_argnames)
+_compiled_counts_between = jax.jit(class_counts_between, static_argnames="chunk")
 
-    @functools.wraps(function)
-    def run(key, smoothed: Smoothed, *arguments, **settings):
-        return (function if smoothed.classifier.on_host else compiled)(key, smoothed, *arguments, **settings)
 
-    return run
+def counts_now(
+    key: Key[Array, ""], smoothed: Smoothed, x: Float[Array, "*d"], draws: tuple[int, int], *, chunk: int
+) -> Int[Array, " K"]:
+    """`class_counts_between` outside of a traced program: one is compiled for each chunk, noise and shape of x."""
+    (first, stop), counts = draws, _compiled_counts_between
+    chunk = max(1, min(chunk, stop - first))
+    if smoothed.classifier.on_host:
+        counts = class_counts_between
+    return counts(key, smoothed, x, draws, steps=math.ceil((stop - first) / chunk), chunk=chunk)
 
 
 def smoothed_probs(

@@ -204,3 +204,18 @@ def test_each_search_draws_by_a_stage_key_of_its_own(monkeypatch):
     optimize_isotropic(KEY, smoothed, x, config=IsotropicConfig(steps=1, num_samples=2))
     optimize_anisotropic(KEY, smoothed, x, config=AnisotropicConfig(steps=1, num_samples=2))
     assert stages == [Stage.ISOTROPIC, Stage.ANISOTROPIC]
+
+
+@BOTH_SEARCHES
+def test_a_search_of_another_input_compiles_nothing_again(search, Config, compilations):
+    searched = lambda x, start: search(KEY, Smoothed(interval(1.0), Gaussian(), start), x, config=Config(steps=2))
+    searched(ORIGIN, 0.2)
+    before = compilations()
+    searched(ORIGIN + 0.1, 0.3)
+    assert compilations() == before
+
+
+@BOTH_SEARCHES
+def test_an_input_that_is_not_finite_is_refused(search, Config):
+    with pytest.raises(ValueError, match="x must be finite"):
+        search(KEY, Smoothed(interval(1.0), Gaussian(), 0.2), ORIGIN * np.nan, config=Config(steps=2))

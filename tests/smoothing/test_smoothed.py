@@ -13,13 +13,16 @@ from flax import nnx
 from ancer_jax.smoothing import (
     CertifyConfig,
     Gaussian,
+    SequentialConfig,
     Smoothed,
     Splitting,
     Uniform,
     certify,
     certify_batch,
+    certify_sequentially,
     count_votes,
     from_function,
+    predict,
     predict_batch,
 )
 from ancer_jax.smoothing.smoothed import (
@@ -182,6 +185,22 @@ def test_nothing_is_compiled_again_for_another_example():
     assert len(traces) == 1
     run(KEY, Smoothed(CLASSIFIER, Uniform(), jnp.float32(0.1)), X)
     assert len(traces) == 2  # the noise is static
+
+
+def test_certificates_of_other_inputs_thetas_and_settings_compile_nothing_again(compilations):
+    def certify_all(x, theta, n0, n, alpha):
+        smoothed, config = Smoothed(CLASSIFIER, Gaussian(), theta), CertifyConfig(n0, n, alpha)
+        certify(KEY, smoothed, x, config=config, chunk=10)
+        certify_sequentially(KEY, smoothed, x, config=config, sequential=SequentialConfig(radii=(0.1,)), chunk=10)
+        predict(KEY, smoothed, x, n=n, alpha=alpha, chunk=10)
+
+    certify_all(np.ones(4, np.float32), 0.5, 20, 300, 0.01)
+    before = compilations()
+    for i in range(3):
+        certify_all(np.full(4, 0.1 * i, np.float32), 0.5 + i, 20 + i, 300 + i, 0.01 / (1 + i))
+    assert compilations() == before
+    certify_all(np.ones(5, np.float32)[:4], np.ones(4, np.float32), 20, 300, 0.01)
+    assert compilations() > before  # theta of another shape
 
 
 @pytest.mark.usefixtures("without_type_checker")

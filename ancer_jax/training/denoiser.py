@@ -1,0 +1,141 @@
+"""Training of a denoiser for denoised smoothing."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from ancer_jax._checks import check_integer, check_real
+from ancer_jax.smoothing.classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """How a denoiser is trained: by Adam, whose learning rate falls along half a cosine.
+
+    Attributes:
+      theta: standard deviation of the Gaussian noise, in units of [0, 1] pixels.
+      epochs, batch_size: passes over the training set, and images per batch; half of them are mirrored at random.
+      learning_rate: the first.
+      classifier_weight: weight of the classifier's loss (below); 0: the squared error alone.
+      seed: of initial parameters, order of the images, mirroring and noise.
+
+    The loss is the mean squared error in units of `theta^2`, and `classifier_weight` times the cross-entropy of the
+    classifier on the denoised image, whose label is what the classifier says of the clean one (Salman et al. 2020: the
+    objectives MSE and STAB).
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    theta: float = 0.25
+    epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    classifier_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            check_integer(name, getattr(self, name))
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+        for name in ("theta", "learning_rate"):
+            check_real(name, getattr(self, name), "(0, inf)")
+        check_real("classifier_weight", self.classifier_weight, "[0, inf)")
+
+
+class DenoiserState(NamedTuple):
+    """What a training goes on from: variables of the network, state of Adam, and epochs that are done; a pytree."""
+
+    variables: Any
+    moments: Any
+    epoch: int
+
+
+def train_denoiser(
+    network: nn.Module,
+    images: Float[np.ndarray, "m h w c"],
+    config: DenoiserConfig,
+    *,
+    classifier: Classifier | None = None,
+    start: Any = None,
+    state: DenoiserState | None = None,
+) -> Iterator[tuple[DenoiserState, float]]:
+    """Train a denoiser, an epoch at a time: yields the state and the mean loss after each.
+
+    Args:
+      network: takes images [n, h, w, c] and `train`, and returns denoised images; such as `models.DnCNN`. Its only
+        variables are parameters.
+      images: [m, h, w, c] clean training images in [0, 1].
+      config: settings.
+      classifier: needed if `config.classifier_weight` is positive; it is not changed.
+      start: variables to start from, say of a training without classifier.
+      state: a state that this training yielded, to go on from.
+
+    Raises:
+      ValueError: if there are fewer images than a batch has, or the classifier is missing, not wanted or runs outside
+        of JAX.
+    """
+    steps = len(images) // config.batch_size
+    if not steps:
+        raise ValueError(f"{len(images)} images do not fill a batch of {config.batch_size}")
+    if (classifier is None) != (config.classifier_weight == 0):
+        raise ValueError("a classifier is needed with a positive classifier_weight, and only then")
+    return _epochs(network, images, config, classifier, start, state)
+
+
+def _epochs(network, images, config, classifier, start, state) -> Iterator[tuple[DenoiserState, float]]:
+    labels = np.zeros(len(images), np.int32)
+    if classifier is not None:
+        classes = jax.jit(lambda classifier, x: classifier(x).argmax(axis=-1))
+        parts = [classes(classifier, images[first : first + 500]) for first in range(0, len(images), 500)]
+        labels = np.concatenate(parts).astype(np.int32)
+    steps, key = len(images) // config.batch_size, jax.random.key(config.seed)
+    if state is None:
+        variables = start or jax.jit(network.init)(key, images[:1])
+        state = DenoiserState(variables, _optimizer(config, steps).init(variables["params"]), 0)
+    for epoch in range(state.epoch, config.epochs):
+        rng, losses = np.random.default_rng((config.seed, epoch)), []
+        order = rng.permutation(len(images))
+        variables, moments, _ = state
+        for number in range(steps):
+            rows = order[number * config.batch_size : (number + 1) * config.batch_size]
+            batch = images[rows], labels[rows]
+            step_key = jax.random.fold_in(key, 1 + epoch * steps + number)
+            settings = {"network": network, "config": config, "steps": steps}
+            variables, moments, loss = _step(variables, moments, step_key, batch, classifier, **settings)
+            losses.append(loss)
+        state = DenoiserState(variables, moments, epoch + 1)
+        yield state, float(np.mean(jax.device_get(losses)))
+
+
+def _optimizer(config: DenoiserConfig, steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "config", "steps"))
+def _step(variables, moments, key, batch, classifier, *, network, config: DenoiserConfig, steps: int):
+    """One step of Adam: new variables, its new state, and the loss."""
+    (images, labels), (noise_key, flip_key) = batch, jax.random.split(key)
+    mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+    images = jnp.where(mirrored, images[:, :, ::-1], images)
+    noisy = images + config.theta * jax.random.normal(noise_key, images.shape)
+
+    def loss(params):
+        clean = network.apply({"params": params}, noisy, train=True)
+        value = jnp.mean((clean - images) ** 2) / config.theta**2
+        if classifier is not None:
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(classifier(clean), labels)
+            value += config.classifier_weight * cross_entropy.mean()
+        return value
+
+    value, gradient = jax.value_and_grad(loss)(variables["params"])
+    updates, moments = _optimizer(config, steps).update(gradient, moments, variables["params"])
+    return {"params": optax.apply_updates(variables["params"], updates)}, moments, value
