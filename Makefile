@@ -13,7 +13,7 @@ test: $(VENV)/installed
 
 # The tests that `make test` skips, because they need more than it installs: PyTorch, pictures, what reads notebooks.
 test-extras: $(VENV)/extras
-	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models/test_torch_import.py tests/test_torch.py tests/cli/test_networks.py tests/test_notebooks.py "tests/test_layers.py::test_the_examples_of_the_guides_run[torch.md]"
+	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models/test_torch_import.py tests/test_torch.py tests/cli/test_networks.py tests/test_notebooks.py $(foreach page,torch tools,"tests/test_layers.py::test_the_examples_of_the_guides_run[$(page).md]")
 
 # Of the slow tests, those of several processes, and all benchmarks in small.
 test-long: $(VENV)/installed

@@ -35,8 +35,8 @@ _AXES = ("rows", "columns", "channels")
 
 
 class Basis(abc.ABC):
-    """An orthonormal basis of inputs [*d]; coefficients have the same shape. Frozen and hashable; `Pixels`, `Cosine`
-    and `KarhunenLoeve` are all there are.
+    """An orthonormal basis of inputs [*d]; coefficients have the same shape. Frozen and hashable. Files and runs know
+    `Pixels`, `Cosine` and `KarhunenLoeve`; docs/own-basis.md says what another one must do.
 
     Arrays of JAX stay arrays of JAX, in float32 or wider; all others are computed in float64 on the host.
     """

@@ -15,7 +15,7 @@ PAGES = sorted(path for path in (ROOT / "docs" / "api").glob("*.md") if path.nam
 TABLE = (ROOT / "docs" / "api" / "index.md").read_text()
 PACKAGES = ["smoothing", "regions", "search", "differentiable", "runs", "data", "models", "training", "report"]
 # Modules that have no `__all__`: their pages say which of their names are public.
-MODULES = ["basis", "smoothing.bounds", "training.losses", "devices", "memory", "metrics", "torch"]
+MODULES = ["basis", "smoothing.bounds", "training.losses", "devices", "memory", "metrics", "torch", "verifier"]
 DOCUMENTED = [
     (page.stem, path) for page in PAGES for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
 ]

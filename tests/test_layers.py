@@ -24,7 +24,7 @@ LAYERS = [
     ["basis", "metrics", "storage"],
     ["regions"],
     ["smoothing"],
-    ["devices", "memory"],
+    ["devices", "memory", "verifier"],
     ["differentiable"],
     ["search"],
     ["data"],
@@ -193,8 +193,8 @@ def test_the_example_of_the_readme_prints_what_it_says(capsys, tmp_path, monkeyp
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_examples_of_the_guides_run(page, tmp_path, monkeypatch):
-    if page.name == "torch.md":
-        pytest.importorskip("torch", reason="the page certifies PyTorch modules")
+    if page.name in (needed := {"torch.md": "torch", "tools.md": "foolbox"}):
+        pytest.importorskip(needed[page.name], reason="the page uses it")
     monkeypatch.chdir(tmp_path)
     _run_examples(page.read_text())
 

@@ -69,10 +69,10 @@ class Certify:
     basis: Literal["pixels", "cosine"] | None = None
     """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta. Default: that
     of --theta-map, or pixels."""
-    sigma: float | None = None
+    sigma: tuple[float, ...] | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
-    l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Default: what the bundled
-    model, or the network in the folder, was trained with."""
+    l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Several make a run each, in
+    folders of --out. Default: what the bundled model, or the network in the folder, was trained with."""
     theta_map: str | None = None
     """For universal: a theta map (of learn-theta), or an .npy file of theta in --basis, an array of the shape of an
     image. Default: the map that the network was trained with."""
@@ -157,11 +157,26 @@ class Certify:
     """Run directory; default runs/<norm>-<method>-<sigma>. Processes that share a run share it, too."""
 
     def run(self) -> None:
-        """Certify, then print the table of this run."""
+        """Certify under each sigma, then print the table of these runs."""
         devices.use_all_cores()
         self.runtime.start(survive=True)
+        if self.sigma is not None and not 0 < len({f"{sigma:g}" for sigma in self.sigma}) == len(self.sigma):
+            raise ValueError(f"--sigma takes one or more different numbers, got {list(self.sigma)}")
+        sigmas = self.sigma or [None]
+        if len(sigmas) == 1:
+            runs = [self._certify_one(sigmas[0], self.out)]
+        else:
+            runs = [self._certify_one(sigma, self.out and f"{self.out}/{sigma:g}") for sigma in sigmas]
+        if self.runtime.multihost:
+            leave()
+        print_table(runs, parse_radii(self.radii) or RADII)
+        if len(runs) > 1:
+            print("\nIf you choose a sigma by this table, certify with another --seed, or better other images, too.")
+
+    def _certify_one(self, asked: float | None, out: str | None) -> str:
+        """One run, under the sigma that is asked for, or that of the training: its directory."""
         theta_map = self._read_theta_map()
-        classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, theta_map or self.sigma)
+        classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, theta_map or asked)
         if isinstance(theta, ThetaMap):
             self._check_theta_map(theta)
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")
@@ -178,13 +193,12 @@ class Certify:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
         law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
         law += f"{self.basis}-" * (self.basis not in (None, "pixels"))
-        out = self.out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
+        out = out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
         command.certify(classifier, dataset, sigma, out, theta_map)
         if self.runtime.multihost:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has finished; {left} images are left")
-            leave()
-        print_table([out], parse_radii(self.radii) or RADII)
+        return out
 
     def _read_theta_map(self) -> ThetaMap | None:
         """The map of --theta-map."""

@@ -1,7 +1,7 @@
 """Sample-wise noise parameters: gradient ascent on the size of the certifiable region (the method of ANCER).
 
-Both searches work on one input, can be vmapped, and are compiled once for each shape of it and each config. What they return is a choice of theta, not a certificate:
-theta is then certified with fresh draws.
+Both searches work on one input, and can be vmapped; they are compiled once for each config and shape of input. What
+they return is a choice of theta, not a certificate: theta is then certified with fresh draws.
 """
 
 import functools

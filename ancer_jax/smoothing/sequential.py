@@ -7,7 +7,6 @@ look for any reason. Over so few looks this is tighter than a confidence sequenc
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -12,7 +12,7 @@ from ancer_jax._numerics import geometric_mean
 from ancer_jax.basis import Basis, Cosine, Pixels
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.noise import AdditiveNoise, Noise
-from ancer_jax.smoothing.registry import NoiseName, make_noise
+from ancer_jax.smoothing.registry import make_noise
 from ancer_jax.training import losses
 
 TrainingMethod = Literal["augmentation", "smoothadv", "macer", "consistency", "stability", "volume"]
@@ -85,7 +85,7 @@ class TrainConfig:
     shift: int = 4
     flip: Flip = "random"
     seed: int = 0
-    noise: NoiseName | None = None
+    noise: str | None = None
     theta_map: ThetaMap | None = None
     front: FrontName = "none"
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -65,7 +65,7 @@ def train_denoiser(
     config: DenoiserConfig,
     *,
     classifier: Classifier | None = None,
-    start: Any = None,
+    start: Mapping[str, Any] | None = None,
     state: DenoiserState | None = None,
 ) -> Iterator[tuple[DenoiserState, float]]:
     """Train a denoiser, an epoch at a time: yields the state and the mean loss after each.

@@ -380,3 +380,19 @@ def test_without_memory_the_label_says_so(here, capsys):
 )
 def test_bad_values_of_memory_and_leakage_are_one_line(here, capsys, arguments, message):
     assert re.search(message, error_line(capsys, arguments))
+
+
+def test_several_sigmas_make_a_run_each_and_compile_once(here, capsys, compilations):
+    cli.main(["certify", *toy()[1:], "--sigma", "0.25", "0.5", "1"])
+    before = compilations()
+    printed = capsys.readouterr().out
+    assert [settings_of(here / "run" / name)["theta"] for name in ("0.25", "0.5", "1")] == [0.25, 0.5, 1.0]
+    assert re.findall(r"^\| (\S+) +\| l2", printed, re.MULTILINE) == ["0.25", "0.5", "1"]
+    assert "certify with another --seed" in printed
+    cli.main(["certify", *toy()[1:], "--sigma", "0.7", "0.8"])
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("values", [[], ["0.25", "0.5", "0.25"]])
+def test_sigmas_must_be_different_numbers(here, capsys, values):
+    assert "--sigma takes one or more different numbers" in error_line(capsys, ["certify", "--sigma", *values])
