@@ -4,7 +4,7 @@ from ancer_jax import devices as devices
 from ancer_jax import differentiable as differentiable
 from ancer_jax import metrics as metrics
 from ancer_jax import report as report
-from ancer_jax.data import load_dataset
+from ancer_jax.data import dataset_from_arrays, load_dataset
 from ancer_jax.memory import Answer, Memory
 from ancer_jax.models import bundled_models, load_bundled
 from ancer_jax.regions import Region, disjoint, is_superset
@@ -77,6 +77,7 @@ __all__ = [
     "certify_sequentially",
     "check_classifier",
     "count_votes",
+    "dataset_from_arrays",
     "disjoint",
     "from_function",
     "from_host",

@@ -40,6 +40,12 @@ def check_real(name: str, value: Any, interval: str) -> None:
         raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
+def check_type(name: str, value: Any, kind: type, hint: str) -> None:
+    """Refuse what is not of a type, with a hint at what to do."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {type(value).__name__}: {hint}")
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Refuse what is not one of the values of a `typing.Literal`."""
     if value not in get_args(choices):

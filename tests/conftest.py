@@ -62,6 +62,14 @@ def compilations():
 
 
 @pytest.fixture
+def without_type_checker():
+    """As for users, who have no beartype between them and the package: the package's own checks answer."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def as_on_accelerators(monkeypatch):
     """CPU devices may wait for each other, as those of an accelerator may."""
     monkeypatch.setattr("ancer_jax.devices.refuse_collectives", lambda mesh, what: None)

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
             command.run()
+    except BrokenPipeError:  # as of `ancer-jax report RUN | head`: nobody reads what would be written at exit, either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
     except jax.errors.JaxRuntimeError as error:

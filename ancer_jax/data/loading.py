@@ -121,6 +121,30 @@ def parse_idx(data: bytes) -> np.ndarray:
     return values.reshape(shape)
 
 
+def dataset_from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    ids: np.ndarray | None = None,
+    num_classes: int | None = None,
+    name: str = "arrays",
+) -> Dataset:
+    """A data set of your own arrays.
+
+    Args:
+      images: [n, height, width, channels] or [n, height, width]: uint8, or float in [0, 1].
+      labels: [n] integers in [0, num_classes).
+      ids: [n] integers that name the images, increasing; by default 0, ..., n - 1.
+      num_classes: by default one more than the largest label.
+      name: in results.
+
+    Raises:
+      ValueError: if the arrays do not meet the conditions of `Dataset`.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    return _dataset(name, images, labels, None if ids is None else np.asarray(ids), num_classes)
+
+
 def _dataset(name, images, labels, ids, num_classes) -> Dataset:
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / np.float32(255)

@@ -71,7 +71,8 @@ def _call(name: str) -> Classifier:
         sys.path.insert(0, "")
         classifier = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--classifier {name!r}: {error}") from error
+        hint = " (module:function, without .py)" if module.endswith(".py") else ""
+        raise ValueError(f"--classifier {name!r}: {error}{hint}") from error
     if not isinstance(classifier, Classifier):
         raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
     return classifier

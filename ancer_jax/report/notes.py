@@ -1,7 +1,7 @@
 """What must be said beside figures and pictures: marks of runs, and notes on what their certificates promise."""
 
 from ancer_jax.basis import BasisName, Pixels
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
@@ -103,6 +103,10 @@ def notes(results: list[Results]) -> list[str]:
     coloured = [(r, c) for r, c in configs if c.basis != Pixels() and c.method in ("universal", "ancer")]
     if names := [f"{name} ({config.basis.name})" for name, config in coloured]:
         said.append(f"Coloured noise, with one theta for each coefficient of a basis: {', '.join(names)}.")
+    errors = [(mark(r), *r.standard_errors()) for r in results if len(r.correct) > 1]
+    if errors:
+        each = "; ".join(f"{name} {round_up(a, 3)}, {round_up(b, 3)}" for name, a, b in errors)
+        said.append(f"Standard errors of accuracy and ACR, over the choice of images: {each}.")
     return said + legend_of_marks(results)
 
 

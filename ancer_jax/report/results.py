@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -105,6 +106,15 @@ class Results:
         """Mean over all inputs, right or wrong; an abstention counts as 0."""
         return float(self["radius_proxy"].mean())
 
+    def standard_errors(self) -> tuple[float, float]:
+        """Standard errors of the accuracy and of ACR, over the choice of inputs; NaN for a single one."""
+        if len(self.correct) < 2:
+            return math.nan, math.nan
+        right, radii = (
+            values.std(ddof=1) / math.sqrt(len(values)) for values in (self.correct, self["radius"] * self.correct)
+        )
+        return float(right), float(radii)
+
     def acr(self, column: str, kept: np.ndarray | bool = True) -> float:
         """ACR (`column` is "radius") or ACR-tilde ("radius_proxy"); an input that is not `kept` counts as 0."""
         return average_certified_radius(self[column], self.correct & kept)
@@ -145,7 +155,7 @@ def load_results(path: epath.PathLike) -> Results:
     if not path.exists():
         raise ValueError(f"{path}: there is no such run or file")
     if not path.is_dir():
-        return Results(path.stem, read_table(path))
+        return Results(path.stem if path.suffix in (".tsv", ".txt") else path.name, read_table(path))
     run = read_run(path)
     before, after = run.results()
     if not before:

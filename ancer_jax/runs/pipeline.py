@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import ArrayLike, Float
 
 from ancer_jax import devices
+from ancer_jax._checks import check_type
 from ancer_jax.basis import Pixels
 from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
 from ancer_jax.memory import Memory
@@ -23,7 +24,7 @@ from ancer_jax.runs.settings import describe_run, made_with
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.certificate import Certificate
 from ancer_jax.smoothing.certify import warn_if_undecidable
-from ancer_jax.smoothing.classifier import Classifier, check_classifier
+from ancer_jax.smoothing.classifier import WRAP_IT, Classifier, check_classifier
 
 
 def certify_dataset(
@@ -75,12 +76,15 @@ def certify_dataset(
         calls back to the host, which cannot be continued.
       OSError: if `out` cannot be written.
     """
+    check_type("classifier", classifier, Classifier, WRAP_IT)
+    check_type("dataset", dataset, Dataset, "make it by dataset_from_arrays or load_dataset")
+    check_type("config", config, RunConfig, "RunConfig(method=..., theta=...)")
     _check_labels(classifier, dataset)
     start = _start(config, theta_map, dataset.images.shape[1:])
     if classifier.on_host and config.data_dependent:
         raise ValueError(
             f"method {config.method} searches theta by gradients, which a classifier outside of JAX does not give: "
-            "take method fixed or universal"
+            "take method fixed or universal, or ancer_jax.torch.translate"
         )
     mesh = devices.device_mesh(execution.devices)
     if execution.shard == "draws" and config.data_dependent:

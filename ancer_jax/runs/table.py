@@ -181,7 +181,7 @@ def parse_table(text: str, path: epath.PathLike) -> Columns:
     Raises:
       ValueError: naming `path`, if the text is not such a table or is empty.
     """
-    lines = text.splitlines()
+    lines = text.removeprefix("\ufeff").splitlines()  # spreadsheets write a byte-order mark
     header, rows = (lines[0].split("\t") if lines else []), [line.split("\t") for line in lines[1:] if line]
     missing = [name for name in _COHEN[:5] if name not in header]
     if missing:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from ancer_jax._checks import check_integer, check_real
+from ancer_jax._checks import check_integer, check_real, check_type
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import (
     ABSTAIN,
@@ -113,7 +113,8 @@ def certify(
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
-    config = config or CertifyConfig()
+    config = CertifyConfig() if config is None else config
+    check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
     return _certify(key, smoothed, x, config, chunk)
@@ -155,7 +156,8 @@ def certify_batch(
     Raises:
       ValueError: as in `certify`; if there are no inputs, or thetas or ids do not fit.
     """
-    config = config or CertifyConfig()
+    config = CertifyConfig() if config is None else config
+    check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
     rows = [_certify(*example, config, chunk) for example in _examples(key, smoothed, ids, xs)]

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from ancer_jax._checks import check_integer
 
+WRAP_IT = "wrap it with from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
 # Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
 _EVALUATION_ARGUMENTS = {"train": False, "training": False, "is_training": False, "deterministic": True}
 
@@ -74,6 +75,8 @@ class Classifier:
         except Exception as error:
             line, *_ = str(error).splitlines() or [""]
             reason = f"{type(error).__name__}: {line}"
+            if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+                reason += " (images are [height, width, channels] here)"
             with contextlib.suppress(Exception):
                 if jax.eval_shape(self.apply, self.variables, x[0]).shape == (x.shape[1], self.num_classes):
                     reason += f" (if this is a batch of {x.shape[1]}: use certify_batch, predict_batch or jax.vmap)"
@@ -201,7 +204,10 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     others = np.concatenate([x[None], noise[4:6], x[None] + 0.5 * noise[6:]])
     run = classifier if classifier.on_host else functools.partial(jax.jit(Classifier.__call__), classifier)
     try:
-        logits = np.asarray(run(batch), np.float64)
+        first = run(batch)
+        if not jnp.isrealobj(first):
+            raise ValueError(f"the classifier's logits must be real numbers, got {first.dtype}")
+        logits = np.asarray(first, np.float64)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from ancer_jax._checks import check_integer, check_real
+from ancer_jax._checks import check_integer, check_real, check_type
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
@@ -86,7 +86,8 @@ def certify_sequentially(
     as_float32, x32 = check_example(smoothed, x)
     check_integer("chunk", chunk)
     check_random(smoothed.noise)
-    config = config or CertifyConfig()
+    config = CertifyConfig() if config is None else config
+    check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     warn_if_undecidable(config, smoothed.noise)
 
     def counts(stage, first, stop):

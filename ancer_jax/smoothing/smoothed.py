@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax._checks import check_integer
 from ancer_jax._numerics import Leaf
-from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.classifier import WRAP_IT, Classifier
 from ancer_jax.smoothing.noise import Noise, noise_dtype
 
 
@@ -47,8 +47,7 @@ class Smoothed:
             raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
         if callable(self.classifier) and not isinstance(self.classifier, Classifier):
             kind = type(self.classifier).__name__
-            ways = "from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
-            raise ValueError(f"{kind} is not a Classifier: wrap it with {ways}")
+            raise ValueError(f"{kind} is not a Classifier: {WRAP_IT}")
 
     def with_theta(self, theta: ArrayLike) -> "Smoothed":
         """The smoothed classifier of another theta."""

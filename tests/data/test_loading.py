@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from ancer_jax import CertifyConfig, IsotropicConfig, RunConfig, certify_dataset, from_function
-from ancer_jax.data import batches, check_classes, load_dataset, select
+from ancer_jax.data import batches, check_classes, dataset_from_arrays, load_dataset, select
 from ancer_jax.data.pictures import decode
 from ancer_jax.runs.table import read_table
 
@@ -270,3 +270,15 @@ def test_a_damaged_tensorflow_data_set_is_one_line(prepared, tmp_path, damage):
     with pytest.raises(ValueError, match=r"tfds:cifar10@.*copy, split test: cannot be read") as error:
         load_dataset(f"tfds:cifar10@{tmp_path / 'copy'}")
     assert "\n" not in str(error.value)
+
+
+def test_a_data_set_of_arrays():
+    images, labels = PIXELS[..., 0], LABELS % 4
+    dataset = dataset_from_arrays(images, labels, name="mine")
+    assert (dataset.name, dataset.num_classes, dataset.ids.tolist()) == ("mine", 4, [*range(7)])
+    np.testing.assert_array_equal(dataset.images, images[..., None].astype(np.float32) / np.float32(255))
+    again = dataset_from_arrays(dataset.images, labels, ids=np.arange(7) * 2, num_classes=9)
+    assert again.num_classes == 9 and again.ids.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    for wrong, text in (((images.astype(np.int64), labels), "uint8 or float"), ((images, labels[:3]), "as many ids")):
+        with pytest.raises(ValueError, match=text):
+            dataset_from_arrays(*wrong)

@@ -128,3 +128,23 @@ def test_an_abstention_has_no_leakage_to_speak_of(tmp_path):
 def test_a_memory_makes_one_classifier(tmp_path):
     assert from_text(tmp_path, "a.tsv", MEMORY).reconciled
     assert not from_text(tmp_path, "b.tsv", ANCER).reconciled
+
+
+def test_a_file_keeps_its_name_and_loses_only_the_ending_of_a_table(tmp_path):
+    table = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01\n"
+    for name, expected in {"sigma_0.25": "sigma_0.25", "sigma_0.5.tsv": "sigma_0.5", "cohen.txt": "cohen"}.items():
+        (tmp_path / name).write_text("\ufeff" + table)
+        results = report.load_results(tmp_path / name)
+        assert results.name == expected and results["radius"].tolist() == [0.5]
+
+
+def test_standard_errors_are_those_of_the_mean(tmp_path):
+    rows = ["0\t1\t1\t0.5\t1", "1\t1\t0\t0.9\t0", "2\t1\t1\t1.0\t1", "3\t1\t-1\t0.0\t0"]
+    (tmp_path / "four.tsv").write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect", *rows, ""]))
+    results = report.load_results(tmp_path / "four.tsv")
+    assert results.standard_errors() == pytest.approx(
+        (np.std([1, 0, 1, 0], ddof=1) / 2, np.std([0.5, 0, 1, 0], ddof=1) / 2)
+    )
+    assert "over the choice of images: four 0.289, 0.240" in report.summary_table([results], [0.0])
+    (tmp_path / "one.tsv").write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect", rows[0], ""]))
+    assert np.isnan(report.load_results(tmp_path / "one.tsv").standard_errors()).all()

@@ -38,7 +38,8 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
     assert cells(table, 6) == ["run", "by", "0", "0.25", "0.5", "1.3"]
     assert cells(table, 8) == ["cohen?", "radius", "0.666", "0.500", "0.333", "0.000"]
     # Without proxy radii of its own there is no second line.
-    assert table.splitlines()[9:] == ["", f"? {report.UNKNOWN}"]
+    errors = "Standard errors of accuracy and ACR, over the choice of images: cohen? 0.211, 0.193."
+    assert table.splitlines()[9:] == ["", errors, "", f"? {report.UNKNOWN}"]
 
 
 def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):

@@ -491,3 +491,21 @@ def test_an_enumerable_noise_refuses_inputs_of_which_it_says_nothing(tmp_path, c
     classifier = reference.linear(np.ones(81))
     with pytest.raises(ValueError, match=r"this toy noise is for at most 64 pixels in .*, not for image 0"):
         certify_dataset(classifier, large, coins, out=tmp_path / "large")
+
+
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((lambda x: x, DATASET, CONFIG), "classifier must be a Classifier, got function: wrap it with from_linen"),
+        (
+            (CLASSIFIER, DATASET.images, CONFIG),
+            "dataset must be a Dataset, got ndarray: make it by dataset_from_arrays",
+        ),
+        ((CLASSIFIER, DATASET, {"theta": 0.25}), "config must be a RunConfig, got dict"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_in_one_line(arguments, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        certify_dataset(*arguments, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
