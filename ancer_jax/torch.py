@@ -3,10 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import enum
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+import math
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -33,12 +37,14 @@ def from_module(
 ) -> Classifier:
     """A base classifier that runs any PyTorch module in PyTorch, while JAX draws the noise and counts the votes.
 
-    The noise is the same, bit for bit, as for a classifier in JAX. There are no gradients, so theta cannot be searched:
-    certify under one theta or a theta map, or see `translate`. A copy of the module is set to evaluation mode; later
-    changes of `module` are not noticed.
+    The draws are those that a classifier in JAX gets, up to the last digit. There are no gradients, so theta cannot be
+    searched: certify under one theta or a theta map, or see `translate`. A deep copy of the module is set to evaluation
+    mode; later changes of `module` are not noticed, as far as `copy.deepcopy` copies it.
 
-    A stopped run is continued if weights, structure (`repr`) and the source code of the classes of all parts are the
-    same. Functions that they call are not looked at.
+    A stopped run is continued if everything that the module holds is the same: weights, buffers, attributes, the source
+    code of its classes, and also the kind of device and the precision of PyTorch's products. Functions that these
+    classes call are not looked at. A run with a module that holds something else than numbers, text, tensors, modules
+    and plain functions, such as a hook, cannot be continued.
 
     Args:
       module: returns logits [n, K] of float32 inputs, row by row. It should normalise its inputs itself, so that theta
@@ -50,12 +56,13 @@ def from_module(
 
     Raises:
       ImportError: if PyTorch is not installed (extra `torch`).
-      ValueError: if the module does not work on the example, or `check_classifier` refuses it.
+      ValueError: if the module cannot be copied, does not work on the example, or `check_classifier` refuses it.
     """
     check_choice("channels", channels, Channels)
-    module, example = _evaluation(module, device), np.asarray(example, np.float32)
+    module, example = _evaluation(module, device), _array(example)
     logits = functools.partial(_logits, module, device, channels)
-    classifier = from_host(logits, num_classes=_count_classes(logits, example), digest=_digest(module, channels))
+    digest = _digest(module, f"{channels} {_arithmetic(device)}")
+    classifier = from_host(logits, num_classes=_count_classes(logits, example), digest=digest)
     check_classifier(classifier, example)
     return classifier
 
@@ -68,7 +75,8 @@ def translate(
     torchax runs the module's code on JAX's arrays, once for each shape of inputs, when a program is compiled. Compiled
     programs do not contain PyTorch. The module must not decide by the values of tensors. Arguments as in `from_module`.
 
-    Guarantee: on the example and three noisy copies of it, logits are those of the module to 1e-4 of the largest.
+    Guarantee: on the example and three noisy copies of it, logits are those of the module to 1e-4 of the largest, with
+    products in float32.
 
     Raises:
       ImportError: if PyTorch or torchax is not installed (extra `torchax`).
@@ -76,20 +84,20 @@ def translate(
     """
     check_choice("channels", channels, Channels)
     torchax = _import_torchax()
-    module, example = _evaluation(module, "cpu"), np.asarray(example, np.float32)
+    module, example = _evaluation(module, "cpu"), _array(example)
     num_classes = _count_classes(functools.partial(_logits, module, "cpu", channels), example)
     noise = 0.1 * np.random.default_rng(0).normal(size=(3, *example.shape)).astype(np.float32)
     inputs = np.concatenate([example[None], example + noise])
     expected = _logits(module, "cpu", channels, inputs)
     other = "from_module certifies it without gradients"
     try:
-        variables, function = torchax.extract_jax(module)
+        variables, function = torchax.extract_jax(module.requires_grad_(False))
         classifier = from_function(_Translated(function, channels), variables, num_classes=num_classes)
         with jax.default_matmul_precision("highest"):
             found = np.asarray(jax.jit(Classifier.__call__)(classifier, inputs))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"torchax cannot translate this {type(module).__name__} ({other}): {reason}") from error
+        what = f"torchax cannot translate this {type(module).__name__} ({other})"
+        raise ValueError(f"{what}: {_first_line(error)}") from error
     if not np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max():
         largest = f"differ by up to {np.abs(found - expected).max():.3g} from the module's"
         raise ValueError(f"logits of the translated {type(module).__name__} {largest} ({other})")
@@ -108,11 +116,27 @@ class _Translated:
 
 
 def _evaluation(module: "torch.nn.Module", device: "str | torch.device") -> "torch.nn.Module":
-    """A copy of the module on a device, in evaluation mode, whose weights need no gradients."""
+    """A copy of the module on a device, in evaluation mode."""
     torch = _import_torch()
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    return copy.deepcopy(module).to(device).eval().requires_grad_(False)
+    try:
+        copied = copy.deepcopy(module).to(device)
+        copied.eval()
+    except Exception as error:
+        raise ValueError(f"the module cannot be copied to {device} in evaluation mode: {_first_line(error)}") from error
+    return copied
+
+
+def _array(example: ArrayLike) -> np.ndarray:
+    """The example in float32; it may be a tensor."""
+    tensor: Any = example
+    return np.asarray(tensor.detach().cpu() if hasattr(example, "detach") else example, np.float32)
+
+
+def _first_line(error: Exception) -> str:
+    line, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {line}"
 
 
 def _logits(module: "torch.nn.Module", device: "str | torch.device", channels: Channels, x: ArrayLike) -> np.ndarray:
@@ -132,27 +156,87 @@ def _count_classes(logits: Callable[[ArrayLike], np.ndarray], example: np.ndarra
     try:
         shape = logits(example[None]).shape
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(f"the module does not work on an input of shape {list(example.shape)}: {reason}") from error
+        what = f"the module does not work on an input of shape {list(example.shape)}"
+        raise ValueError(f"{what}: {_first_line(error)}") from error
     if len(shape) != 2 or shape[0] != 1:
         raise ValueError(f"the module must return logits [n, K], got shape {list(shape)} for one input")
     return shape[1]
 
 
-def _digest(module: "torch.nn.Module", channels: Channels) -> str:
-    """Hash of weights, structure and the source code of the classes of all parts of a module."""
+def _arithmetic(device: "str | torch.device") -> str:
+    """What decides how a device multiplies, beside the module."""
     torch = _import_torch()
-    digest = hashlib.sha256(f"{torch.__version__} {channels} {module!r}".encode())
-    for name, value in module.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{name} {value!r}".encode())
-    for kind in sorted({type(part) for part in module.modules()}, key=repr):
-        with contextlib.suppress(OSError, TypeError):  # made in a shell: only its name is known
-            digest.update(inspect.getsource(kind).encode())
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return f"{name} {torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32}"
+
+
+def _digest(module: "torch.nn.Module", settings: str) -> str:
+    """Hash of all that a module holds and of the code of its classes; "" if it holds something that has no hash."""
+    digest = hashlib.sha256(f"{_import_torch().__version__} {settings}".encode())
+    try:
+        for text in _description(module):
+            digest.update(len(text).to_bytes(8, "little") + text)
+    except (TypeError, OSError, RuntimeError):  # RuntimeError: a tensor that NumPy has no counterpart of
+        return ""
     return digest.hexdigest()
+
+
+# Attributes of modules that say nothing about what they compute in evaluation mode.
+_OF_TRAINING = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "training")
+_OF_TRAINING += ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set")
+
+
+def _description(value: Any) -> Iterator[bytes]:
+    """Texts that differ if two values compute something different; TypeError or OSError if there are none."""
+    torch = _import_torch()
+    known = torch, torch.nn.functional, math, operator
+    plain = bool | int | float | complex | str | bytes | enum.Enum | np.generic | torch.dtype | torch.device
+    yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+    if value is None or isinstance(value, plain):
+        yield repr(value).encode()
+    elif isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape}".encode()
+        yield value.tobytes()
+    elif isinstance(value, torch.nn.Module):
+        yield from _code(type(value))
+        yield from _description({name: held for name, held in vars(value).items() if name not in _OF_TRAINING})
+    elif isinstance(value, Mapping):
+        yield from _description([pair for item in value.items() for pair in item])
+    elif isinstance(value, list | tuple | set | frozenset):
+        held = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        yield str(len(held)).encode()
+        for one in held:
+            yield from _description(one)
+    elif isinstance(value, functools.partial):
+        yield from _description([value.func, value.args, value.keywords])
+    elif isinstance(value, weakref.ref):
+        yield from _description(value())
+    elif inspect.ismethod(value):
+        yield from _description([value.__self__, value.__func__])
+    elif inspect.isfunction(value) or inspect.isclass(value):
+        yield from _code(value)
+    elif inspect.isbuiltin(value) and any(getattr(m, value.__name__, None) is value for m in known):
+        yield value.__name__.encode()
+    else:
+        raise TypeError(f"no description of a {type(value).__name__}")
+
+
+def _code(value: Any) -> Iterator[bytes]:
+    """Name and source code of a function that closes over nothing, or of a class and its bases."""
+    yield f"{value.__module__}.{value.__qualname__}".encode()
+    if value.__module__.partition(".")[0] in ("torch", "builtins"):  # their version is in the digest
+        return
+    yield inspect.getsource(value).encode()
+    for function in filter(inspect.isfunction, vars(value).values() if inspect.isclass(value) else [value]):
+        if {*function.__code__.co_freevars} - {"__class__"}:
+            raise TypeError(f"{function.__qualname__} closes over {', '.join(function.__code__.co_freevars)}")
+        yield from _description([function.__defaults__, function.__kwdefaults__])
+    for base in value.__bases__ if inspect.isclass(value) else ():
+        yield from _code(base)
 
 
 def _import_torch() -> Any:

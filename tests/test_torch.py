@@ -1,7 +1,9 @@
 """PyTorch modules as base classifiers: the certificates are those of the same network in JAX."""
 
+import functools
 import importlib.util
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -225,16 +227,110 @@ def test_translation_leaves_pytorch_as_it_was():
         torch.ops.aten.prod.no_such_name  # noqa: B018
 
 
+SQUARE = np.full((2, 2, 2), 0.3, np.float32)
+
+
+class Holder(torch.nn.Module):
+    """Holds something beside its weights."""
+
+    def __init__(self, held=None, buffer=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.held, self.head = held, torch.nn.Linear(8, 3)
+        self.register_buffer("shift", torch.tensor(buffer), persistent=False)
+
+    def forward(self, x):
+        return self.head(x.flatten(1) + self.shift)
+
+
+class Negative(Holder):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def transformer(heads, **settings):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(4, heads, 8, batch_first=True, **settings)
+    return torch.nn.Sequential(torch.nn.Flatten(2), layer, torch.nn.Flatten(), torch.nn.Linear(8, 3))
+
+
+def digest(module, **settings):
+    return from_module(module, SQUARE, **settings).apply.digest
+
+
+def with_weight(change):
+    module = Holder()
+    with torch.no_grad():
+        module.head.weight[0, 0] = torch.nextafter(module.head.weight[0, 0], torch.tensor(change))
+    return module
+
+
 def test_the_digest_says_what_a_module_computes():
-    of = lambda *arguments, **settings: from_module(*arguments, **settings).apply.digest
-    square = np.zeros((2, 2, 2), np.float32)
-    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 3))
-    same = of(linear, square)
-    assert of(linear, square) == same
-    assert of(linear, square, channels="last") != same
-    assert of(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU(), linear[1]), square) != same
-    linear[1].weight.data[0, 0] = torch.nextafter(linear[1].weight.data[0, 0], torch.tensor(1.0))
-    assert of(linear, square) != same
+    """All of these differ, and each is the same when it is made again."""
+    made = [
+        lambda: Holder(),
+        lambda: Negative(),
+        lambda: with_weight(1.0),
+        lambda: Holder(buffer=0.1),
+        lambda: Holder(0.1),
+        lambda: Holder(0.2),
+        lambda: Holder("0.1"),
+        lambda: Holder(torch.tensor(0.1)),
+        lambda: Holder(torch.tensor(0.1, dtype=torch.bfloat16)),
+        lambda: Holder(np.float32([0.1])),
+        lambda: Holder([torch.nn.ReLU(), 1]),
+        lambda: Holder([torch.nn.GELU(), 1]),
+        lambda: Holder({"a": (1, 2)}),
+        lambda: Holder({"a": (2, 1)}),
+        lambda: Holder({1, 2}),
+        lambda: Holder(torch.relu),
+        lambda: Holder(torch.nn.functional.relu),
+        lambda: Holder(functools.partial(torch.nn.functional.gelu, approximate="tanh")),
+        lambda: Holder(digest),
+        lambda: Holder(torch.float16),
+        lambda: transformer(2),
+        lambda: transformer(4),
+        lambda: transformer(2, activation="gelu"),
+        lambda: transformer(2, norm_first=True),
+        lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity()),
+        lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.utils.parametrizations.weight_norm(Holder().head)),
+    ]
+    found = [digest(make()) for make in made]
+    assert [digest(make()) for make in made] == found
+    assert [len(one) for one in found] == [64] * len(found)
+    assert len({*found}) == len(found)
+    assert digest(Holder(), channels="last") != found[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert digest(Holder()) != found[0]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def closed_over():
+    factor = 2
+
+    class Closed(torch.nn.Module):
+        def forward(self, x):
+            return factor * x.flatten(1)
+
+    return Closed()
+
+
+def of_a_shell():
+    names = {"torch": torch}
+    exec("class Net(torch.nn.Module):\n    def forward(self, x): return x.flatten(1)", names)
+    names["Net"].__module__ = "__main__"
+    return names["Net"]()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    "make", [lambda: Holder(object()), closed_over, of_a_shell, lambda: torch.jit.script(Holder())]
+)
+def test_what_has_no_hash_has_no_digest(make):
+    assert digest(make()) == ""
 
 
 def test_channels_and_inputs_that_are_no_images():
@@ -256,6 +352,8 @@ def test_what_is_refused(make):
         make(lambda x: x, X)
     with pytest.raises(ValueError, match=r"does not work on an input of shape \[28, 28\]: ValueError"):
         make(Cnn(), X[..., 0])
+    with pytest.raises(ValueError, match="cannot be copied"):
+        make(Holder(threading.Lock()), SQUARE)
     with pytest.raises(ValueError, match=r"must return logits \[n, K\], got shape \[1, 1, 28, 28\]"):
         make(torch.nn.Identity(), X)
     with pytest.raises((ValueError, TypeError), match="channels"):

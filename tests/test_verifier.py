@@ -31,7 +31,7 @@ class Tensor:
     def detach(self):
         return self
 
-    cpu = detach
+    cpu = double = detach
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.values, dtype)
@@ -56,6 +56,18 @@ def test_verdicts_about_a_linear_classifier(noise, ball):
     assert verifier.verify(context(near, right, "8"), 0.0).result == "TIMEOUT"
 
 
+def test_numbers_that_float32_cannot_hold_are_certified_as_they_are():
+    smoothed, config = aj.Smoothed(reference.linear([1.0]), aj.Gaussian(), 0.25), aj.CertifyConfig(n=1000)
+    verifier, x = Verifier(KEY, smoothed, ball="l2", config=config), np.array([0.2 + 1e-9])
+    rounded = verifier.verify(context(x.astype(np.float32), 1), 0.1)
+    exact = verifier.verify(context(x, 1), 0.1)
+    assert rounded.result == exact.result == "UNSAT"
+    radii = {certificate.region.center.dtype.str: certificate.radius for certificate in verifier._certificates.values()}
+    assert radii.keys() == {"<f4", "<f8"}
+    center = next(c.region.center for c in verifier._certificates.values() if c.region.center.dtype == np.float64)
+    np.testing.assert_array_equal(center, x)
+
+
 def test_an_input_is_certified_once(monkeypatch):
     calls = []
     monkeypatch.setattr("ancer_jax.verifier.certify", lambda *of, **how: calls.append(1) or aj.certify(*of, **how))
@@ -63,7 +75,7 @@ def test_an_input_is_certified_once(monkeypatch):
     verifier = Verifier(KEY, smoothed, config=aj.CertifyConfig(n=100))
     for epsilon, (x, name) in itertools.product((0.1, 0.2), (([1, 0], "a"), ([0, 1], "b"), ([0, 1], "a"))):
         verifier.verify(context(np.float32(x), 0, name), epsilon)
-    assert len(calls) == 3
+    assert len(calls) == 2  # whatever the ids are
 
 
 @pytest.mark.parametrize("basis", [aj.basis.Pixels(), aj.basis.Cosine()])
@@ -106,5 +118,15 @@ def test_what_is_refused():
     for epsilon in (-0.1, np.nan, np.inf):
         with pytest.raises(ValueError, match="epsilon"):
             verifier.verify(context(np.float32([1, 0]), 0), epsilon)
+    with pytest.raises(ValueError, match="label must be an integer"):
+        verifier.verify(context(np.float32([1, 0]), 0.9), 0.1)
+    one_to_one = context(np.float32([1, 0]), 0)
+    one_to_one.property_generator = types.SimpleNamespace(target_class=1)
+    with pytest.raises(ValueError, match="one target class"):
+        verifier.verify(one_to_one, 0.1)
+    with pytest.raises(ValueError, match="enumerable"):
+        Verifier(KEY, aj.Smoothed(smoothed.classifier, aj.Splitting(exact=True), 0.5))
+    region = Region(norm=2, center=np.zeros(2), theta=np.full(2, -1.0), gap=np.float64(1.0))
+    assert not contains_ball(region, 0.1, "l2")
     with pytest.raises((ValueError, TypeError), match="ball"):
         Verifier(KEY, smoothed, ball="l3")

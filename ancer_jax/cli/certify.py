@@ -19,7 +19,7 @@ from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
-from ancer_jax.models import check_fit, resolve_classifier
+from ancer_jax.models import Checkpoint, check_fit, resolve_classifier
 from ancer_jax.runs import read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
@@ -86,8 +86,8 @@ class Certify:
     alpha: float = CertifyConfig.alpha
     """Probability that a certificate fails, for each image (Cohen et al. 2019: 0.001)."""
     alpha_run: float | None = None
-    """Instead of --alpha: probability that any certificate of the table fails; each image gets its share. No images can
-    be added to such a run."""
+    """Instead of --alpha: probability that any certificate of a run's table fails; each image gets its share. No images
+    can be added to such a run."""
     sampling: Literal["fixed", "sequential"] = "fixed"
     """fixed: n draws for every image; sequential: as many as --radii or --tolerance need, at most n, at the same
     alpha."""
@@ -163,20 +163,29 @@ class Certify:
         if self.sigma is not None and not 0 < len({f"{sigma:g}" for sigma in self.sigma}) == len(self.sigma):
             raise ValueError(f"--sigma takes one or more different numbers, got {list(self.sigma)}")
         sigmas = self.sigma or [None]
+        for sigma in self.sigma or ():
+            check_real("--sigma", sigma, "(0, inf)")
+        theta_map = self._read_theta_map()
+        resolved = resolve_classifier(self.classifier, self.norm, theta_map or sigmas[0])
         if len(sigmas) == 1:
-            runs = [self._certify_one(sigmas[0], self.out)]
+            runs = [self._certify_one(resolved, theta_map, self.out)]
         else:
-            runs = [self._certify_one(sigma, self.out and f"{self.out}/{sigma:g}") for sigma in sigmas]
+            of_sigma = lambda sigma: ((resolved[0], sigma, resolved[2]), None, self.out and f"{self.out}/{sigma:g}")
+            runs = [self._certify_one(*of_sigma(sigma)) for sigma in sigmas]
         if self.runtime.multihost:
             leave()
         print_table(runs, parse_radii(self.radii) or RADII)
         if len(runs) > 1:
             print("\nIf you choose a sigma by this table, certify with another --seed, or better other images, too.")
 
-    def _certify_one(self, asked: float | None, out: str | None) -> str:
-        """One run, under the sigma that is asked for, or that of the training: its directory."""
-        theta_map = self._read_theta_map()
-        classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, theta_map or asked)
+    def _certify_one(
+        self,
+        resolved: tuple[Classifier, float | ThetaMap, Checkpoint | None],
+        theta_map: ThetaMap | None,
+        out: str | None,
+    ) -> str:
+        """One run of a classifier with its noise parameter (`resolve_classifier`): the run's directory."""
+        classifier, theta, checkpoint = resolved
         if isinstance(theta, ThetaMap):
             self._check_theta_map(theta)
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")

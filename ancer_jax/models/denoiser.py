@@ -86,6 +86,8 @@ class _OneStep:
     kept: tuple[float, ...]
 
     def __call__(self, variables, x, theta):
+        if jnp.ndim(theta):
+            raise ValueError(f"a diffusion model removes the same noise from each pixel: theta has shape {theta.shape}")
         kept = jnp.asarray(self.kept, jnp.float32)
         noise = jnp.sqrt(1 / kept - 1)  # of the diffusion after each step, in units of [-1, 1] pixels
         step = jnp.argmin(jnp.abs(noise - 2 * theta))
@@ -109,7 +111,7 @@ def one_step_diffusion(
     The noise must be the same in every pixel: theta is [].
 
     Raises:
-      ValueError: if `kept` is not between 0 and 1.
+      ValueError: if `kept` is not between 0 and 1, or does not fall; when it is called, if theta is not one number.
 
     References: Carlini et al. 2023 (arXiv 2206.10550), algorithm 1; Ho et al. 2020 (arXiv 2006.11239).
     """
@@ -118,4 +120,6 @@ def one_step_diffusion(
         raise ValueError(f"kept must be one number for each step, got shape {list(shares.shape)}")
     for share in shares:
         check_real("kept", float(share), "(0, 1)")
+    if (np.diff(shares) >= 0).any():
+        raise ValueError("kept must fall from step to step")
     return _OneStep(predict_noise, tuple(shares.tolist()))

@@ -70,9 +70,9 @@ def _call(name: str) -> Classifier:
     try:
         sys.path.insert(0, "")
         classifier = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever somebody's code raises
         hint = " (module:function, without .py)" if module.endswith(".py") else ""
-        raise ValueError(f"--classifier {name!r}: {error}{hint}") from error
+        raise ValueError(f"--classifier {name!r}: {str(error) or type(error).__name__}{hint}") from error
     if not isinstance(classifier, Classifier):
         raise ValueError(f"--classifier {name!r} returned {type(classifier).__name__}, not a Classifier")
     return classifier

@@ -156,18 +156,20 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
     job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
     ended, pending = time.perf_counter(), None
     for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
-        # Before the previous batch is collected, so that the devices stay busy.
-        launched = None if batch is None else job.launch(batch)
+        # Before the previous batch is collected, so that the devices stay busy. A classifier outside of JAX keeps none
+        # busy meanwhile.
+        launched = None if batch is None or job.classifier.on_host else job.launch(batch)
         if pending is not None:
             _store(run, pending, job.collect(pending), ended)
             ended = time.perf_counter()
             execution.progress("certified", len(pending.indices))
-        pending = launched
+        pending = job.launch(batch) if batch is not None and launched is None else launched
 
 
 def _warn_or_refuse(run: Run, *, begun: bool) -> None:
     """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
-    what = "the classifier calls code on the host (by pure_callback or the like): what it computes there has no hash"
+    how = "by pure_callback, from_host without a digest or the like"
+    what = f"the classifier calls code on the host ({how}): what it computes there has no hash"
     if jax.process_count() > 1:
         raise ValueError(f"{what}, so several processes cannot know that theirs is the same")
     if begun:

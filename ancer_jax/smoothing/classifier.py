@@ -21,7 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ancer_jax._checks import check_integer
+from ancer_jax._checks import check_integer, check_type
 
 WRAP_IT = "wrap it with from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
 # Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
@@ -163,8 +163,8 @@ class _HostApply:
 def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, digest: str = "") -> Classifier:
     """A classifier from `function(x[n, *d]) -> logits[n, num_classes]` that runs outside of JAX.
 
-    JAX draws the noise, the same bits as for any other classifier, and the function votes. The classifier can be
-    certified and can predict, alone and in runs. It has no gradients, so theta cannot be searched for it.
+    JAX draws the noise, the same as for any other classifier up to the last digit, and the function votes. The
+    classifier can be certified and can predict, alone and in runs. It has no gradients, so theta cannot be searched.
 
     Args:
       function: is called with a JAX array of float32 and returns anything that JAX reads as an array. Each row's
@@ -174,8 +174,9 @@ def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, d
         run cannot be continued.
 
     Raises:
-      ValueError: if `num_classes` is below 2.
+      ValueError: if `num_classes` is below 2, or the digest is no text.
     """
+    check_type("digest", digest, str, "a hash of what the function computes with, as text")
     return Classifier(_HostApply(function, digest), (), num_classes)
 
 

@@ -2,7 +2,8 @@
 
 Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`: stages share no draw, and chunk size, batch size and
 number of devices change no bit of the noise. (Of coloured noise: no bit of its coefficients. They are transformed to
-pixels in float32, whose last digits may differ.)
+pixels in float32, whose last digits may differ. A classifier outside of JAX gets its noisy copies from a program of
+their own, whose last digits may differ, too.)
 """
 
 import dataclasses

@@ -59,13 +59,25 @@ class DenoiserState(NamedTuple):
     epoch: int
 
 
+def denoiser_state(
+    network: nn.Module,
+    images: Float[np.ndarray, "m h w c"],
+    config: DenoiserConfig,
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> DenoiserState:
+    """The state in which `train_denoiser` begins: with new parameters, or from `variables` of an earlier training."""
+    start: Any = variables or jax.jit(network.init)(jax.random.key(config.seed), images[:1])
+    steps = len(images) // config.batch_size
+    return DenoiserState(start, _optimizer(config, steps).init(start["params"]), 0)
+
+
 def train_denoiser(
     network: nn.Module,
     images: Float[np.ndarray, "m h w c"],
     config: DenoiserConfig,
     *,
     classifier: Classifier | None = None,
-    start: Mapping[str, Any] | None = None,
     state: DenoiserState | None = None,
 ) -> Iterator[tuple[DenoiserState, float]]:
     """Train a denoiser, an epoch at a time: yields the state and the mean loss after each.
@@ -76,40 +88,38 @@ def train_denoiser(
       images: [m, h, w, c] clean training images in [0, 1].
       config: settings.
       classifier: needed if `config.classifier_weight` is positive; it is not changed.
-      start: variables to start from, say of a training without classifier.
-      state: a state that this training yielded, to go on from.
+      state: where it begins or goes on: of `denoiser_state`, or one that this training yielded.
 
     Raises:
-      ValueError: if there are fewer images than a batch has, or the classifier is missing, not wanted or runs outside
-        of JAX.
+      ValueError: if images are not in [0, 1], or fewer than a batch has; if the classifier is missing, not wanted or
+        runs outside of JAX.
     """
-    steps = len(images) // config.batch_size
-    if not steps:
+    if len(images) < config.batch_size:
         raise ValueError(f"{len(images)} images do not fill a batch of {config.batch_size}")
+    if not (np.min(images) >= 0 and np.max(images) <= 1):
+        raise ValueError(f"pixels must be in [0, 1], found {np.min(images):g} to {np.max(images):g}")
     if (classifier is None) != (config.classifier_weight == 0):
         raise ValueError("a classifier is needed with a positive classifier_weight, and only then")
-    return _epochs(network, images, config, classifier, start, state)
+    if classifier is not None and classifier.on_host:
+        raise ValueError("a denoiser learns by gradients of the classifier, which one outside of JAX does not give")
+    return _epochs(network, images, config, classifier, state or denoiser_state(network, images, config))
 
 
-def _epochs(network, images, config, classifier, start, state) -> Iterator[tuple[DenoiserState, float]]:
+def _epochs(network, images, config, classifier, state) -> Iterator[tuple[DenoiserState, float]]:
     labels = np.zeros(len(images), np.int32)
     if classifier is not None:
         classes = jax.jit(lambda classifier, x: classifier(x).argmax(axis=-1))
         parts = [classes(classifier, images[first : first + 500]) for first in range(0, len(images), 500)]
         labels = np.concatenate(parts).astype(np.int32)
-    steps, key = len(images) // config.batch_size, jax.random.key(config.seed)
-    if state is None:
-        variables = start or jax.jit(network.init)(key, images[:1])
-        state = DenoiserState(variables, _optimizer(config, steps).init(variables["params"]), 0)
+    size, key = config.batch_size, jax.random.key(config.seed)
+    steps = len(images) // size
     for epoch in range(state.epoch, config.epochs):
-        rng, losses = np.random.default_rng((config.seed, epoch)), []
-        order = rng.permutation(len(images))
+        order, losses = np.random.default_rng((config.seed, epoch)).permutation(len(images)), []
         variables, moments, _ = state
         for number in range(steps):
-            rows = order[number * config.batch_size : (number + 1) * config.batch_size]
-            batch = images[rows], labels[rows]
-            step_key = jax.random.fold_in(key, 1 + epoch * steps + number)
+            rows, step_key = order[number * size :][:size], jax.random.fold_in(key, 1 + epoch * steps + number)
             settings = {"network": network, "config": config, "steps": steps}
+            batch = images[rows], labels[rows]
             variables, moments, loss = _step(variables, moments, step_key, batch, classifier, **settings)
             losses.append(loss)
         state = DenoiserState(variables, moments, epoch + 1)

@@ -28,7 +28,7 @@ from ancer_jax.data import Dataset, select
 from ancer_jax.metrics import round_down
 from ancer_jax.models import DnCNN, denoised, load_network
 from ancer_jax.report import load_results
-from ancer_jax.training import DenoiserConfig, train_denoiser
+from ancer_jax.training import DenoiserConfig, denoiser_state, train_denoiser
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
 
@@ -53,19 +53,14 @@ def train(name: str, network: nn.Module, data: Dataset, options: argparse.Namesp
     """Variables of a denoiser, whose state after each epoch is stored in the file `name` of the work folder."""
     start, classifier = settings.pop("start", None), settings.pop("classifier", None)
     config = DenoiserConfig(theta=options.sigma, seed=options.seed, batch_size=options.batch, **settings)
-    path, state = pathlib.Path(options.work, f"{name}.msgpack"), None
+    path, images = pathlib.Path(options.work, f"{name}.msgpack"), np.asarray(data.images)
+    state: Any = denoiser_state(network, images, config, variables=start)
     if path.exists():
-        one_batch = np.asarray(data.images[: options.batch])
-        fresh, _ = next(train_denoiser(network, one_batch, config, classifier=classifier))
-        restored: Any = flax.serialization.from_bytes(fresh, path.read_bytes())
-        state = restored
+        state = flax.serialization.from_bytes(state, path.read_bytes())
     began = time.monotonic()
-    images = np.asarray(data.images)
-    epochs = train_denoiser(network, images, config, classifier=classifier, start=start, state=state)
-    for state, loss in epochs:
+    for state, loss in train_denoiser(network, images, config, classifier=classifier, state=state):  # noqa: B020
         path.write_bytes(flax.serialization.to_bytes(state))
         print(f"{name}, epoch {state.epoch}: loss {loss:.4f}, {time.monotonic() - began:.0f} s", flush=True)
-    assert state is not None
     return state.variables
 
 

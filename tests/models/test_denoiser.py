@@ -1,5 +1,6 @@
 """Denoised smoothing: the denoiser is a part of the base classifier."""
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import ancer_jax as aj
 from ancer_jax.models import DnCNN, denoised, one_step_diffusion, wiener_front, with_front
 from ancer_jax.smoothing.classifier import fingerprint
-from ancer_jax.training import DenoiserConfig, train_denoiser
+from ancer_jax.training import DenoiserConfig, denoiser_state, train_denoiser
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -51,7 +52,9 @@ def test_a_denoiser_learns_and_begins_as_the_identity():
 def test_a_training_is_continued_as_if_it_had_not_stopped():
     whole = trained()
     (state, _) = next(iter(train_denoiser(NETWORK, IMAGES, CONFIG)))
-    rest = trained(state=state)
+    template = denoiser_state(NETWORK, IMAGES, CONFIG)
+    stored = flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
+    rest = trained(state=stored)
     assert [s.epoch for s, _ in rest] == [2, 3]
     assert [loss for _, loss in rest] == [loss for _, loss in whole[1:]]
     jax.tree.map(np.testing.assert_array_equal, rest[-1][0].variables, whole[-1][0].variables)
@@ -60,8 +63,10 @@ def test_a_training_is_continued_as_if_it_had_not_stopped():
 def test_the_loss_of_the_classifier_is_trained_too():
     start = trained()[-1][0].variables
     settings = {"theta": 0.3, "epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
-    with_it = trained(DenoiserConfig(classifier_weight=1.0, **settings), classifier=CLASSIFIER, start=start)
-    without = trained(DenoiserConfig(**settings), start=start)
+    both, one = DenoiserConfig(classifier_weight=1.0, **settings), DenoiserConfig(**settings)
+    state = lambda config: denoiser_state(NETWORK, IMAGES, config, variables=start)
+    with_it = trained(both, classifier=CLASSIFIER, state=state(both))
+    without = trained(one, state=state(one))
     assert with_it[-1][1] > without[-1][1]
     noisy = IMAGES + 0.3 * RNG.normal(size=IMAGES.shape).astype(np.float32)
 
@@ -119,9 +124,17 @@ def test_what_is_refused():
     smaller = denoised(lambda variables, x, theta: x[:, 1:], (), CLASSIFIER, 0.3)
     with pytest.raises(ValueError, match=r"denoiser returned shape \[1, 7, 8, 1\] for inputs \[1, 8, 8, 1\]"):
         smaller(IMAGES[:1])
-    for kept in ([], [1.5], [0.0]):
+    for kept in ([], [1.5], [0.0], [0.5, 0.6]):
         with pytest.raises(ValueError, match="kept"):
             one_step_diffusion(lambda *of: of[1], kept)
+    diffusion = denoised(one_step_diffusion(lambda *of: of[1], [0.5]), (), CLASSIFIER, np.full((8, 8, 1), 0.3))
+    with pytest.raises(ValueError, match="same noise from each pixel"):
+        diffusion(IMAGES[:1])
+    for images in (255 * IMAGES, np.nan * IMAGES):
+        with pytest.raises(ValueError, match=r"pixels must be in \[0, 1\]"):
+            train_denoiser(NETWORK, images, CONFIG)
+    with pytest.raises(ValueError, match="by gradients of the classifier"):
+        train_denoiser(NETWORK, IMAGES, DenoiserConfig(batch_size=32, classifier_weight=1.0), classifier=on_host)
     with pytest.raises(ValueError, match="do not fill a batch"):
         train_denoiser(NETWORK, IMAGES[:20], CONFIG)
     with pytest.raises(ValueError, match="only then"):
