@@ -44,7 +44,7 @@ def from_module(
     A stopped run is continued if everything that the module holds is the same: weights, buffers, attributes, the source
     code of its classes, and also the kind of device and the precision of PyTorch's products. Functions that these
     classes call are not looked at. A run with a module that holds something else than numbers, text, tensors, modules
-    and plain functions, such as a hook, cannot be continued.
+    and functions that close over nothing, or whose classes were made in a shell, cannot be continued.
 
     Args:
       module: returns logits [n, K] of float32 inputs, row by row. It should normalise its inputs itself, so that theta
@@ -183,7 +183,7 @@ def _digest(module: "torch.nn.Module", settings: str) -> str:
 
 
 # Attributes of modules that say nothing about what they compute in evaluation mode.
-_OF_TRAINING = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "training")
+_OF_TRAINING = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
 _OF_TRAINING += ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set")
 
 

@@ -102,7 +102,7 @@ class RunConfig:
             raise ValueError("exact certificates are for splitting noise: norm l1, noise splitting")
         check_integer("period", self.period, 1, 2**14)
         check_real("theta", self.theta, "[-inf, inf]")
-        if not np.finfo(np.float32).tiny <= self.theta <= np.finfo(np.float32).max:
+        if not float(np.finfo(np.float32).tiny) <= self.theta <= float(np.finfo(np.float32).max):
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
         if self.sampling is not None:
             if self.enumerable:
