@@ -2,7 +2,7 @@
 
 FOLDER holds CIFAR-10's binary files (`ancer-jax fetch cifar10 FOLDER`). A ResNet-20 is trained on clean images (its
 noise, 0.001, is none to speak of), and a DnCNN on the squared error, and then further on the classifier's loss, too.
-Every 20th test image is certified with the classifier alone, with each of the two denoisers in front, and with the
+Every 40th test image is certified with the classifier alone, with each of the two denoisers in front, and with the
 bundled ResNet-20 that was trained with noise. Trainings and runs stay in the folder `--work`, where a second call
 continues. With `--small` tiny trainings, on the bundled images.
 """
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ancer_jax import CertifyConfig, Classifier, RunConfig, certify_dataset, load_bundled, load_dataset
+from ancer_jax import CertifyConfig, Classifier, RunConfig, certify_dataset, devices, load_bundled, load_dataset
 from ancer_jax.data import Dataset, select
 from ancer_jax.metrics import round_down
 from ancer_jax.models import DnCNN, denoised, load_network
@@ -86,6 +86,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     """All rows."""
     if not (options.folder or options.small):
         raise SystemExit("give the FOLDER of CIFAR-10")
+    devices.use_all_cores()
     options.folder = options.folder or "fashion-mnist-subset"
     bundled = "fashion-mnist-cnn-l2-0.25" if options.small else f"cifar10-resnet20-l2-{options.sigma:g}"
     network, denoise = (DnCNN(2, 4), _denoise_tiny) if options.small else (DnCNN(), _denoise)
@@ -145,8 +146,8 @@ BENCHMARK = Benchmark(
         "squared_epochs": (1, 5),
         "both_epochs": (1, 3),
         "batch": (64, 128),
-        "skip": (250, 20),
-        "images": (2, 500),
+        "skip": (250, 40),
+        "images": (2, 250),
         "n": (100, 1000),
     },
     arguments=arguments,
