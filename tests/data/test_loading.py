@@ -272,6 +272,7 @@ def test_a_damaged_tensorflow_data_set_is_one_line(prepared, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("without_type_checker")
 def test_a_data_set_of_arrays():
     images, labels = PIXELS[..., 0], LABELS % 4
     dataset = dataset_from_arrays(images, labels, name="mine")

@@ -145,6 +145,6 @@ def test_standard_errors_are_those_of_the_mean(tmp_path):
     assert results.standard_errors() == pytest.approx(
         (np.std([1, 0, 1, 0], ddof=1) / 2, np.std([0.5, 0, 1, 0], ddof=1) / 2)
     )
-    assert "over the choice of images: four 0.289, 0.240" in report.summary_table([results], [0.0])
+    assert "over the choice of images: four? 0.289, 0.240" in report.summary_table([results], [0.0])
     (tmp_path / "one.tsv").write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect", rows[0], ""]))
     assert np.isnan(report.load_results(tmp_path / "one.tsv").standard_errors()).all()
