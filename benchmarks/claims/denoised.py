@@ -32,9 +32,9 @@ from ancer_jax.training import DenoiserConfig, denoiser_state, train_denoiser
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
 
-CLEAN = ["--sigma", "0.001", "--network", "cifar_resnet20", "--batch-size", "128", "--optimizer", "muon"]
+CLEAN = ["--sigma", "0.001", "--batch-size", "128", "--optimizer", "muon"]
 CLEAN += ["--muon-lr", "0.15", "--schedule", "onecycle", "--flip", "alternating"]
-TINY = ["--max", "256", "--test-max", "20", "--mean", "0.286", "--std", "0.353"]
+TINY = ["--max", "256", "--test-max", "20"]
 ALONE, TRAINED = "trained without noise", "trained with noise"
 SQUARED, BOTH = "denoiser of the squared error in front", "denoiser of the classifier's loss, too, in front"
 
@@ -42,7 +42,9 @@ SQUARED, BOTH = "denoiser of the squared error in front", "denoiser of the class
 def train_clean(options: argparse.Namespace) -> Classifier:
     """The ResNet-20 of clean images."""
     network = os.path.join(options.work, "clean")
-    size = ["--epochs", str(options.epochs), "--seed", str(options.seed), *(TINY if options.small else [])]
+    name = "small_cnn" if options.small else "cifar_resnet20"
+    size = ["--network", name, "--epochs", str(options.epochs), "--seed", str(options.seed)]
+    size += TINY if options.small else []
     command = ["ancer-jax", "train", "--data", options.folder, *CLEAN, *size, "--out", network]
     print(*command, flush=True)
     subprocess.run([sys.executable, "-m", "ancer_jax.cli", *command[1:]], check=True)
