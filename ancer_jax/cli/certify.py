@@ -162,16 +162,17 @@ class Certify:
         self.runtime.start(survive=True)
         if self.sigma is not None and not 0 < len({f"{sigma:g}" for sigma in self.sigma}) == len(self.sigma):
             raise ValueError(f"--sigma takes one or more different numbers, got {list(self.sigma)}")
-        sigmas = self.sigma or [None]
-        for sigma in self.sigma or ():
+        sigmas = self.sigma or ()
+        for sigma in sigmas:
             check_real("--sigma", sigma, "(0, inf)")
-        theta_map = self._read_theta_map()
-        resolved = resolve_classifier(self.classifier, self.norm, theta_map or sigmas[0])
-        if len(sigmas) == 1:
-            runs = [self._certify_one(resolved, theta_map, self.out)]
+        asked = self._read_theta_map() or (sigmas[0] if sigmas else None)
+        classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, asked)
+        if len(sigmas) < 2:
+            runs = [self._certify_one(classifier, theta, checkpoint, self.out)]
         else:
-            of_sigma = lambda sigma: ((resolved[0], sigma, resolved[2]), None, self.out and f"{self.out}/{sigma:g}")
-            runs = [self._certify_one(*of_sigma(sigma)) for sigma in sigmas]
+            outs = [self.out and f"{self.out}/{sigma:g}" for sigma in sigmas]
+            pairs = zip(sigmas, outs, strict=True)
+            runs = [self._certify_one(classifier, sigma, checkpoint, out) for sigma, out in pairs]
         if self.runtime.multihost:
             leave()
         print_table(runs, parse_radii(self.radii) or RADII)
@@ -179,13 +180,10 @@ class Certify:
             print("\nIf you choose a sigma by this table, certify with another --seed, or better other images, too.")
 
     def _certify_one(
-        self,
-        resolved: tuple[Classifier, float | ThetaMap, Checkpoint | None],
-        theta_map: ThetaMap | None,
-        out: str | None,
+        self, classifier: Classifier, theta: float | ThetaMap, checkpoint: Checkpoint | None, out: str | None
     ) -> str:
-        """One run of a classifier with its noise parameter (`resolve_classifier`): the run's directory."""
-        classifier, theta, checkpoint = resolved
+        """One run of a classifier under theta (`resolve_classifier`): the run's directory."""
+        theta_map = None
         if isinstance(theta, ThetaMap):
             self._check_theta_map(theta)
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")

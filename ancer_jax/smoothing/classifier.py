@@ -167,8 +167,8 @@ def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, d
     classifier can be certified and can predict, alone and in runs. It has no gradients, so theta cannot be searched.
 
     Args:
-      function: is called with a JAX array of float32 and returns anything that JAX reads as an array. Each row's
-        logits must depend on that row alone, and be the same each time.
+      function: is called with a JAX array of float32 and returns anything that JAX reads as an array, numbers of 64
+        bits as 32. Each row's logits must depend on that row alone, and be the same each time.
       num_classes: K.
       digest: a hash of everything that the function computes with, by which a stopped run knows it again. With "", a
         run cannot be continued.

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from ancer_jax._checks import check_integer, check_real
 from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.training.step import root_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def denoiser_state(
     variables: Mapping[str, Any] | None = None,
 ) -> DenoiserState:
     """The state in which `train_denoiser` begins: with new parameters, or from `variables` of an earlier training."""
-    start: Any = variables or jax.jit(network.init)(jax.random.key(config.seed), images[:1])
+    start: Any = variables or jax.jit(network.init)(root_key(config.seed), images[:1])
     steps = len(images) // config.batch_size
     return DenoiserState(start, _optimizer(config, steps).init(start["params"]), 0)
 
@@ -111,7 +112,7 @@ def _epochs(network, images, config, classifier, state) -> Iterator[tuple[Denois
         classes = jax.jit(lambda classifier, x: classifier(x).argmax(axis=-1))
         parts = [classes(classifier, images[first : first + 500]) for first in range(0, len(images), 500)]
         labels = np.concatenate(parts).astype(np.int32)
-    size, key = config.batch_size, jax.random.key(config.seed)
+    size, key = config.batch_size, root_key(config.seed)
     steps = len(images) // size
     for epoch in range(state.epoch, config.epochs):
         order, losses = np.random.default_rng((config.seed, epoch)).permutation(len(images)), []

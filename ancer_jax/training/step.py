@@ -35,7 +35,7 @@ def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]
 
     The filter in front of the network, if there is one, is made from all of them.
     """
-    key, _ = jax.random.split(_root_key(training.config))
+    key, _ = jax.random.split(root_key(training.config.seed))
     variables = jax.jit(training.network.init)(key, images[:1])
     if training.config.front_basis is not None:
         front = wiener_front(images, training.config.thetas, training.config.front_basis)
@@ -53,7 +53,7 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
     """
     images, labels, mirrored = batch
     network, config, _, mesh = training
-    _, noise_key = jax.random.split(_root_key(config))
+    _, noise_key = jax.random.split(root_key(config.seed))
     key_augment, key_noise = jax.random.split(jax.random.fold_in(noise_key, number))
     images = augment(key_augment, images, mirrored, config)
     theta = jnp.full((len(images), config.copies, *images.shape[1:]), config.thetas)
@@ -108,7 +108,7 @@ def evaluate(training: Training, variables, test: Dataset) -> tuple[float, float
 def _evaluate_batch(variables, batch, start, *, training: Training, batch_size: int):
     """Sums of losses and of correct answers over the images of the batch that the mask keeps."""
     (images, labels, mask), config = batch, training.config
-    key = jax.random.fold_in(_root_key(config), 2 + start)  # 0 and 1 are the keys that `split` gives
+    key = jax.random.fold_in(root_key(config.seed), 2 + start)  # 0 and 1 are the keys that `split` gives
     # Without the padding, whose size depends on the number of devices: draws would depend on it, too.
     theta = jnp.full((batch_size, *images.shape[1:]), config.thetas)
     noisy = _add_noise(config.noise_law, key, images[:batch_size], theta)
@@ -154,9 +154,9 @@ def _as_matrix(kernel) -> optax.contrib.MuonDimensionNumbers:
     return optax.contrib.MuonDimensionNumbers(tuple(range(kernel.ndim - 1)), kernel.ndim - 1)
 
 
-def _root_key(config: TrainConfig):
+def root_key(seed: int):
     """The key of all draws of a training. No image has this id, so certificates of the same seed share no draw."""
-    return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), np.uint32(2**32 - 2))
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), np.uint32(2**32 - 2))
 
 
 def _add_noise(noise: Noise, key, images, theta):

@@ -9,7 +9,7 @@ import pytest
 import ancer_jax as aj
 from ancer_jax.models import DnCNN, denoised, one_step_diffusion, wiener_front, with_front
 from ancer_jax.smoothing.classifier import fingerprint
-from ancer_jax.training import DenoiserConfig, denoiser_state, train_denoiser
+from ancer_jax.training import DenoiserConfig, denoiser, denoiser_state, train_denoiser
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,6 +58,20 @@ def test_a_training_is_continued_as_if_it_had_not_stopped():
     assert [s.epoch for s, _ in rest] == [2, 3]
     assert [loss for _, loss in rest] == [loss for _, loss in whole[1:]]
     jax.tree.map(np.testing.assert_array_equal, rest[-1][0].variables, whole[-1][0].variables)
+
+
+def test_no_step_draws_by_the_key_of_an_image(monkeypatch):
+    """So certificates of the same seed share no draw with the training."""
+    keys, step = [], denoiser._step
+    monkeypatch.setattr(
+        denoiser, "_step", lambda v, m, key, *of, **how: keys.append(key) or step(v, m, key, *of, **how)
+    )
+    trained()
+    of_images = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(CONFIG.seed), i))(
+        jnp.arange(1000, dtype=np.uint32)
+    )
+    numbers = lambda keys: {tuple(map(int, row)) for row in np.asarray(jax.random.key_data(keys))}
+    assert len(keys) == 9 and numbers(jnp.stack(keys)).isdisjoint(numbers(of_images))
 
 
 def test_the_loss_of_the_classifier_is_trained_too():
