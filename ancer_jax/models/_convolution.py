@@ -6,6 +6,9 @@ way here. Two cases differ in what is differentiated:
 
 - In a theta search, a loop, gradients are those with respect to the input (`benchmarks/speed/convolution.py`).
 - In a training step, they are also those with respect to the kernel (`benchmarks/speed/training_step.py`).
+
+Which way is taken is decided where a program is lowered, by the platform it is lowered for: other platforms than the CPU
+use XLA's convolution and its own derivatives.
 """
 
 import functools
@@ -24,9 +27,9 @@ _PIXELS, _NUMBERS = 2**13, 5 * 2**18
 def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **options) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC, with fast code for itself and for its derivatives on CPUs.
 
-    Other backends use XLA's convolution. So do convolutions with options (dilated, grouped, of another precision) and
-    with padding that is negative or as wide as the kernel. A convolution that is not `in_loop` is one of a training
-    step: on CPUs it has derivatives in reverse mode only.
+    Convolutions with options (dilated, grouped, of another precision), and those with padding that is negative or as
+    wide as the kernel, are XLA's everywhere. A convolution that is not `in_loop` is one of a training step: it has
+    derivatives in reverse mode only.
     """
     strides, pads = tuple(window_strides), padding
     if isinstance(padding, str):
@@ -34,15 +37,21 @@ def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **op
     pads = tuple(pads)
     plain = all(value in (None, 1, (1, 1)) for name, value in options.items() if name != "dimension_numbers")
     small_pads = all(0 <= pad < size for side, size in zip(pads, rhs.shape, strict=False) for pad in side)
-    if not (plain and small_pads and jax.default_backend() == "cpu"):
+    if not (plain and small_pads):
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     if max(lhs.shape[1:3]) <= 2 and all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2)):
-        return _by_taps(lhs, rhs, strides, pads)
+        return _on_cpus(_by_taps, strides, pads)(lhs, rhs)
     return (_convolve if in_loop else _convolve_in_training)(lhs, rhs, strides, pads)
 
 
 def _xla(lhs, rhs, strides, pads):
     return jax.lax.conv_general_dilated(lhs, rhs, strides, pads, dimension_numbers=_USUAL)
+
+
+def _on_cpus(way, strides, pads):
+    """The convolution computed in this way on CPUs, and by XLA on other platforms."""
+    ways = [functools.partial(one, strides=strides, pads=pads) for one in (way, _xla)]
+    return lambda lhs, rhs: jax.lax.platform_dependent(lhs, rhs, cpu=ways[0], default=ways[1])
 
 
 def _xla_swapped(lhs, rhs, strides, pads):
@@ -97,10 +106,10 @@ def _jvp(strides, pads, primals, tangents):
     out_dot = jnp.zeros_like(out)
     if not isinstance(lhs_dot, SymbolicZero):
         # With few input channels, slices are about as fast or faster; with more, the patches take too much memory.
-        linear = _xla_swapped if strides == (1, 1) and lhs.shape[-1] > _FEW else _by_slices
-        out_dot += linear(lhs_dot, rhs, strides, pads)
+        way = _xla_swapped if strides == (1, 1) and lhs.shape[-1] > _FEW else _by_slices
+        out_dot += _on_cpus(way, strides, pads)(lhs_dot, rhs)
     if not isinstance(rhs_dot, SymbolicZero):
-        out_dot += _by_slices(lhs, rhs_dot, strides, pads)
+        out_dot += _on_cpus(_by_slices, strides, pads)(lhs, rhs_dot)
     return out, out_dot
 
 
@@ -119,9 +128,14 @@ def _forward(lhs, rhs, strides, pads):
 
 def _backward(strides, pads, residuals, gradient):
     lhs, rhs = residuals
-    linear = _xla_swapped if strides == (1, 1) else _by_slices
-    (by_input,) = jax.linear_transpose(lambda lhs: linear(lhs, rhs, strides, pads), lhs)(gradient)
-    return by_input, _by_kernel(lhs, gradient, rhs.shape, strides, pads)
+    way = _xla_swapped if strides == (1, 1) else _by_slices
+    (by_input,) = jax.linear_transpose(lambda lhs: _on_cpus(way, strides, pads)(lhs, rhs), lhs)(gradient)
+
+    def elsewhere(lhs, gradient):
+        return jax.linear_transpose(lambda rhs: _xla(lhs, rhs, strides, pads), rhs)(gradient)[0]
+
+    on_cpus = functools.partial(_by_kernel, shape=rhs.shape, strides=strides, pads=pads)
+    return by_input, jax.lax.platform_dependent(lhs, gradient, cpu=on_cpus, default=elsewhere)
 
 
 _convolve_in_training.defvjp(_forward, _backward)
