@@ -108,7 +108,7 @@ def test_the_programs_of_a_run(run, dtype):
     job = job.with_probes(DATASET)
     ids, theta = np.arange(4, dtype=np.uint32), np.full(IMAGES.shape, 0.25, np.float32)
     counter = job.counter(ids, IMAGES, theta)
-    items = np.zeros((counter.num_items, 3), np.int32)
+    items = np.zeros((counter.sizes[-1], 3), np.int32)
     programs = [
         job.search(ids, IMAGES),
         job.measure_leakage(IMAGES, theta, LABELS),

@@ -7,8 +7,8 @@ way here. Two cases differ in what is differentiated:
 - In a theta search, a loop, gradients are those with respect to the input (`benchmarks/speed/convolution.py`).
 - In a training step, they are also those with respect to the kernel (`benchmarks/speed/training_step.py`).
 
-Which way is taken is decided where a program is lowered, by the platform it is lowered for: other platforms than the CPU
-use XLA's convolution and its own derivatives.
+The way is chosen where a program is lowered, by the platform that it is lowered for: other platforms than the CPU use
+XLA's convolution and its derivatives.
 """
 
 import functools

@@ -79,7 +79,9 @@ def _figures(results: list[Results]) -> list[dict[str, str]]:
             "norm": r.norm or "?",
             **({"theta": _theta(r)} if mapped else {}),
             "images": str(len(r.correct)) + " (unfinished)" * (not r.finished),
-            **({"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-"} if sampled else {}),
+            **(
+                {"draws": f"{r['n'].mean():,.0f}" if "n" in r.columns else "-", "passes": _passes(r)} if sampled else {}
+            ),
             **({"all lines hold": _joint(r)} if certain else {}),
             "accuracy": _share(r.correct),
             "abstained": _share(r.abstained),
@@ -104,6 +106,12 @@ def _theta(results: Results) -> str:
         low, mean, high = (f"{value:.3g}" for value in (values.min(), geometric_mean(values), values.max()))
         theta = low if low == high else f"{low} to {high}, geometric mean {mean}"
     return theta if basis == "pixels" else f"{basis}: {theta}"
+
+
+def _passes(results: Results) -> str:
+    """Noisy copies per image that the network classified to certify."""
+    total = results.run.passes() if results.run else None
+    return "-" if total is None else f"{total / len(results.correct):,.0f}"
 
 
 def _joint(results: Results) -> str:

@@ -142,7 +142,7 @@ class Run:
         """
         self.still_held()
         buffer = io.BytesIO()
-        named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+        named: dict[str, Any] = {name: arrays[name] for name in (*_ARRAYS, "passes")}
         np.savez(buffer, key=np.array(self.key), made_with=np.array(json.dumps(dict(self.made_with))), **named)
         write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
@@ -153,6 +153,15 @@ class Run:
             for name, value in json.loads(str(read_arrays(file, ["made_with"])["made_with"])).items():
                 found.setdefault(name, {})[value] = None
         return {name: ", ".join(values) for name, values in found.items()}
+
+    def passes(self) -> int | None:
+        """Noisy copies that the network classified to certify the finished inputs, those that nobody counted included;
+        None if shards do not say.
+        """
+        try:
+            return sum(int(read_arrays(file, ["passes"])["passes"]) for file in self.files())
+        except ValueError:  # written before shards had them
+            return None
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
         """Arrays of all finished inputs, in order of ids."""

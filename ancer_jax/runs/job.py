@@ -39,6 +39,8 @@ from ancer_jax.smoothing.smoothed import Smoothed, Stage
 
 # Images for each device, and noisy copies of each, where nothing is asked for and memory allows it.
 _USUAL, _USUAL_ON_CPU = (32, 128), (10, 100)
+# Launches of sequential sampling have all work items, a quarter or a sixteenth of them.
+PARTS = (1, 4, 16)
 
 
 class Pending(NamedTuple):
@@ -66,12 +68,17 @@ class Pending(NamedTuple):
 class Collected(NamedTuple):
     """The results of a batch, without its padding: columns on the host.
 
-    The draws of an image are all that it took: those that selected the class and those of a pilot are among them.
+    Attributes:
+      certificate, evidence: of each image.
+      draws: all that an image took, those that selected the class and those of a pilot included.
+      passes: noisy copies that the network classified for the certificates of the batch.
+      leakage: what was counted for the leakage of each image.
     """
 
     certificate: Certificate
     evidence: Evidence
     draws: np.ndarray
+    passes: int
     leakage: LeakageCounts
 
 
@@ -126,25 +133,30 @@ class Job:
         theta, images = pending.theta[indices], pending.batch["image"][indices]
         smoothed = Smoothed(self.classifier, noise, theta)
         leaked = LeakageCounts(*(np.asarray(column)[indices] for column in pending.leakage))
+        passes = sum(launch.passes for launch in (*pending.selection, *pending.estimation))
         if noise.enumerable:
             selected, evidence = enumerated_evidence(votes, _num_draws(noise, theta))
             certificate = certificate_from_evidence(selected, evidence, smoothed, images)
-            return Collected(certificate, evidence, evidence.n, leaked)
+            return Collected(certificate, evidence, evidence.n, passes, leaked)
         selected = votes.argmax(axis=1).astype(np.int32)
         if config.sampling is None:
             counts = pending.counter.collect(pending.estimation)[indices, selected]
             evidence = random_evidence(counts, config.certify)
             certificate = certificate_from_evidence(selected, evidence, smoothed, images)
-            return Collected(certificate, evidence, config.certify.n0 + evidence.n, leaked)
+            return Collected(certificate, evidence, config.certify.n0 + evidence.n, passes, leaked)
 
         def votes_in(stage, some, first, stop):
-            return pending.counter(stage, indices[some], first, stop)[np.arange(len(some)), selected[some]]
+            nonlocal passes
+            launches = pending.counter.launch(stage, indices[some], first, stop)
+            passes += sum(launch.passes for launch in launches)
+            return pending.counter.collect(launches)[indices[some], selected[some]]
 
         found = sample_until_decided(
             votes_in, selected, scales_of(theta), noise=noise, config=config.certify, sequential=config.sampling
         )
         certificate = certificate_from_sequential(selected, found, smoothed, images)
-        return Collected(certificate, found.evidence, config.certify.n0 + found.pilot + found.n, leaked)
+        draws = config.certify.n0 + found.pilot + found.n
+        return Collected(certificate, found.evidence, draws, passes, leaked)
 
     def with_probes(self, dataset: Dataset) -> "Job":
         """The job with leakage probes chosen from a data set by the seed, if leakage is measured.
@@ -200,10 +212,14 @@ class Job:
             per_image, chunk = chunk // UNIT, UNIT  # sequential sampling draws multiples of UNIT: smaller items
         elif config.sampling is None and not config.enumerable:
             chunk = math.ceil(config.certify.n / math.ceil(config.certify.n / chunk))  # equal chunks: the last is full
-        items = math.ceil(len(ids) * per_image / self.mesh.size) * self.mesh.size
+        # Few images are left for the last looks of sequential sampling: smaller launches have fewer empty items.
+        parts = (1,) if config.sampling is None else PARTS
+        sizes = {math.ceil(len(ids) * per_image / part / self.mesh.size) * self.mesh.size for part in parts}
         on_all = devices.replicate((ids, images, theta), self.mesh)
         smoothed = Smoothed(self.classifier, config.certified_noise, on_all[2])
-        return VoteCounter(example_keys(config.seed, on_all[0]), on_all[1], smoothed, chunk, items, self.mesh)
+        return VoteCounter(
+            example_keys(config.seed, on_all[0]), on_all[1], smoothed, chunk, tuple(sorted(sizes)), self.mesh
+        )
 
 
 def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execution: Execution, mesh: Mesh) -> Job:

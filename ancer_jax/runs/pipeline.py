@@ -189,6 +189,7 @@ def _store(run: Run, pending: Pending, collected: Collected, began: float) -> No
             "counts": np.asarray(certificate.count),
             "n": np.asarray(certificate.n),
             "draws": collected.draws,
+            "passes": np.array(collected.passes),
             "p_lower": np.asarray(certificate.p_lower),
             "gap": np.asarray(certificate.gap),
             "theta": pending.theta[indices],

@@ -61,5 +61,5 @@ def needed_memory(job: Job, image: np.ndarray, batch: int) -> tuple[int, int]:
     if job.probes is not None:
         leakage, _ = job.measure_leakage(images, theta, np.zeros(batch, np.int32)).plan()
     counter = job.counter(ids, images, theta)
-    count, _ = counter.program(Stage.SELECT, np.zeros((counter.num_items, 3), np.int32), 1).plan()
+    count, _ = counter.program(Stage.SELECT, np.zeros((counter.sizes[-1], 3), np.int32), 1).plan()
     return search, max(leakage, count)

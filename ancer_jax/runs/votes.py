@@ -37,10 +37,17 @@ class Program(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Work items that are being counted: the image of each, and its votes, which may still be on the devices."""
+    """Work items that are being counted.
+
+    Attributes:
+      indices: the image of each item.
+      votes: of each item; they may still be on the devices.
+      passes: noisy copies that the network classifies, those that nobody counts included.
+    """
 
     indices: np.ndarray
     votes: jax.Array
+    passes: int
 
 
 class VoteCounter(NamedTuple):
@@ -52,7 +59,8 @@ class VoteCounter(NamedTuple):
       keys, images: an entry for each image, on every device.
       smoothed: smoothed classifier of the theta of each image, [batch] or [batch, *d], on every device.
       chunk: noisy copies at a time of each work item.
-      num_items: work items of each launch, a multiple of the devices.
+      sizes: how many work items a launch may have, ascending, multiples of the devices; a program is compiled for each
+        that is used.
       mesh: the devices.
     """
 
@@ -60,7 +68,7 @@ class VoteCounter(NamedTuple):
     images: jax.Array
     smoothed: Smoothed
     chunk: int
-    num_items: int
+    sizes: tuple[int, ...]
     mesh: Mesh
 
     def __call__(self, stage: Stage, indices: np.ndarray, first: Any, stop: Any) -> np.ndarray:
@@ -74,17 +82,24 @@ class VoteCounter(NamedTuple):
         ranges = np.broadcast_arrays(indices, first, stop)
         wanted = [(int(index), int(a), int(b)) for index, a, b in zip(*ranges, strict=True) if a < b]
         if self.smoothed.classifier.on_host:
-            return [Launch(np.array([index]), self._count_on_host(stage, index, (a, b))) for index, a, b in wanted]
+            return [
+                Launch(np.array([index]), self._count_on_host(stage, index, (a, b)), b - a) for index, a, b in wanted
+            ]
         launches = []
         while wanted:
-            # Every item of a launch runs the same number of chunks (steps), as one compiled program. With this number,
-            # one launch holds about all that is wanted; what is left is cut again, smaller, for the next launch.
-            steps = max(1, sum(math.ceil((b - a) / self.chunk) for _, a, b in wanted) // self.num_items)
-            size = steps * self.chunk
-            cut = [(index, i, min(i + size, b)) for index, a, b in wanted for i in range(a, b, size)]
-            now, wanted = cut[: self.num_items], cut[self.num_items :]
-            now += [(0, 0, 0)] * (self.num_items - len(now))  # padding, of no draws
-            launches.append(Launch(np.array(now)[:, 0], self.program(stage, np.array(now, np.int32), steps).run()))
+            # Every item of a launch runs the same number of chunks (steps), as one compiled program. It is the largest
+            # for which all items are full; what is left is cut again, smaller, for the next launch.
+            chunks = [math.ceil((b - a) / self.chunk) for _, a, b in wanted]
+            num_items = max((size for size in self.sizes if size <= sum(chunks)), default=self.sizes[0])
+            full = lambda steps: sum(count // steps for count in chunks) >= num_items  # noqa: B023
+            steps = next(filter(full, range(sum(chunks) // num_items, 1, -1)), 1)
+            draws = steps * self.chunk
+            cut = [(index, i, min(i + draws, b)) for index, a, b in wanted for i in range(a, b, draws)]
+            cut.sort(key=lambda item: item[1] - item[2])  # the shorter ones are left
+            now, wanted = cut[:num_items], cut[num_items:]
+            now += [(0, 0, 0)] * (num_items - len(now))  # padding, of no draws
+            votes = self.program(stage, np.array(now, np.int32), steps).run()
+            launches.append(Launch(np.array(now)[:, 0], votes, num_items * draws))
         return launches
 
     def _count_on_host(self, stage: Stage, index: int, draws: tuple[int, int]) -> jax.Array:

@@ -83,7 +83,7 @@ def host(images: int, shape: tuple[int, ...], per_coordinate: bool) -> dict[str,
     arrays: dict[str, Any] = {"predictions": found.prediction, "counts": found.count, "n": found.n}
     arrays |= {"p_lower": found.p_lower, "gap": found.gap, "theta": theta}
     arrays |= {"seconds": np.ones(10), "pixels": np.zeros(10, np.uint64)}
-    arrays |= {"labels": np.zeros(10, int), "draws": np.full(10, N)}
+    arrays |= {"labels": np.zeros(10, int), "draws": np.full(10, N), "passes": np.array(10 * N)}
     arrays |= {f"bound_{name}": column for name, column in evidence._asdict().items()}
     arrays |= {f"leakage_{name}": np.zeros(10, np.int32) for name in LeakageCounts._fields}
     result: dict[str, Any] = {"coordinates of theta": theta[0].size}

@@ -68,6 +68,7 @@ def write_run(path, method, theta, *, ids=(0, 20, 40), norm="l2", alpha=0.001, d
                 "counts": counts,
                 "n": np.full(n, 100),
                 "draws": np.full(n, 110),
+                "passes": np.array(128 * n),
                 "p_lower": p_lower,
                 "gap": gap,
                 "theta": theta,

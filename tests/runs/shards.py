@@ -40,6 +40,7 @@ def arrays(ids, config=CONFIG):
         "counts": counts,
         "n": evidence.n,
         "draws": evidence.n + config.certify.n0,
+        "passes": np.array(1200 * n),
         "p_lower": p_lower,
         "gap": gap,
         "theta": np.minimum(rng.exponential(size=theta_shape), 1.5).astype(np.float32),

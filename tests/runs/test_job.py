@@ -89,7 +89,7 @@ def counter(config, batch, chunk):
 def test_no_more_noisy_copies_than_draws_as_far_as_equal_chunks_allow(n, chunk):
     found = counter(RunConfig(certify=CertifyConfig(n=n)), 3, chunk)
     steps = -(-n // chunk)
-    assert found.num_items == 3 and found.chunk <= chunk and -(-n // found.chunk) == steps
+    assert found.sizes == (3,) and found.chunk <= chunk and -(-n // found.chunk) == steps
     assert n <= steps * found.chunk < n + steps
 
 
@@ -98,7 +98,22 @@ def test_looks_of_sequential_sampling_are_whole_chunks():
     config = RunConfig(sampling=SequentialConfig(tolerance=0.1))
     for chunk, expected in ((60, (60, 3)), (100, (100, 3)), (128, (100, 3)), (500, (100, 15))):
         found = counter(config, 3, chunk)
-        assert (found.chunk, found.num_items) == expected
+        assert (found.chunk, found.sizes[-1]) == expected
+
+
+def test_sequential_sampling_has_smaller_launches_for_its_last_looks():
+    config = RunConfig(sampling=SequentialConfig(tolerance=0.1))
+    assert counter(config, 32, 100).sizes == (2, 8, 32)
+    assert counter(config, 3, 100).sizes == (1, 3)
+    assert counter(RunConfig(), 32, 100).sizes == (32,)
+
+
+def test_the_passes_of_a_run_are_those_that_the_network_makes(tmp_path):
+    """Three images that go on to the end, one chunk after another: 10 and 100 draws each, in chunks of 30."""
+    config = dataclasses.replace(FIXED, sampling=SequentialConfig(radii=(0.0,)))
+    execution = Execution(batch_size=4, chunk=30, devices=1)
+    certify_dataset(CLASSIFIER, take(POINTS, np.arange(3)), config, out=tmp_path, execution=execution)
+    assert read_run(tmp_path).passes() == 3 * 30 + 3 * 120
 
 
 def test_devices_share_the_rows_of_a_call():

@@ -30,10 +30,11 @@ def keys_of(ids):
 
 
 def counter(theta=THETA["scalar"], *, columns=ALL, noise=Gaussian(), classifier=CLASSIFIER, chunk=7, items=2, on=1):
-    """A counter for the images `columns` of the data set, on so many devices."""
+    """A counter for the images `columns` of the data set, on so many devices; `items`: one size of launches, or all."""
     mesh = devices.device_mesh(on)
     batch = keys_of(DATASET.ids[columns]), DATASET.images[columns], Smoothed(classifier, noise, theta[columns])
-    return VoteCounter(*devices.replicate(batch, mesh), chunk, items, mesh)
+    sizes = items if isinstance(items, tuple) else (items,)
+    return VoteCounter(*devices.replicate(batch, mesh), chunk, sizes, mesh)
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def expected(kind, noise, stage):
 
 @pytest.mark.parametrize(
     ("chunk", "items"),
-    [(1, 2), (7, 2), (7, 32), (100, 6), (NUM_DRAWS, 6), (400, 2)],
+    [(1, 2), (7, 2), (7, 32), (7, (2, 8, 32)), (100, 6), (NUM_DRAWS, 6), (400, 2)],
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("on", [1, 2])
@@ -78,6 +79,21 @@ def test_each_image_may_have_a_range_of_its_own(ranges):
     counted = votes(Stage.ESTIMATE, columns, first, stop)
     for column, low, high, found in zip(columns, first, stop, counted, strict=True):
         np.testing.assert_array_equal(found, between(int(column), int(low), int(high)))
+
+
+@given(st.lists(st.integers(0, 60), min_size=5, max_size=5), st.sampled_from([(2,), (4,), (2, 6, 20)]))
+def test_no_more_is_classified_than_chunks_and_the_smallest_launch_ask_for(draws, sizes):
+    """Each launch but the last is full."""
+    launches = counter(items=sizes).launch(Stage.ESTIMATE, ALL, 0, np.array(draws))
+    chunks, passes = sum(-(-count // 7) for count in draws), sum(launch.passes for launch in launches)
+    assert 0 <= passes - 7 * chunks < 7 * sizes[0]
+    assert {len(launch.indices) for launch in launches} <= {*sizes}
+
+
+def test_large_launches_come_first():
+    """Two images want 40 and 9 chunks: 20 items of two chunks, of the one, six items of one, and the rest in twos."""
+    launches = counter(items=(2, 6, 20)).launch(Stage.ESTIMATE, np.array([1, 2]), 0, np.array([280, 63]))
+    assert [(len(launch.indices), launch.passes) for launch in launches] == [(20, 280), (6, 42), (2, 14), (2, 14)]
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -125,9 +141,10 @@ def test_nothing_is_launched_for_no_draws():
     assert votes.collect([]).shape == (5, 2) and not votes.collect([]).any()
 
 
-def test_ranges_of_any_size_take_one_program():
-    votes = counter(chunk=3, items=10)
-    votes(Stage.ESTIMATE, ALL, 0, 4)
+@pytest.mark.parametrize("sizes", [(10,), (1, 3, 10)])
+def test_ranges_of_any_size_take_one_program_for_each_size_of_launch(sizes):
+    votes = counter(chunk=3, items=sizes)
+    votes(Stage.ESTIMATE, ALL, 0, 9)  # 15 chunks: 10, 3 and twice 1
     compiled = _count_items._cache_size()
     for columns, stop in ((ALL, 200), (ALL[:1], 1), (ALL[2:], np.array([5, 0, 90]))):
         votes(Stage.PILOT, columns, 0, stop)
@@ -143,7 +160,7 @@ def test_all_draws_of_an_enumerable_noise_are_counted(noise):
     images = np.round(DATASET.images * 255).astype(np.float32) / np.float32(255)
     mesh = devices.device_mesh(2)
     batch = keys_of(DATASET.ids), images, Smoothed(CLASSIFIER, noise, theta)
-    votes = VoteCounter(*devices.replicate(batch, mesh), 7, 4, mesh)(Stage.ESTIMATE, ALL, 0, num_draws)
+    votes = VoteCounter(*devices.replicate(batch, mesh), 7, (4,), mesh)(Stage.ESTIMATE, ALL, 0, num_draws)
     assert (votes.sum(axis=1) == num_draws).all()
 
     @jax.jit
