@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import math
 import os
-import platform
 from collections.abc import Callable, Sequence
+from platform import libc_ver
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
     operating system and returns it every time, which takes time. Threads that run already may still do so. Does nothing
     where the C library is not glibc.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: one heap, never by mmap, never trimmed, in large steps.
         for option, value in ((-8, 1), (-4, 0), (-1, -1), (-2, 2**28)):
@@ -67,6 +67,11 @@ def device_mesh(num_devices: int | None = None, *, all_processes: bool = False) 
     devices = [device for _, group in of_each for device in [*group][:count]] if all_processes else local[:count]
     # Explicit axes, JAX's default, fail in the scan of the theta ascent.
     return Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
+
+
+def platform(mesh: Mesh) -> str:
+    """What the devices of the mesh are: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def free_memory(mesh: Mesh) -> int:
@@ -169,7 +174,7 @@ def refuse_collectives(mesh: Mesh, what: str) -> None:
     Raises:
       ValueError: if the mesh has more than one CPU device of this process.
     """
-    if len(mesh.local_devices) > 1 and mesh.devices.flat[0].platform == "cpu":
+    if len(mesh.local_devices) > 1 and platform(mesh) == "cpu":
         raise ValueError(
             f"{len(mesh.local_devices)} CPU devices cannot {what}: they would wait for each other, and XLA aborts a "
             "process where one is late; use one device, which has all cores"

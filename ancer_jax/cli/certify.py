@@ -143,7 +143,8 @@ class Certify:
     batch_size: int | None = None
     """Images at a time; speed only. Default: 32 for each device (10 for a CPU), or what its memory can take."""
     chunk: int | None = None
-    """Noisy copies of each image at a time; speed only. Default: 128 (on a CPU 100), or what memory can take."""
+    """Noisy copies of each image at a time; speed only. Default: on a CPU 100, else 4,096 divided by the images of
+    a batch on each device, or what memory can take."""
     devices: int | None = None
     """Local devices to use; default all. Without an accelerator each core is one, up to eight."""
     shard_devices: Shard = "images"

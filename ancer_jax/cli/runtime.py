@@ -42,6 +42,8 @@ class Runtime:
         elif getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009
             folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             jax.config.update("jax_compilation_cache_dir", str(folder / "ancer-jax"))
+            # JAX would not keep what compiles within a second: a run has dozens of such programs.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         if self.multihost:
             self._join(survive)
         elif (self.coordinator, self.processes, self.process) != (None, None, None):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from ancer_jax._checks import check_integer, check_real
 from ancer_jax.models._convolution import convolution
-from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.classifier import Classifier, from_function
 
 # denoise(variables, x[n, *d], theta) -> [n, *d]
 Denoise = Callable[[Any, jax.Array, jax.Array], Any]
@@ -76,8 +76,8 @@ def denoised(denoise: Denoise, variables: Any, classifier: Classifier, theta: Fl
     """
     if classifier.on_host:
         raise ValueError("a denoiser in JAX cannot be put in front of a classifier that runs outside of it")
-    inner = jax.tree.map(jnp.asarray, variables), jnp.asarray(theta, jnp.float32), classifier.variables
-    return Classifier(_DenoisedApply(denoise, classifier.apply), inner, classifier.num_classes)
+    inner = variables, jnp.asarray(theta, jnp.float32), classifier.variables
+    return from_function(_DenoisedApply(denoise, classifier.apply), inner, num_classes=classifier.num_classes)
 
 
 @dataclasses.dataclass(frozen=True)

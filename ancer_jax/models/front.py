@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ancer_jax._numerics import Leaf
 from ancer_jax.basis import Basis, spectrum
-from ancer_jax.smoothing.classifier import Classifier
+from ancer_jax.smoothing.classifier import Classifier, from_function
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +74,8 @@ def with_front(classifier: Classifier, front: Front) -> Classifier:
     """
     if classifier.on_host:
         raise ValueError("a filter in JAX cannot be put in front of a classifier that runs outside of it")
-    variables = (jax.tree.map(jnp.asarray, front), classifier.variables)
-    return Classifier(_WithFrontApply(classifier.apply), variables, classifier.num_classes)
+    variables = front, classifier.variables
+    return from_function(_WithFrontApply(classifier.apply), variables, num_classes=classifier.num_classes)
 
 
 class WithFront(nn.Module):

@@ -217,7 +217,8 @@ class Execution:
     Attributes:
       batch_size: images at a time (rounded up to a multiple of the devices, if these shard the images). None: 32 for
         each device, 10 for each CPU, or fewer if their memory is too small.
-      chunk: noisy copies of each image at a time in certification, on each device. None: 128, on CPUs 100, or fewer.
+      chunk: noisy copies of each image at a time in certification, on each device. None: on CPUs 100; else
+        4,096 divided by the images of a batch on each device, 128 for 32 images; or fewer.
       devices: how many local devices; None is all of them.
       shard: what the devices share in searches and leakage: "images", for throughput, or the "draws" of one image after
         another, where images are fewer than devices. Votes are always spread evenly. Several CPU devices cannot share

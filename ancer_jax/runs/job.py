@@ -37,8 +37,10 @@ from ancer_jax.smoothing.noise import Noise
 from ancer_jax.smoothing.sequential import UNIT, certificate_from_sequential, sample_until_decided, scales_of
 from ancer_jax.smoothing.smoothed import Smoothed, Stage
 
-# Images for each device, and noisy copies of each, where nothing is asked for and memory allows it.
-_USUAL, _USUAL_ON_CPU = (32, 128), (10, 100)
+# Where nothing is asked for and memory allows it: images for each device, and noisy copies of each image at a time on a
+# CPU, or of all images at a time on each accelerator.
+_IMAGES_ON_CPU, _CHUNK_ON_CPU = 10, 100
+_IMAGES, _COPIES = 32, 4096
 # Launches of sequential sampling have all work items, a quarter or a sixteenth of them.
 PARTS = (1, 4, 16)
 
@@ -166,7 +168,7 @@ class Job:
         config, mesh, settings = self.config, self.mesh, self.config.leakage
         if settings is None or not config.data_dependent:
             return self
-        chunk, start = min(self.chunk, _USUAL_ON_CPU[1]), np.float32(config.theta)
+        chunk, start = min(self.chunk, _CHUNK_ON_CPU), np.float32(config.theta)
         count, rng = min(settings.num_probes, len(dataset)), np.random.default_rng(config.seed)
         in_search = rng.choice(len(dataset), count, replace=False)
         others = np.setdiff1d(np.arange(len(dataset)), in_search)
@@ -224,13 +226,20 @@ class Job:
 
 def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execution: Execution, mesh: Mesh) -> Job:
     """The job of a run, with the chunk that is asked for or usual; `Job.with_probes` is needed to measure leakage."""
-    chunk = execution.chunk or usual_sizes(mesh)[1]
+    chunk = execution.chunk or usual_chunk(mesh, usual_images(mesh) * mesh.size)
     return Job(classifier, config, start, None, mesh, execution.shard, chunk)
 
 
-def usual_sizes(mesh: Mesh) -> tuple[int, int]:
-    """Images for each device, and noisy copies of each at a time, where nothing is asked for."""
-    return _USUAL_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _USUAL
+def usual_images(mesh: Mesh) -> int:
+    """Images for each device, where nothing is asked for."""
+    return _IMAGES_ON_CPU if devices.platform(mesh) == "cpu" else _IMAGES
+
+
+def usual_chunk(mesh: Mesh, batch: int) -> int:
+    """Noisy copies of each of `batch` images at a time, where nothing is asked for."""
+    if devices.platform(mesh) == "cpu":
+        return _CHUNK_ON_CPU
+    return max(1, _COPIES // math.ceil(batch / mesh.size))
 
 
 def _num_draws(noise: Noise, theta: np.ndarray) -> np.ndarray:

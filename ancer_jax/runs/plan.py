@@ -9,7 +9,7 @@ import numpy as np
 from ancer_jax import devices
 from ancer_jax.data import Dataset
 from ancer_jax.runs.config import Execution
-from ancer_jax.runs.job import Job, usual_sizes
+from ancer_jax.runs.job import Job, usual_chunk, usual_images
 from ancer_jax.smoothing.smoothed import Stage
 
 _USABLE = 0.9  # part of a device's free memory that a program may plan with
@@ -23,10 +23,16 @@ def choose_batch(job: Job, dataset: Dataset, execution: Execution) -> tuple[Job,
     that no device waits for a last batch that is nearly empty.
     """
     among = job.mesh.size if job.shard == "images" else 1
-    per_device = usual_sizes(job.mesh)[0]
-    while True:
+    per_device = usual_images(job.mesh)
+
+    def batch_of(per_device: int) -> int:
         even_batch = math.ceil(len(dataset) / math.ceil(len(dataset) / per_device / among))
-        batch = math.ceil(min(execution.batch_size or even_batch, len(dataset)) / among) * among
+        return math.ceil(min(execution.batch_size or even_batch, len(dataset)) / among) * among
+
+    if not execution.chunk:
+        job = dataclasses.replace(job, chunk=usual_chunk(job.mesh, batch_of(per_device)))
+    while True:
+        batch = batch_of(per_device)
         # Nothing to choose, or no program of JAX to choose for: compile nothing.
         if job.classifier.on_host or (execution.batch_size and execution.chunk):
             return job, batch

@@ -31,7 +31,9 @@ class Program(NamedTuple):
     def plan(self) -> tuple[int, Any]:
         """Bytes on one device that the program takes, and shapes and types of its results."""
         lowered = self.function.lower(*self.arguments, **self.static)
-        sizes = lowered.compile().memory_analysis()
+        # A GPU autotunes for minutes, and this program may turn out too large. Others run what is compiled here.
+        on_gpu = devices.platform(self.static["mesh"]) == "gpu"
+        sizes = lowered.compile({"xla_gpu_autotune_level": "0"} if on_gpu else None).memory_analysis()
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
         return needed, lowered.out_info
 
@@ -87,10 +89,10 @@ class VoteCounter(NamedTuple):
             ]
         launches = []
         while wanted:
-            # Every item of a launch runs the same number of chunks (steps), as one compiled program. It is the largest
-            # for which all items are full; what is left is cut again, smaller, for the next launch.
+            # Every item of a launch runs the same number of chunks (steps), as one compiled program. The launch is the
+            # largest that is nearly filled, with as many steps as fill all items; the rest is left for the next launch.
             chunks = [math.ceil((b - a) / self.chunk) for _, a, b in wanted]
-            num_items = max((size for size in self.sizes if size <= sum(chunks)), default=self.sizes[0])
+            num_items = max((size for size in self.sizes if 3 * size <= 4 * sum(chunks)), default=self.sizes[0])
             full = lambda steps: sum(count // steps for count in chunks) >= num_items  # noqa: B023
             steps = next(filter(full, range(sum(chunks) // num_items, 1, -1)), 1)
             draws = steps * self.chunk

@@ -24,6 +24,11 @@ from jax.typing import ArrayLike
 from ancer_jax._checks import check_integer, check_type
 
 WRAP_IT = "wrap it with from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
+# Compiler options, by platform, of a program that runs a few times only: without what takes long to optimise.
+_COMPILED_QUICKLY: dict[str, dict[str, str | bool]] = {
+    "cpu": {"xla_backend_optimization_level": "0"},
+    "gpu": {"xla_gpu_autotune_level": "0"},
+}
 # Call arguments by which Linen modules are told training from evaluation, with the value for evaluation.
 _EVALUATION_ARGUMENTS = {"train": False, "training": False, "is_training": False, "deterministic": True}
 
@@ -148,7 +153,12 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
     Raises:
       ValueError: if `num_classes` is below 2.
     """
-    return Classifier(function, jax.tree.map(jnp.asarray, variables), num_classes)
+    return Classifier(function, jax.tree.map(_own, variables), num_classes)
+
+
+def _own(leaf: ArrayLike) -> jax.Array:
+    """An array that nobody else can write into. (`jnp.asarray` may share the memory of a NumPy array.)"""
+    return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, may_alias=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +213,9 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     noise = np.random.default_rng(0).normal(size=(7, *x.shape)).astype(np.float32)
     batch = np.concatenate([x[None], x + 0.1 * noise[:3]])
     others = np.concatenate([x[None], noise[4:6], x[None] + 0.5 * noise[6:]])
-    run = classifier if classifier.on_host else functools.partial(jax.jit(Classifier.__call__), classifier)
+    options = _COMPILED_QUICKLY.get(jax.default_backend())
+    compiled = functools.partial(jax.jit(Classifier.__call__, compiler_options=options), classifier)
+    run = classifier if classifier.on_host else compiled
     try:
         first = run(batch)
         if not jnp.isrealobj(first):

@@ -1,6 +1,7 @@
 """How many images and noisy copies at a time: as many as the devices' memory can take, by the programs that run."""
 
 import dataclasses
+import types
 import warnings
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from ancer_jax import Execution, RunConfig, SequentialConfig, certify_dataset, devices
 from ancer_jax.data import take
 from ancer_jax.runs import plan
-from ancer_jax.runs.job import Job, usual_sizes
+from ancer_jax.runs.job import make_job, usual_chunk
 from ancer_jax.runs.votes import Program
 from tests.runs.points import ANCER, FIXED, ISOTROPIC, POINTS, SMALL, THETA
 from tests.toy import CLASSIFIER
@@ -23,8 +24,7 @@ def chosen(monkeypatch, memory, config=FIXED, **execution):
     monkeypatch.setattr(devices, "free_memory", lambda mesh: memory)
     execution = Execution(**execution)
     mesh = devices.device_mesh(execution.devices or 1)
-    job = Job(CLASSIFIER, config, THETA, None, mesh, execution.shard, execution.chunk or usual_sizes(mesh)[1])
-    job, batch = plan.choose_batch(job, POINTS, execution)
+    job, batch = plan.choose_batch(make_job(CLASSIFIER, config, THETA, execution, mesh), POINTS, execution)
     return batch, job.chunk
 
 
@@ -59,6 +59,35 @@ def test_what_does_not_fit_gets_smaller(monkeypatch, asked, memory, per_search, 
         assert max(needs(batch, chunk)) <= 0.9 * memory
         usual = asked.get("batch_size", 20), asked.get("chunk", 100)
         assert (batch, chunk) == usual or max(needs(batch + 2, chunk + 1)) > 0.5 * memory
+
+
+def test_an_accelerator_gets_4096_copies_at_a_time_of_however_few_images(monkeypatch):
+    chunks = lambda on, *batches: [usual_chunk(devices.device_mesh(on), batch) for batch in batches]
+    assert chunks(4, 1, 32) == [100, 100]
+    monkeypatch.setattr(devices, "platform", lambda mesh: "gpu")
+    assert chunks(1, 1, 2, 32, 100, 5000) == [4096, 2048, 128, 40, 1]
+    assert chunks(4, 1, 4, 8, 128) == [4096, 4096, 2048, 128]
+    assert chosen(monkeypatch, 10**9) == (25, 163) and chosen(monkeypatch, 10**9, batch_size=4) == (4, 1024)
+    assert chosen(monkeypatch, 10**9, devices=8, shard="draws") == (25, 1024)
+    assert chosen(monkeypatch, 10**9, chunk=50) == (25, 50)
+
+
+@pytest.mark.parametrize(("platform", "options"), [("gpu", {"xla_gpu_autotune_level": "0"}), ("tpu", None)])
+def test_plans_for_a_gpu_are_made_without_autotuning(monkeypatch, platform, options):
+    """XLA knows the option: the CPU's compiler takes it, too."""
+    monkeypatch.setattr(devices, "platform", lambda mesh: platform)
+    function, asked = jax.jit(lambda x, mesh: x + 1, static_argnames="mesh"), []
+    lowered = function.lower(np.ones(3, np.float32), mesh=None)
+
+    def compile(options):
+        asked.append(options)
+        return lowered.compile(options)
+
+    stand_in = types.SimpleNamespace(lower=lambda *a, **k: types.SimpleNamespace(compile=compile, out_info=None))
+    needed, _ = Program(stand_in, (), {"mesh": None}).plan()
+    assert asked == [options] and needed >= 24
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_autotune"):
+        lowered.compile({"xla_gpu_autotune": "0"})
 
 
 def test_memory_of_the_machine_is_known():
@@ -115,13 +144,17 @@ SPLITTING = {"norm": "l1", "noise": "splitting", "exact": True, "period": 60}
 )
 @pytest.mark.parametrize("shard", ["images", "draws"])
 def test_the_programs_that_are_planned_are_those_that_run(tmp_path, calls, config, programs, shard):
-    """The same jitted functions, on arguments of the same shapes, types and devices, with the same static arguments."""
+    """The same jitted functions, on arguments of the same shapes, types and devices, with the same static arguments.
+
+    Sequential sampling also has smaller launches, which need less memory.
+    """
     theta_map = np.linspace(0.1, 0.5, 9).reshape(3, 3, 1) if config.method == "universal" else None
     execution = Execution(devices=2, shard=shard)
     config, dataset = dataclasses.replace(config, memory=False), take(POINTS, np.arange(45))  # in three batches
     certify_dataset(CLASSIFIER, dataset, config, out=tmp_path, theta_map=theta_map, execution=execution)
     assert {function.__name__ for function, *_ in calls["plan"]} == programs
-    assert {*calls["run"]} == {*calls["plan"]} and len(calls["run"]) > len(calls["plan"]) == len(programs)
+    assert {*calls["run"]} >= {*calls["plan"]} and len(calls["run"]) > len(calls["plan"]) == len(programs)
+    assert {*calls["run"]} == {*calls["plan"]} or config.sampling
 
 
 def test_where_memory_is_short_the_last_plan_is_what_runs(tmp_path, calls, monkeypatch):
