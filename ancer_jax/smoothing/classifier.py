@@ -157,8 +157,10 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
 
 
 def _own(leaf: ArrayLike) -> jax.Array:
-    """An array that nobody else can write into. (`jnp.asarray` may share the memory of a NumPy array.)"""
-    return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, may_alias=False)
+    """An array that nobody else can write into: JAX may share the memory of a NumPy array."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return jax.device_put(leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,6 +202,15 @@ def test_rebuilding_a_wrapper_or_loading_other_weights_compiles_nothing(kind):
     assert not np.allclose(first, second)
 
 
+def test_weights_that_are_overwritten_later_change_nothing():
+    """JAX may share the memory of large NumPy arrays."""
+    weights = {"w": np.ones((10**6, 2), np.float32), "on device": jnp.ones(3)}
+    classifier = from_function(lambda variables, x: x @ variables["w"], weights, num_classes=2)
+    weights["w"][:] = 0
+    assert (np.asarray(classifier.variables["w"]) == 1).all()
+    assert classifier.variables["on device"] is weights["on device"]
+
+
 def test_fingerprint_names_the_weights():
     a, b = reference.linear(np.ones(4)), reference.linear(np.ones(4))
     other = reference.linear(np.array([1, 1, 1, 1 + 1e-6]))
