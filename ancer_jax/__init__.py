@@ -8,7 +8,7 @@ from ancer_jax.data import dataset_from_arrays, load_dataset
 from ancer_jax.memory import Answer, Memory
 from ancer_jax.models import bundled_models, load_bundled
 from ancer_jax.regions import Region, disjoint, is_superset
-from ancer_jax.runs import Execution, RunConfig, certify_dataset, load_memory, save_memory
+from ancer_jax.runs import CarryRunConfig, Execution, RunConfig, carry_run, certify_dataset, load_memory, save_memory
 from ancer_jax.search import (
     AnisotropicConfig,
     GuardConfig,
@@ -22,6 +22,7 @@ from ancer_jax.search import (
 )
 from ancer_jax.smoothing import (
     ABSTAIN,
+    CarryConfig,
     Certificate,
     CertifyConfig,
     Classifier,
@@ -31,11 +32,14 @@ from ancer_jax.smoothing import (
     Smoothed,
     Splitting,
     Uniform,
+    carry,
+    certificate_from_lost_votes,
     certificate_from_votes,
     certify,
     certify_batch,
     certify_sequentially,
     check_classifier,
+    count_lost_votes,
     count_votes,
     from_function,
     from_host,
@@ -52,6 +56,8 @@ __all__ = [
     "ABSTAIN",
     "AnisotropicConfig",
     "Answer",
+    "CarryConfig",
+    "CarryRunConfig",
     "Certificate",
     "CertifyConfig",
     "Classifier",
@@ -70,12 +76,16 @@ __all__ = [
     "Uniform",
     "UniversalConfig",
     "bundled_models",
+    "carry",
+    "carry_run",
+    "certificate_from_lost_votes",
     "certificate_from_votes",
     "certify",
     "certify_batch",
     "certify_dataset",
     "certify_sequentially",
     "check_classifier",
+    "count_lost_votes",
     "count_votes",
     "dataset_from_arrays",
     "disjoint",

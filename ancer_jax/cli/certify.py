@@ -1,9 +1,11 @@
 """`ancer-jax certify`: flags to a `RunConfig`, a progress bar, a table."""
 
+import contextlib
 import dataclasses
 import decimal
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -20,7 +22,7 @@ from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
 from ancer_jax.data.pictures import Crop
 from ancer_jax.models import Checkpoint, check_fit, resolve_classifier
-from ancer_jax.runs import read_run
+from ancer_jax.runs import CarryRunConfig, carry_run, read_run
 from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig, Shard
 from ancer_jax.runs.pipeline import certify_dataset
 from ancer_jax.search.config import AnisotropicConfig, Guard, IsotropicConfig, LeakageConfig, Objective, SearchConfig
@@ -35,6 +37,11 @@ _SIGMA_FACTORS = {"theta": 1.0, "rs4a": math.sqrt(3), "ancer": 1 / math.sqrt(3)}
 _OF_SEARCHES = (
     *("preset", "iso_steps", "iso_lr", "iso_samples", "ancer_steps", "ancer_lr", "ancer_samples", "kappa", "objective"),
     *("theta_max", "guard", "guard_samples", "leakage_probes", "leakage_samples", "leakage_weight", "leakage_limit"),
+)
+# Flags that have an effect with --carry.
+_OF_CARRYING = (
+    *("data", "split", "crop", "classifier", "carry", "carry_from", "carry_n", "carry_alpha", "skip", "max", "seed"),
+    *("memory", "batch_size", "chunk", "devices", "precision", "runtime", "out"),
 )
 _Search = TypeVar("_Search", bound=SearchConfig)
 
@@ -140,6 +147,16 @@ class Certify:
     leakage_limit: float | None = None
     """Reject a theta that leaks more than this share: the anisotropic one in favour of the isotropic one, and that in
     favour of sigma."""
+    carry: str | None = None
+    """Instead of certifying --classifier afresh, carry to it the certificates of this run directory, of another network
+    (the guide "changed networks"). Norm, noise, thetas and classes are those of the run."""
+    carry_from: str | None = None
+    """With --carry: the classifier of that run, written as for --classifier; default: bundled."""
+    carry_n: int = CarryRunConfig.n
+    """With --carry: draws for each image, on which both networks run."""
+    carry_alpha: float | None = None
+    """With --carry: probability that an image's certificate fails because of these draws, which adds to the alpha of
+    the run; default: a tenth of that."""
     batch_size: int | None = None
     """Images at a time; speed only. Default: 32 for each device (10 for a CPU), or what its memory can take."""
     chunk: int | None = None
@@ -161,6 +178,16 @@ class Certify:
         """Certify under each sigma, then print the table of these runs."""
         devices.use_all_cores()
         self.runtime.start(survive=True)
+        self._refuse_flags_without_effect()
+        runs = self._certify_each() if self.carry is None else [self._carry(self.carry)]
+        if self.runtime.multihost:
+            leave()
+        print_table(runs, parse_radii(self.radii) or RADII)
+        if len(runs) > 1:
+            print("\nIf you choose a sigma by this table, certify with another --seed, or better other images, too.")
+
+    def _certify_each(self) -> list[str]:
+        """A run under each sigma: their directories."""
         if self.sigma is not None and not 0 < len({f"{sigma:g}" for sigma in self.sigma}) == len(self.sigma):
             raise ValueError(f"--sigma takes one or more different numbers, got {list(self.sigma)}")
         sigmas = self.sigma or ()
@@ -169,16 +196,38 @@ class Certify:
         asked = self._read_theta_map() or (sigmas[0] if sigmas else None)
         classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, asked)
         if len(sigmas) < 2:
-            runs = [self._certify_one(classifier, theta, checkpoint, self.out)]
-        else:
-            outs = [self.out and f"{self.out}/{sigma:g}" for sigma in sigmas]
-            pairs = zip(sigmas, outs, strict=True)
-            runs = [self._certify_one(classifier, sigma, checkpoint, out) for sigma, out in pairs]
+            return [self._certify_one(classifier, theta, checkpoint, self.out)]
+        outs = [self.out and f"{self.out}/{sigma:g}" for sigma in sigmas]
+        pairs = zip(sigmas, outs, strict=True)
+        return [self._certify_one(classifier, sigma, checkpoint, out) for sigma, out in pairs]
+
+    def _carry(self, path: str) -> str:
+        """Carry the certificates of a run: the new run's directory."""
+        run, dataset = read_run(path), self._dataset()
+        classifiers = []
+        for name in (self.carry_from or "bundled", self.classifier):
+            classifier, _, checkpoint = resolve_classifier(name, run.config.norm, run.config.theta)
+            if checkpoint is not None:
+                check_fit(name, checkpoint, dataset)
+            classifiers.append(classifier)
+        out = self.out or f"{run.path}-carried"
+        config = CarryRunConfig(self.carry_n, self.carry_alpha, self.seed, self.precision, self.memory)
+        with self._execution(f"carried from {run.path.name}", dataset) as execution:
+            before, changed = classifiers
+            carry_run(path, (before, changed), dataset, config, out=out, execution=execution)
+        self._print_rest(out, dataset)
+        return out
+
+    def _dataset(self) -> Dataset:
+        """The images that are asked for."""
+        whole = load_dataset(self.data, split=self.split, crop=self.crop)
+        return select(whole, skip=self.skip, max_images=self.max)
+
+    def _print_rest(self, out: str, dataset: Dataset) -> None:
+        """With several processes, what the others have yet to do."""
         if self.runtime.multihost:
-            leave()
-        print_table(runs, parse_radii(self.radii) or RADII)
-        if len(runs) > 1:
-            print("\nIf you choose a sigma by this table, certify with another --seed, or better other images, too.")
+            left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
+            print(f"process {jax.process_index()} of {jax.process_count()} has finished; {left} images are left")
 
     def _certify_one(
         self, classifier: Classifier, theta: float | ThetaMap, checkpoint: Checkpoint | None, out: str | None
@@ -190,7 +239,7 @@ class Certify:
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")
         else:
             sigma = theta
-        dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), skip=self.skip, max_images=self.max)
+        dataset = self._dataset()
         command = self
         if checkpoint is not None:
             check_fit(self.classifier, checkpoint, dataset)
@@ -203,9 +252,7 @@ class Certify:
         law += f"{self.basis}-" * (self.basis not in (None, "pixels"))
         out = out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
         command.certify(classifier, dataset, sigma, out, theta_map)
-        if self.runtime.multihost:
-            left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
-            print(f"process {jax.process_index()} of {jax.process_count()} has finished; {left} images are left")
+        self._print_rest(out, dataset)
         return out
 
     def _read_theta_map(self) -> ThetaMap | None:
@@ -238,8 +285,14 @@ class Certify:
         """One run, with a progress bar."""
         basis = read_basis({"name": self.basis or "pixels"}) if theta_map is None else theta_map.basis
         config = self._config(sigma, basis, len(dataset))
+        with self._execution(f"{self.method} {sigma:g}", dataset) as execution:
+            certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
+
+    @contextlib.contextmanager
+    def _execution(self, title: str, dataset: Dataset) -> Iterator[Execution]:
+        """Settings of speed and memory, with a progress bar."""
         mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
-        total, title = 0 if mine is None else len(mine), f"{self.method} {sigma:g}"
+        total = 0 if mine is None else len(mine)
         # The delay keeps the bar back until the run is open: an error before that is one line alone.
         with tqdm.tqdm(total=total, unit="image", desc=title, smoothing=0, delay=1e-6) as bar:
             remembered = 0
@@ -252,8 +305,7 @@ class Certify:
                     return
                 advance(bar, title, images, "compiling, then the first batch")
 
-            execution = Execution(self.batch_size, self.chunk, self.devices, self.shard_devices, progress)
-            certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
+            yield Execution(self.batch_size, self.chunk, self.devices, self.shard_devices, progress)
 
     def _config(self, sigma: float, basis: Basis, images: int) -> RunConfig:
         """The settings of a run of so many images."""
@@ -285,10 +337,21 @@ class Certify:
         )
 
     def _refuse_flags_of_searches(self) -> None:
+        if given := self._given(_OF_SEARCHES):
+            raise ValueError(f"--method {self.method} searches no theta: {given} must not be given")
+
+    def _refuse_flags_without_effect(self) -> None:
+        """Refuse flags of certifying with --carry, and flags of carrying without it."""
+        names = [field.name for field in dataclasses.fields(self)]
+        if self.carry is None and (given := self._given([name for name in names if name.startswith("carry_")])):
+            raise ValueError(f"{given} must not be given without --carry")
+        if self.carry is not None and (given := self._given([name for name in names if name not in _OF_CARRYING])):
+            raise ValueError(f"--carry takes certificates as they are: {given} must not be given")
+
+    def _given(self, names: Iterable[str]) -> str:
+        """Those of these flags that have another value than their default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [f"--{name.replace('_', '-')}" for name in _OF_SEARCHES if getattr(self, name) != defaults[name]]
-        if given:
-            raise ValueError(f"--method {self.method} searches no theta: {', '.join(given)} must not be given")
+        return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name])
 
     def _search(
         self, config: type[_Search], steps: int | None, num_samples: int | None, learning_rate: float | None

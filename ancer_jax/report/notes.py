@@ -2,7 +2,8 @@
 
 from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results, alphas_of
+from ancer_jax.runs import Run
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
 UNKNOWN = "the table does not say whether theta was chosen for each image; if it was, these are " + NOT_RECONCILED
@@ -96,6 +97,13 @@ def notes(results: list[Results]) -> list[str]:
             f"Sampling stopped as soon as these radii were decided ({'; '.join(decided)}). At other radii, and in "
             "means and medians, regions may be larger than these figures show."
         )
+    runs = [(r.name, r.run, r.run.carried) for r in results if r.run]
+    carried = [(name, run, how) for name, run, how in runs if how is not None]
+    if names := [f"{name} ({how.n:,} common draws, alpha = {alpha_of(run)})" for name, run, how in carried]:
+        said.append(
+            f"Carried from certificates of another network: {', '.join(names)}. Their count and n are "
+            "those of that network, time and passes those of carrying alone. Leakage is not measured again."
+        )
     if names := [name for name, config in configs if config.enumerable]:
         said.append(f"Exact certificates, without alpha, for images of 8 bits: {', '.join(names)}.")
     if names := [name for name, config in configs if config.noise == "splitting"]:
@@ -108,6 +116,11 @@ def notes(results: list[Results]) -> list[str]:
         each = "; ".join(f"{name} {round_up(a, 3)}, {round_up(b, 3)}" for name, a, b in errors)
         said.append(f"Standard errors of accuracy and ACR, over the choice of images: {each}.")
     return said + legend_of_marks(results)
+
+
+def alpha_of(run: Run) -> str:
+    """The error probability of each certificate of a run, as a sum if it was carried."""
+    return " + ".join(map(shortest, alphas_of(run)))
 
 
 def shortest(number: float) -> str:

@@ -16,7 +16,7 @@ from ancer_jax.basis import Basis, KarhunenLoeve, Pixels
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report import notes, plots, tables
-from ancer_jax.report.notes import mark, shortest
+from ancer_jax.report.notes import alpha_of, mark
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 from ancer_jax.runs import Run
 from ancer_jax.runs.settings import flatten
@@ -88,7 +88,7 @@ def _svg(results: list[Results], draw, *arguments: str) -> str:
 def _facts(runs: Sequence[Run]) -> str:
     """The settings without which the figures of these runs mean nothing."""
     names, norms = [run.data.name for run in runs], [run.config.norm for run in runs]
-    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [shortest(run.config.alpha) for run in runs]
+    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [alpha_of(run) for run in runs]
     facts = (("", names), ("", norms), ("n = ", counts), ("alpha = ", alphas))
     return "; ".join(name + ", ".join(dict.fromkeys(values)) for name, values in facts)
 

@@ -89,12 +89,17 @@ class Results:
     @property
     def alpha(self) -> fractions.Fraction | None:
         """Error probability of each certificate, 0 for exact ones; None where the settings are not known."""
-        return decimal(self.config.alpha) if self.config else None
+        return sum(map(decimal, alphas_of(self.run)), fractions.Fraction()) if self.run else None
 
     @property
     def passes(self) -> Passes | None:
-        """Passes through the network per image; None where the settings are not known."""
-        return passes(self.config, float(self["draws"].mean())) if self.config else None
+        """Passes through the network per image, of a carried run those of carrying alone; None where the settings are
+        not known.
+        """
+        if self.run is None:
+            return None
+        draws = float(self["draws"].mean())
+        return passes(self.run.config, draws) if self.run.carried is None else Passes(draws, 0, 0)
 
     @property
     def seconds(self) -> float | None:
@@ -164,6 +169,11 @@ def load_results(path: epath.PathLike) -> Results:
     table = read_text(path / (BEFORE_MEMORY if run.config.data_dependent else RESULTS)) or ""
     finished = table.count("\n") == len(before["idx"]) + 1
     return Results(path.name, after or before, run.config.norm, before if after else None, run, finished)
+
+
+def alphas_of(run: Run) -> tuple[float, ...]:
+    """The error probability of each certificate of a run, and that of carrying it, if it was carried."""
+    return (run.config.alpha,) if run.carried is None else (run.config.alpha, run.carried.alpha)
 
 
 def decimal(number: float) -> fractions.Fraction:

@@ -28,8 +28,9 @@ from ancer_jax.memory import Memory
 from ancer_jax.runs.config import RunConfig
 from ancer_jax.runs.memory_file import MEMORY, read_memory_file, save_memory
 from ancer_jax.runs.settings import DataInfo, plain, read_settings, refuse_other_settings, refuse_other_version
-from ancer_jax.runs.table import Columns, after_memory, columns_of, digests_of, write_table
+from ancer_jax.runs.table import Columns, after_memory, columns_of, digests_of, without_leakage, write_table
 from ancer_jax.search.leakage import LeakageCounts
+from ancer_jax.smoothing.carry import CarryConfig, carried_bound_and_gap
 from ancer_jax.smoothing.certificate import ABSTAIN, Evidence
 from ancer_jax.storage import list_folder, locked, locked_shard, read_arrays, remove, rename, write_file
 
@@ -41,6 +42,8 @@ _ARRAYS = (
     *("ids", "labels", "pixels", "predictions", "counts", "n", "draws", "p_lower", "gap", "theta"),
     *(*_EVIDENCE, *_LEAKAGE, "seconds"),
 )
+# Further arrays of a carried run: lost votes among so many common draws, which are none for an abstention.
+_CARRIED = ("lost_votes", "lost_draws")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,17 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path / 'config.json'}: not the settings of a run ({error!r})") from None
 
+    @functools.cached_property
+    def carried(self) -> CarryConfig | None:
+        """How its certificates were carried from another network (`carry_run`); None if they were not."""
+        how = self.settings.get("carried")
+        return None if how is None else CarryConfig(how["n"], how["alpha"])
+
+    @property
+    def precision(self) -> str:
+        """Precision of its classifier's matrix products, as JAX was set."""
+        return self.settings["precision"]
+
     @property
     def calls_the_host(self) -> bool:
         """Whether its classifier calls code that is not in its hash (`classifier.calls_the_host`)."""
@@ -112,7 +126,7 @@ class Run:
           ValueError: if a shard is truncated, renamed, doubled, changed, or belongs to another run.
         """
         names = tuple(dict.fromkeys(("ids", *names)))
-        checked = ("gap", "p_lower", "predictions", "counts", "n", *_EVIDENCE) if "gap" in names else ()
+        checked = ("gap", "p_lower", "predictions", "counts", "n", *self._integers()) if "gap" in names else ()
         seen, read = set(), tuple(dict.fromkeys((*names, *checked)))
         for file in self.files() if files is None else files:
             try:
@@ -124,10 +138,14 @@ class Run:
             ids = [int(i) for i in shard["ids"]]
             if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in read):
                 raise ValueError(f"{file}: renamed, copied or damaged; move it away")
-            if checked and not _follows_from_counts(shard, self.config):
+            if checked and not _follows_from_counts(shard, self.config, self.carried):
                 raise ValueError(f"{file}: its gaps do not follow from its counts; delete it to compute it again")
             seen |= {*ids}
             yield {name: shard[name] for name in names}
+
+    def _integers(self) -> tuple[str, ...]:
+        """Names of the arrays from which `p_lower` and gap follow (`bound_and_gap`)."""
+        return _EVIDENCE if self.carried is None else (*_EVIDENCE, *_CARRIED)
 
     def done(self) -> set[int]:
         """Ids of the inputs that are finished."""
@@ -142,7 +160,7 @@ class Run:
         """
         self.still_held()
         buffer = io.BytesIO()
-        named: dict[str, Any] = {name: arrays[name] for name in (*_ARRAYS, "passes")}
+        named: dict[str, Any] = {name: arrays[name] for name in dict.fromkeys((*_ARRAYS, *self._integers(), "passes"))}
         np.savez(buffer, key=np.array(self.key), made_with=np.array(json.dumps(dict(self.made_with))), **named)
         write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
@@ -179,6 +197,8 @@ class Run:
         """
         files = self.files()  # once: another process may be adding to them
         before, unit = columns_of(self.shards(files=files), self.config, self.data.image_shape)
+        if before and self.carried is not None and self.config.data_dependent:
+            before = without_leakage(before)  # it is that of another network
         answers = self._answers(before, unit) if before else None
         return before, None if answers is None else after_memory(before, unit, answers, self.data.image_shape)
 
@@ -266,7 +286,19 @@ class Run:
         return file, aside
 
 
-def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig) -> bool:
+def bound_and_gap(
+    shard: Mapping[str, np.ndarray], config: RunConfig, carried: CarryConfig | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`p_lower` and gap that follow from the integers in a shard, float64 [...]."""
+    noise = config.certified_noise
+    p_lower, gap = Evidence(*(shard[name] for name in _EVIDENCE)).bound_and_gap(noise)
+    if carried is None:
+        return p_lower, gap
+    lost, draws = (shard[name] for name in _CARRIED)
+    return carried_bound_and_gap(p_lower, lost, draws, carried.alpha, noise)
+
+
+def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig, carried: CarryConfig | None) -> bool:
     """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
     evidence, certify = Evidence(*(shard[name] for name in _EVIDENCE)), config.certify
     if config.sampling is not None:
@@ -276,10 +308,12 @@ def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig) -> 
     else:
         sound = (evidence.votes == shard["counts"]) & (evidence.n == shard["n"]) & (evidence.alpha == config.alpha)
         sound &= config.enumerable | (evidence.n == certify.n)
+    if carried is not None:
+        sound &= (shard["lost_draws"] == carried.n) | (shard["lost_draws"] == 0)
     if not sound.all():
         return False
     try:
-        p_lower, gap = evidence.bound_and_gap(config.certified_noise)
+        p_lower, gap = bound_and_gap(shard, config, carried)
     except ValueError:
         return False
     same = np.isclose(gap, shard["gap"], rtol=1e-8, atol=0) & np.isclose(p_lower, shard["p_lower"], rtol=1e-8, atol=0)

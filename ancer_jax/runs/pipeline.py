@@ -99,13 +99,22 @@ def certify_dataset(
         process, processes = jax.process_index(), jax.process_count()
         with open_run(out, settings, made_with(), process=process, processes=processes) as run:
             _certify_missing(run, job, dataset, execution)
-            if {*dataset.ids.tolist()} <= run.done():
-                with run.exporting() as ours:
-                    if ours:  # otherwise another process is writing the tables
-                        if config.memory and config.data_dependent:
-                            _remember(run, dataset.whole, execution)
-                        return run.export()
-            return run.path / (RESULTS if config.memory or not config.data_dependent else BEFORE_MEMORY)
+            return finish(run, dataset, execution, memory=config.memory)
+
+
+def finish(run: Run, dataset: Dataset, execution: Execution, *, memory: bool) -> epath.Path:
+    """If all images are stored, put data-dependent certificates through a memory, if asked to, and write the tables.
+
+    Returns:
+      Path of the table of the run, which another process may still be going to write.
+    """
+    if {*dataset.ids.tolist()} <= run.done():
+        with run.exporting() as ours:
+            if ours:  # otherwise another process is writing the tables
+                if memory and run.config.data_dependent:
+                    _remember(run, dataset.whole, execution)
+                return run.export()
+    return run.path / (RESULTS if memory or not run.config.data_dependent else BEFORE_MEMORY)
 
 
 def _check_labels(classifier: Classifier, dataset: Dataset) -> None:
@@ -152,7 +161,7 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
     if mine is None or not missing:
         return
     if run.calls_the_host:
-        _warn_or_refuse(run, begun=bool(done))
+        warn_or_refuse(run, begun=bool(done))
     job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
     ended, pending = time.perf_counter(), None
     for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
@@ -166,7 +175,7 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
         pending = job.launch(batch) if batch is not None and launched is None else launched
 
 
-def _warn_or_refuse(run: Run, *, begun: bool) -> None:
+def warn_or_refuse(run: Run, *, begun: bool) -> None:
     """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
     how = "by pure_callback, from_host without a digest or the like"
     what = f"the classifier calls code on the host ({how}): what it computes there has no hash"
@@ -208,7 +217,7 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
         warnings.warn(
             f"{names[0]} is not of the first images of this run as they are now (images with lower ids were added, "
             f"say): it was renamed to {names[1].name}, and a new one was made, whose answers may differ",
-            stacklevel=3,
+            stacklevel=4,
         )
     noise = run.config.certified_noise
     nothing = np.zeros(0, np.int64)

@@ -92,11 +92,15 @@ def refuse_other_version(path: epath.PathLike, settings: Mapping[str, Any]) -> N
 
 def refuse_other_settings(path: epath.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to go on in the directory `path`, made with the settings `there`, if these are not those `asked` for."""
-    old, new = dict(flatten(there)), dict(flatten(asked))
-    differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if differ:
-        text = "; ".join(f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in differ)
+    if text := differences(there, asked):
         raise ValueError(f"{path} was made with other settings ({text}); a new run needs a new directory")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings that differ, and how; "" if none does."""
+    old, new = dict(flatten(there)), dict(flatten(here))
+    differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in differ)
 
 
 def _short(value: Any) -> str:

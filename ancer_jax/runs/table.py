@@ -108,6 +108,11 @@ def _leakages(shard: Mapping[str, np.ndarray], config: RunConfig) -> tuple[np.nd
     return np.where(abstains, zeros, hard), np.where(abstains, zeros, soft)
 
 
+def without_leakage(columns: Columns) -> Columns:
+    """The columns, with leakages that were not measured."""
+    return columns | {name: _objects([math.nan] * len(columns["idx"])) for name in _LEAKAGES}
+
+
 def _objects(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = values

@@ -1,6 +1,7 @@
 """Randomized smoothing: base classifiers, noise laws, the smoothed classifier, and its certificates."""
 
 from ancer_jax.smoothing import bounds as bounds
+from ancer_jax.smoothing.carry import CarryConfig, carry, certificate_from_lost_votes, count_lost_votes
 from ancer_jax.smoothing.certificate import ABSTAIN, Certificate, CertifyConfig
 from ancer_jax.smoothing.certify import (
     certificate_from_votes,
@@ -21,6 +22,7 @@ __all__ = [
     "ABSTAIN",
     "NOISES",
     "AdditiveNoise",
+    "CarryConfig",
     "Certificate",
     "CertifyConfig",
     "Classifier",
@@ -31,12 +33,15 @@ __all__ = [
     "Splitting",
     "Uniform",
     "bounds",
+    "carry",
+    "certificate_from_lost_votes",
     "certificate_from_votes",
     "certify",
     "certify_batch",
     "certify_sequentially",
     "check_classifier",
     "class_counts",
+    "count_lost_votes",
     "count_votes",
     "from_function",
     "from_host",

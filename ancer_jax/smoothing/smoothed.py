@@ -68,6 +68,7 @@ class Stage(enum.IntEnum):
     DIFFERENTIABLE = 7
     PILOT = 8
     SOFT_LEAKAGE = 9
+    CARRY = 10
 
 
 def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:

@@ -17,6 +17,7 @@ class Known:
     """Stands in for a run directory of which only the settings matter."""
 
     config: RunConfig
+    carried: None = None
 
 
 def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
