@@ -141,9 +141,9 @@ class Certify:
     """Reject a theta that leaks more than this share: the anisotropic one in favour of the isotropic one, and that in
     favour of sigma."""
     batch_size: int | None = None
-    """Images at a time; speed only. Default: 32 for each device (10 for a CPU), or what its memory can take."""
+    """Images at a time; changes no draw. Default: 32 for each device (10 for a CPU), or what its memory can take."""
     chunk: int | None = None
-    """Noisy copies of each image at a time; speed only. Default: 128 (on a CPU 100), or what memory can take."""
+    """Noisy copies of each image at a time; changes no draw. Default: 128 (on a CPU 100), or what memory can take."""
     devices: int | None = None
     """Local devices to use; default all. Without an accelerator each core is one, up to eight."""
     shard_devices: Shard = "images"
