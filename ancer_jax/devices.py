@@ -26,7 +26,7 @@ def use_all_cores() -> None:
     """Make each core of the CPU, of up to eight, a device of JAX; call it before anything is computed.
 
     Some convolutions gain little from a second core; sharding images over cores gains nearly all of it. For a given
-    theta, counts do not depend on the number of devices. Does nothing if the number of CPU devices is set already
+    theta, counts do not depend on the number of CPU devices. Does nothing if the number of CPU devices is set already
     (`jax_num_cpu_devices`), or if JAX has started.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -98,7 +98,9 @@ class Benchmark:
             return 0
         first = next(iter(self.outputs.values()))
         lines = [line for output, one in found.items() for line in self.outputs.get(output, first)(one)]
-        show([line._asdict() | {"holds": {None: "", True: "yes", False: "NO"}[line.holds]} for line in lines])
+        met = {None: "", True: "yes", False: "NO"}
+        rows = [[*line[:3], met[line.holds]] for line in lines]
+        print(tabulate.tabulate(rows, ["what", "figure", "bar", "met"], maxcolwidths=[60, 60, 20, None]), flush=True)
         missed = sum(line.holds is False for line in lines)
         if options.small and not self.small_is_judged:
             print("a rehearsal: its bars mean nothing")

@@ -1,12 +1,14 @@
 """Benchmarks: README and guides show what the raw outputs say, and all of them run in small."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from ancer_jax.smoothing.classifier import fingerprint
 from benchmarks import __main__ as cli
 from benchmarks import render
 from benchmarks.benchmark import RESULTS, Line, load, markdown
+from benchmarks.speed import _moved_votes, gpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,6 +111,95 @@ def test_runs_in_small(name, tmp_path, tmp_path_factory):
     assert "Traceback" not in done.stderr
     cards = {path.with_suffix(".json").name for path in tmp_path.glob("small-*.msgpack")}  # of bundled models
     assert {path.name for path in tmp_path.glob("small-*.json")} - cards == {f"small-{name}.json"}
+    if name == "gpu":
+        check_every_section(json.loads((tmp_path / "small-gpu.json").read_text())["results"])
+
+
+def check_every_section(results):
+    assert [*results] == [*gpu.SECTIONS, "time"]
+    assert [row["section"] for row in results["time"]] == [*gpu.SECTIONS]
+    for section, rows in results.items():
+        assert rows, section
+        assert not any({"error", "left_out", "out_of_memory"} & row.keys() for row in rows), section
+    compared = {(row["kernels"], row["against"]) for row in results["votes"]}
+    assert {(k, a) for k in ("usual", "deterministic") for a in ("repeated", "another process", "CPU")} <= compared
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "against", "most"),
+    [
+        ("deterministic", "highest", "repeated", 0),
+        ("deterministic", "highest", "another process", 0),
+        ("deterministic", "highest", "chunk / 10", 1e-4),
+        ("deterministic", "highest", "chunk / 1.5", 1e-4),
+        ("deterministic", "highest", "CPU", 1e-4),
+        ("usual", "default", "repeated", 1e-4),
+        ("usual", "default", "another process", 1e-4),
+        ("usual", "default", "chunk / 10", 1e-4),
+        ("usual", "default", "CPU", None),  # these three are other base classifiers
+        ("usual", "default", "highest precision", None),
+        ("usual", "default", "bfloat16", None),
+    ],
+)
+def test_moved_votes_are_judged_by_what_may_move_them(kernels, precision, against, most):
+    row = {"network": "SmallCNN", "kernels": kernels, "precision": precision, "against": against, "votes": 200_000}
+    rows = [row | {"moved": round(share * 200_000)} for share in (0, 1e-5, 1e-3)]
+    lines = [*gpu.lines({"results": {"votes": rows}})]
+    assert [line.holds for line in lines] == [None if most is None else share <= most for share in (0, 1e-5, 1e-3)]
+    assert all((line.holds is None) == (not line.bar) for line in lines)
+
+
+def test_votes_that_move_are_counted_and_one_failure_leaves_the_other_kernels(monkeypatch):
+    first = np.array([[90, 10], [50, 50]])
+    apart = {"repeated": 0, "chunk / 10": 1, "chunk / 1.5": 2, "CPU": 3, "highest precision": 4, "bfloat16": 5}
+
+    def process(kernels, *arguments):
+        if kernels == "deterministic":
+            raise subprocess.CalledProcessError(1, "python")
+        counts = {way: first + moved * np.array([[-1, 1], [0, 0]]) for way, moved in ({"first": 0} | apart).items()}
+        return {way: counts[way] for way in arguments[-1]}
+
+    monkeypatch.setattr(_moved_votes, "_in_new_process", process)
+    *usual, failed = _moved_votes.compare(True, 0)
+    assert {row["against"]: row["moved"] for row in usual} == apart | {"another process": 0}
+    assert {row["votes"] for row in usual} == {200}
+    *_, line = gpu.lines({"results": {"votes": [*usual, failed]}})
+    assert line.holds is False
+    assert "deterministic kernels" in line.what
+
+
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [
+        ({"error": "RuntimeError()"}, False),
+        ({"left_out": "for lack of time"}, None),
+        ({"draws": "random bits", "against": "CPU", "differ": 0}, True),
+        ({"draws": "random bits", "against": "CPU", "differ": 1}, False),
+        ({"lower_above_exact": 0, "upper_below_exact": 0, "loosest_lower": 1.001, "loosest_upper": 1.0}, True),
+        ({"lower_above_exact": 1, "upper_below_exact": 0, "loosest_lower": 1.001, "loosest_upper": 1.0}, False),
+        ({"lower_above_exact": 0, "upper_below_exact": 0, "loosest_lower": 1.0, "loosest_upper": 1.02}, False),
+        ({"count_law_p_value": 0.5, "violations": 1, "violations_p_value": 0.4}, True),
+        ({"count_law_p_value": 1e-4, "violations": 0, "violations_p_value": 1.0}, False),
+        ({"network": "SmallCNN", "rows_per_second": 1e6, "share_of_fastest": 0.1}, None),
+    ],
+)
+def test_other_rows_for_a_gpu_are_judged(row, holds):
+    (line,) = gpu.lines({"results": {"section": [row]}})
+    assert line.holds is holds
+
+
+def test_a_plan_that_does_not_fit_a_gpu_leaves_the_others(monkeypatch):
+    def compare(name, *, batch, chunk, **_):
+        if chunk > 100:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return {"certify_us_per_row": 2.0 if batch == 1 else 1.0}, {}
+
+    monkeypatch.setattr(gpu.overhead, "compare", compare)
+    monkeypatch.setattr(gpu, "peak_rate", lambda dtype, size: 1e3)
+    plans = [("SmallCNN", 1, 64), ("SmallCNN", 1, 128), ("SmallCNN", 2, 64)]
+    rows = gpu.throughput(plans, 100, small=True, seed=0)
+    assert [row.get("share_of_fastest") for row in rows] == [0.5, None, 1.0]
+    assert [row["rows"] for row in rows if row.get("out_of_memory")] == [128]
 
 
 def test_a_trained_network_becomes_a_bundled_model(tmp_path, monkeypatch, capsys):

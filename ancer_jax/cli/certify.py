@@ -158,9 +158,9 @@ class Certify:
     """With --carry: probability that an image's certificate fails because of these draws, which adds to the alpha of
     the run; default: a tenth of that."""
     batch_size: int | None = None
-    """Images at a time; speed only. Default: 32 for each device (10 for a CPU), or what its memory can take."""
+    """Images at a time; changes no draw. Default: 32 for each device (10 for a CPU), or what its memory can take."""
     chunk: int | None = None
-    """Noisy copies of each image at a time; speed only. Default: on a CPU 100, else 4,096 divided by the images of
+    """Noisy copies of each image at a time; changes no draw. Default: on a CPU 100, else 4,096 divided by the images of
     a batch on each device, or what memory can take."""
     devices: int | None = None
     """Local devices to use; default all. Without an accelerator each core is one, up to eight."""

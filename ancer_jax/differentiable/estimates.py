@@ -28,7 +28,7 @@ class EstimateConfig:
       num_samples: number of draws, below 2^24. "soft" holds all noisy copies at once.
       alpha: error probability of the bound.
       kind: "soft", from the mean softmax output; or "votes", from hard votes.
-      chunk: with "votes", draws at a time; changes speed and memory only.
+      chunk: with "votes", draws at a time; changes speed and memory, never the draws.
     """
 
     num_samples: int

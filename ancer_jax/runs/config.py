@@ -211,8 +211,9 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Settings of speed and memory. They change no draw and, for a given theta, no count. A search rounds differently,
-    so that the thetas it finds can differ by a few percent.
+    """Settings of speed and memory. They change no draw and, for a given theta, on CPUs no count; on accelerators, with
+    kernels for each shape, a vote between logits that tie up to rounding may move. A search rounds differently, so that
+    the thetas it finds can differ by a few percent.
 
     Attributes:
       batch_size: images at a time (rounded up to a multiple of the devices, if these shard the images). None: 32 for

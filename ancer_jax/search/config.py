@@ -135,7 +135,7 @@ class GuardConfig:
       num_samples: draws for each of the two thetas.
       alpha: error probability of the bounds that are compared; no guarantee depends on it.
       leakage_limit: largest share of the eligible leakage probes, in [0, 1]; None is no limit.
-      chunk: draws at a time; changes speed and memory only.
+      chunk: draws at a time; changes speed and memory, never the draws.
     """
 
     criterion: Guard = "volume"

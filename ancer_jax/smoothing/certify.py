@@ -94,7 +94,7 @@ def certify(
       smoothed: smoothed classifier. Its base classifier must pass `check_classifier`: nothing is checked here.
       x: [*d] one input.
       config: n0, n, alpha.
-      chunk: draws at a time; changes speed and memory only.
+      chunk: draws at a time; changes speed and memory, never the draws.
 
     Returns:
       A `Certificate` of scalars, computed on the host; `.radius`, `.proxy_radius` and `.log_volume` are its sizes.

@@ -1,4 +1,4 @@
-"""Counts must not depend on how they are computed: execution settings may only change speed.
+"""On CPUs, counts must not depend on how they are computed: execution settings may only change speed.
 
 On 20 bundled test images, with Gaussian and with uniform noise and n = 10,000, it varies
 
@@ -9,7 +9,8 @@ On 20 bundled test images, with Gaussian and with uniform noise and n = 10,000, 
 
 The four devices are virtual (`--xla_force_host_platform_device_count=4`), in a process of their own. The noise is the
 same bit for bit. Only the last digit of a logit could differ, and with it a vote between two classes that nearly tie:
-any such difference is counted, and is a failure.
+any such difference is counted, and is a failure. An accelerator may choose other kernels for another chunk, and so move
+such votes: there, `benchmarks/speed/gpu.py` counts them.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def lines(found: Found) -> Lines:
 
 
 BENCHMARK = Benchmark(
-    claim="Chunk, batch size, order and devices change no count.",
+    claim="On CPUs, chunk, batch size, order and devices change no count.",
     takes="10 minutes",
     measure=measure,
     sizes={"n": (100, 10_000), "norm": (["l2"], ["l2", "l1"])},
