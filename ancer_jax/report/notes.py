@@ -2,8 +2,7 @@
 
 from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results, alphas_of
-from ancer_jax.runs import Run
+from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
 UNKNOWN = "the table does not say whether theta was chosen for each image; if it was, these are " + NOT_RECONCILED
@@ -97,9 +96,8 @@ def notes(results: list[Results]) -> list[str]:
             f"Sampling stopped as soon as these radii were decided ({'; '.join(decided)}). At other radii, and in "
             "means and medians, regions may be larger than these figures show."
         )
-    runs = [(r.name, r.run, r.run.carried) for r in results if r.run]
-    carried = [(name, run, how) for name, run, how in runs if how is not None]
-    if names := [f"{name} ({how.n:,} common draws, alpha = {alpha_of(run)})" for name, run, how in carried]:
+    carried = [(r, how) for r in results if r.run and (how := r.run.carried)]
+    if names := [f"{r.name} ({how.n:,} common draws, alpha = {alpha_of(r)})" for r, how in carried]:
         said.append(
             f"Carried from certificates of another network: {', '.join(names)}. Their count and n are "
             "those of that network, time and passes those of carrying alone. Leakage is not measured again."
@@ -118,9 +116,9 @@ def notes(results: list[Results]) -> list[str]:
     return said + legend_of_marks(results)
 
 
-def alpha_of(run: Run) -> str:
+def alpha_of(results: Results) -> str:
     """The error probability of each certificate of a run, as a sum if it was carried."""
-    return " + ".join(map(shortest, alphas_of(run)))
+    return " + ".join(map(shortest, results.alphas))
 
 
 def shortest(number: float) -> str:

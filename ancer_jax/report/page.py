@@ -57,7 +57,7 @@ def write_page(
     page = jinja2.Template(template, **options).render(
         runs=[mark(r) for r in results],
         tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
-        facts=_facts([r.run for r in results if r.run]),
+        facts=_facts(results),
         notes=notes.caveats(results, leakage_limit) + notes.notes(results),
         curves=_curves(results),
         bounds=_svg(bounded, plots.draw_p_lower) if bounded else "",
@@ -85,10 +85,11 @@ def _svg(results: list[Results], draw, *arguments: str) -> str:
     return _uri("svg+xml", plots.svg(results, draw, *arguments).encode())
 
 
-def _facts(runs: Sequence[Run]) -> str:
+def _facts(results: list[Results]) -> str:
     """The settings without which the figures of these runs mean nothing."""
+    runs = [r.run for r in results if r.run]
     names, norms = [run.data.name for run in runs], [run.config.norm for run in runs]
-    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [alpha_of(run) for run in runs]
+    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [alpha_of(r) for r in results if r.run]
     facts = (("", names), ("", norms), ("n = ", counts), ("alpha = ", alphas))
     return "; ".join(name + ", ".join(dict.fromkeys(values)) for name, values in facts)
 

@@ -89,7 +89,15 @@ class Results:
     @property
     def alpha(self) -> fractions.Fraction | None:
         """Error probability of each certificate, 0 for exact ones; None where the settings are not known."""
-        return sum(map(decimal, alphas_of(self.run)), fractions.Fraction()) if self.run else None
+        return sum(map(decimal, self.alphas), fractions.Fraction()) if self.alphas else None
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The parts of `alpha`: that of certifying and, of a carried run, that of carrying."""
+        if self.run is None:
+            return ()
+        carried = self.run.carried
+        return (self.run.config.alpha,) if carried is None else (self.run.config.alpha, carried.alpha)
 
     @property
     def passes(self) -> Passes | None:
@@ -169,11 +177,6 @@ def load_results(path: epath.PathLike) -> Results:
     table = read_text(path / (BEFORE_MEMORY if run.config.data_dependent else RESULTS)) or ""
     finished = table.count("\n") == len(before["idx"]) + 1
     return Results(path.name, after or before, run.config.norm, before if after else None, run, finished)
-
-
-def alphas_of(run: Run) -> tuple[float, ...]:
-    """The error probability of each certificate of a run, and that of carrying it, if it was carried."""
-    return (run.config.alpha,) if run.carried is None else (run.config.alpha, run.carried.alpha)
 
 
 def decimal(number: float) -> fractions.Fraction:
