@@ -1,9 +1,9 @@
 """The smoothed classifier, and Monte Carlo on it: the only place where noise meets a network.
 
 Draw i of a stage uses the key `fold_in(fold_in(key, stage), i)`: stages share no draw, and chunk size, batch size and
-number of devices change no bit of the noise. (Of coloured noise: no bit of its coefficients. They are transformed to
-pixels in float32, whose last digits may differ. A classifier outside of JAX gets its noisy copies from a program of
-their own, whose last digits may differ, too.)
+number of devices change no random bit and, on CPUs, no bit of the noise. (Of coloured noise: no bit of its
+coefficients. They are transformed to pixels in float32, whose last digits may differ. A classifier outside of JAX gets
+its noisy copies from a program of their own, whose last digits may differ, too.)
 """
 
 import dataclasses
