@@ -126,10 +126,10 @@ def separate_bounds(
     """Lower bound of one class's probability and upper bound of every other class's, holding together.
 
     `p_b_upper = min(clopper_pearson_upper(runner_up, trials, alpha), 1 - p_lower)`. However many classes there are,
-    alpha is not divided among them. Let A be the class, and c* the most probable of the others, one of them if several
-    tie. Which class that is does not depend on the draws. The upper bound grows with the count, so that of the largest
-    count is at least that of the count of c*, which is below the probability of c* with probability at most alpha; and
-    no other class is more probable than c*.
+    alpha is not divided among them. Let C be the most probable of the other classes, one of them if several tie: which
+    one that is does not depend on the draws. The upper bound from the count of C is below the probability of C with
+    probability at most alpha. It grows with the count, so that from the largest count it is at least as large; and no
+    other class is more probable than C.
 
     Args:
       votes: integers [...], votes for the class, of draws that did not choose it.
