@@ -151,7 +151,7 @@ def separate_bounds(
 
     >>> p_lower, p_b_upper = separate_bounds(400, 60, 1000, 0.0005)  # the other votes are spread over many classes
     >>> round(float(p_lower), 4), round(float(p_b_upper), 4)
-    (0.3494, 0.0888)
+    (0.3494, 0.0887)
     """
     votes, runner_up, trials = (
         _integers(name, values) for name, values in (("votes", votes), ("runner_up", runner_up), ("trials", trials))
