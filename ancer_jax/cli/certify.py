@@ -27,7 +27,7 @@ from ancer_jax.runs.config import Execution, Method, Norm, Precision, RunConfig,
 from ancer_jax.runs.pipeline import certify_dataset
 from ancer_jax.search.config import AnisotropicConfig, Guard, IsotropicConfig, LeakageConfig, Objective, SearchConfig
 from ancer_jax.search.theta_map import ThetaMap, load_theta_map
-from ancer_jax.smoothing.certificate import CertifyConfig
+from ancer_jax.smoothing.certificate import Bound, CertifyConfig
 from ancer_jax.smoothing.classifier import Classifier
 from ancer_jax.smoothing.registry import NoiseName
 from ancer_jax.smoothing.sequential import SequentialConfig
@@ -95,6 +95,9 @@ class Certify:
     alpha_run: float | None = None
     """Instead of --alpha: probability that any certificate of a run's table fails; each image gets its share. No images
     can be added to such a run."""
+    bound: Bound = CertifyConfig.bound
+    """What bounds the other classes: two-class, all votes that are not for the class; separate, the votes for the
+    second class, at half of alpha each, for many classes among which votes are spread."""
     sampling: Literal["fixed", "sequential"] = "fixed"
     """fixed: n draws for every image; sequential: as many as --radii or --tolerance need, at most n, at the same
     alpha."""
@@ -321,7 +324,7 @@ class Certify:
             period=self.period,
             method=self.method,
             theta=sigma * _SIGMA_FACTORS[self.sigma_convention],
-            certify=CertifyConfig(self.n0, self.n, self._alpha(images)),
+            certify=CertifyConfig(self.n0, self.n, self._alpha(images), self.bound),
             sampling=self._sampling(),
             isotropic=self._search(IsotropicConfig, self.iso_steps, self.iso_samples, self.iso_lr),
             anisotropic=dataclasses.replace(

@@ -104,6 +104,8 @@ def notes(results: list[Results]) -> list[str]:
         )
     if names := [name for name, config in configs if config.enumerable]:
         said.append(f"Exact certificates, without alpha, for images of 8 bits: {', '.join(names)}.")
+    if names := [name for name, config in configs if config.certify.bound == "separate"]:
+        said.append(f"Separate bounds of the class and of the second class, at half of alpha each: {', '.join(names)}.")
     if names := [name for name, config in configs if config.noise == "splitting"]:
         said.append(f"Splitting noise: {', '.join(names)}.")
     coloured = [(r, c) for r, c in configs if c.basis != Pixels() and c.method in ("universal", "ancer")]

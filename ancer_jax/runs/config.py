@@ -104,6 +104,8 @@ class RunConfig:
         check_real("theta", self.theta, "[-inf, inf]")
         if not float(np.finfo(np.float32).tiny) <= self.theta <= float(np.finfo(np.float32).max):
             raise ValueError(f"theta must be positive and finite as float32, got {self.theta}")
+        if self.enumerable and self.certify.bound != "two-class":
+            raise ValueError("exact certificates count the second class in any case: no separate bounds")
         if self.sampling is not None:
             if self.enumerable:
                 raise ValueError("exact certificates take all draws: no sequential sampling")
@@ -166,7 +168,7 @@ class RunConfig:
 
     def guard_config(self, *, anisotropic: bool, chunk: int) -> GuardConfig:
         """Settings of the choice between isotropic and anisotropic theta, by `guard`, or between start and isotropic
-        theta, by the leakage limit alone.
+        theta, by the leakage limit alone. It compares two-class bounds, whatever the bound of the certificates.
         """
         criterion = self.guard if anisotropic else "off"
         # No guarantee depends on this alpha, and the traced bound needs 1e-9 at least.
@@ -185,6 +187,8 @@ class RunConfig:
         used += ["guard_samples"] if self.method == "ancer" or self.leakage_limit is not None else []
         used += ["leakage", "leakage_limit"] if self.data_dependent else []
         values, law = dataclasses.asdict(self) | {"basis": self.basis.describe()}, self.certified_noise
+        if self.certify.bound == "two-class":
+            del values["certify"]["bound"]  # settings that do not name it mean this one
         own = {} if type(law) in (Gaussian, Uniform, Splitting) else {"noise_law": repr(law)}
         return {name: values[name] for name in used} | own
 

@@ -301,12 +301,16 @@ def bound_and_gap(
 def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig, carried: CarryConfig | None) -> bool:
     """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
     evidence, certify = Evidence(*(shard[name] for name in _EVIDENCE)), config.certify
+    alpha, others = 0.0 if config.enumerable else certify.alpha_of_bound, evidence.n - evidence.votes
+    sound = (evidence.runner_up >= 0) & (evidence.runner_up <= others)
+    if not config.enumerable and certify.bound == "two-class":
+        sound &= evidence.runner_up == others
     if config.sampling is not None:
-        sound = (evidence.n <= certify.n) & (shard["n"] <= certify.n)
-        sound &= (evidence.alpha <= certify.alpha) & (evidence.alpha > 0) & (evidence.votes <= shard["counts"])
+        sound &= (evidence.n <= certify.n) & (shard["n"] <= certify.n)
+        sound &= (evidence.alpha <= alpha) & (evidence.alpha > 0) & (evidence.votes <= shard["counts"])
         sound &= (evidence.n <= shard["n"]) | (evidence.votes == 0)  # where nothing was drawn, a look without votes
     else:
-        sound = (evidence.votes == shard["counts"]) & (evidence.n == shard["n"]) & (evidence.alpha == config.alpha)
+        sound &= (evidence.votes == shard["counts"]) & (evidence.n == shard["n"]) & (evidence.alpha == alpha)
         sound &= config.enumerable | (evidence.n == certify.n)
     if carried is not None:
         sound &= (shard["lost_draws"] == carried.n) | (shard["lost_draws"] == 0)

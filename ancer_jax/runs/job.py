@@ -31,6 +31,7 @@ from ancer_jax.smoothing.certificate import (
     certificate_from_evidence,
     enumerated_evidence,
     random_evidence,
+    votes_of,
 )
 from ancer_jax.smoothing.classifier import Classifier
 from ancer_jax.smoothing.noise import Noise
@@ -142,8 +143,9 @@ class Job:
             return Collected(certificate, evidence, evidence.n, passes, leaked)
         selected = votes.argmax(axis=1).astype(np.int32)
         if config.sampling is None:
-            counts = pending.counter.collect(pending.estimation)[indices, selected]
-            evidence = random_evidence(counts, config.certify)
+            counts, certify = pending.counter.collect(pending.estimation)[indices], config.certify
+            votes, runner_up = votes_of(counts, selected, certify.n, certify.bound)
+            evidence = random_evidence(votes, certify, runner_up)
             certificate = certificate_from_evidence(selected, evidence, smoothed, images)
             return Collected(certificate, evidence, config.certify.n0 + evidence.n, passes, leaked)
 
@@ -151,7 +153,7 @@ class Job:
             nonlocal passes
             launches = pending.counter.launch(stage, indices[some], first, stop)
             passes += sum(launch.passes for launch in launches)
-            return pending.counter.collect(launches)[indices[some], selected[some]]
+            return pending.counter.collect(launches)[indices[some]]
 
         found = sample_until_decided(
             votes_in, selected, scales_of(theta), noise=noise, config=config.certify, sequential=config.sampling

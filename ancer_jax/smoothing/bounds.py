@@ -120,34 +120,47 @@ def _proven(tail: Callable[[HostValues], HostValues], guess: Any, safe: float, a
     return np.where(right, guess, good + (safe - good) * _MARGIN)
 
 
-def separate_bounds(counts: ArrayLike, top: int, alpha: float) -> tuple[float, float]:
-    """Lower bound of the top class's probability and upper bound of every other class's, holding together.
+def separate_bounds(
+    votes: ArrayLike, runner_up: ArrayLike, trials: ArrayLike, alpha: ArrayLike
+) -> tuple[HostValues, HostValues]:
+    """Lower bound of one class's probability and upper bound of every other class's, holding together.
 
-    alpha is split in two: half for the lower bound, half for the K - 1 upper bounds (Bonferroni), of which the
-    largest counts. For `Noise.gap(p_lower, p_b_upper)`; better than the two-class bound when the votes of the
-    other classes are spread. Returns `(p_lower, p_b_upper)`.
+    `p_b_upper = min(clopper_pearson_upper(runner_up, trials, alpha), 1 - p_lower)`. However many classes there are,
+    alpha is not divided among them. Let C be the most probable of the other classes, one of them if several tie: which
+    one that is does not depend on the draws. The upper bound from the count of C is below the probability of C with
+    probability at most alpha. It grows with the count, so that from the largest count it is at least as large; and no
+    other class is more probable than C.
 
     Args:
-      counts: integers [K], votes per class of draws that did not select `top`. They may add up to less than the
-        number of draws only if the missing draws are appended as one more class.
-      top: the class that other draws selected.
-      alpha: probability that any of the bounds fails, in [1e-200, 1).
+      votes: integers [...], votes for the class, of draws that did not choose it.
+      runner_up: integers [...], the most votes that any other class has. Draws that voted for no class are to be added:
+        they might all have voted for that one.
+      trials: integers [...], number of draws.
+      alpha: probability of error of each of the two bounds, in [1e-200, 1).
+
+    Returns:
+      `(p_lower, p_b_upper)`, float64 [...], for `Noise.gap`. Where all other votes are the runner-up's, `p_b_upper` is
+      `1 - p_lower`, the two-class bound.
+
+    Guarantee: with probability at least `1 - 2 alpha` both hold.
 
     Raises:
-      ValueError: if an argument is outside its range.
+      ValueError: if an argument is outside its range, or there are more votes than trials.
+
+    References: Clopper & Pearson 1934; the argument is that of an intersection-union test, Berger 1982.
+
+    >>> p_lower, p_b_upper = separate_bounds(400, 60, 1000, 0.0005)  # the other votes are spread over many classes
+    >>> round(float(p_lower), 4), round(float(p_b_upper), 4)
+    (0.3494, 0.0887)
     """
-    counts = _integers("counts", counts)
-    if (counts < 0).any():
-        raise ValueError(f"counts must not be negative, got {counts.min()}")
-    if counts.ndim != 1 or len(counts) < 2:
-        raise ValueError(f"counts must be one vector of at least 2 classes, got shape {list(counts.shape)}")
-    if not 0 <= top < len(counts):
-        raise ValueError(f"top must be in 0..{len(counts) - 1}, got {top}")
-    trials = counts.sum()
-    p_lower = clopper_pearson_lower(counts[top], trials, alpha / 2)
-    others = np.delete(counts, top)
-    p_b_upper = clopper_pearson_upper(others.max(), trials, alpha / 2 / len(others))
-    return float(p_lower), float(np.minimum(p_b_upper, 1 - p_lower))
+    votes, runner_up, trials = (
+        _integers(name, values) for name, values in (("votes", votes), ("runner_up", runner_up), ("trials", trials))
+    )
+    if (votes + runner_up > trials).any():
+        raise ValueError("votes and runner_up must not add up to more than trials")
+    p_lower = clopper_pearson_lower(votes, trials, alpha)
+    p_b_upper = np.minimum(clopper_pearson_upper(runner_up, trials, alpha), 1 - p_lower)
+    return p_lower, np.where(votes + runner_up == trials, 1 - p_lower, p_b_upper)
 
 
 def binomial_test(count_a: ArrayLike, count_b: ArrayLike) -> HostValues:

@@ -1,13 +1,14 @@
 """Certificates, and the integers from which they follow."""
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ancer_jax._checks import check_integer, check_real
+from ancer_jax._checks import check_choice, check_integer, check_real
 from ancer_jax._numerics import HostValues, Leaf, Values
 from ancer_jax.regions.region import Region
 from ancer_jax.smoothing import bounds
@@ -15,6 +16,7 @@ from ancer_jax.smoothing.noise import Noise
 from ancer_jax.smoothing.smoothed import Smoothed
 
 ABSTAIN = -1
+Bound = Literal["two-class", "separate"]
 _One = TypeVar("_One", bound="WithRegion")
 
 
@@ -25,7 +27,10 @@ class CertifyConfig:
     Attributes:
       n0: draws that select the class.
       n: fresh draws that estimate its probability; at most 2^31 - 1.
-      alpha: probability that a certificate fails, for each input; in [1e-200, 1).
+      alpha: probability that a certificate fails, for each input; in [1e-200, 1), with separate bounds in [2e-200, 1).
+      bound: of the probabilities of the other classes. "two-class": what `p_lower` leaves, so that a certificate needs
+        more than half of the votes. "separate": an upper bound from the votes for the second class
+        (`bounds.separate_bounds`); each of the two bounds has half of alpha. For many classes.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -34,13 +39,21 @@ class CertifyConfig:
     n0: int = 100
     n: int = 100_000
     alpha: float = 0.001
+    bound: Bound = "two-class"
 
     def __post_init__(self):
+        check_choice("bound", self.bound, Bound)
         for name in ("n0", "n"):
             check_integer(name, getattr(self, name), 1, 2**31 - 1)
             object.__setattr__(self, name, int(getattr(self, name)))
-        check_real("alpha", self.alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+        least = bounds.LEAST_ALPHA if self.bound == "two-class" else 2 * bounds.LEAST_ALPHA
+        check_real("alpha", self.alpha, f"[{least}, 1)")
         object.__setattr__(self, "alpha", float(self.alpha))
+
+    @property
+    def alpha_of_bound(self) -> float:
+        """Probability of error of each bound: alpha or, of two bounds, exactly half of it."""
+        return self.alpha if self.bound == "two-class" else self.alpha / 2
 
 
 class WithRegion:
@@ -103,8 +116,9 @@ class Evidence(NamedTuple):
     Attributes:
       votes, n: votes for the class, and number of draws, that give the bound: all n draws or, of sequential sampling,
         those of the look with the largest bound.
-      alpha: error probability of that bound; 0 for enumerable noise.
-      runner_up: votes for the second class, of enumerable noise; otherwise `n - votes`, the most that it can have.
+      alpha: error probability of that bound and, with separate bounds, of the other one, too; 0 for enumerable noise.
+      runner_up: votes for the second class, of enumerable noise and with separate bounds (`votes_of`); with the
+        two-class bound `n - votes`, the most that it can have.
     """
 
     votes: HostValues
@@ -116,14 +130,39 @@ class Evidence(NamedTuple):
         """`p_lower` and gap, float64 [...]."""
         if noise.enumerable:
             return self.votes / self.n, np.asarray(noise.exact_gap(self.votes, self.runner_up, self.n))
-        p_lower = bounds.clopper_pearson_lower(self.votes, self.n, self.alpha)
-        return p_lower, np.asarray(noise.gap(p_lower))
+        if (self.runner_up == self.n - self.votes).all():
+            p_lower = bounds.clopper_pearson_lower(self.votes, self.n, self.alpha)
+            return p_lower, np.asarray(noise.gap(p_lower))
+        p_lower, p_b_upper = bounds.separate_bounds(self.votes, self.runner_up, self.n, self.alpha)
+        return p_lower, np.asarray(noise.gap(p_lower, p_b_upper))
 
 
-def random_evidence(count: ArrayLike, config: CertifyConfig) -> Evidence:
-    """The evidence of `count` [...] votes among `config.n` random draws."""
-    count = np.asarray(count)
-    return Evidence(count, np.full(count.shape, config.n), np.full(count.shape, config.alpha), config.n - count)
+def votes_of(counts: Any, selected: Any, num_draws: Any, bound: Bound) -> tuple[Any, Any]:
+    """Votes for the classes `selected` and for the runner-up, integers [...] each; traced if the counts are.
+
+    The runner-up is the other class with most votes; draws without a vote (NaN logits) count as if they were for it.
+    With the two-class bound all draws that are not for `selected` do.
+
+    Args:
+      counts: integers [..., K], votes of random draws for each class.
+      selected: integers [...].
+      num_draws: integers [...], how many draws these are.
+      bound: as in `CertifyConfig`.
+    """
+    xnp: Any = jnp if isinstance(counts, jax.Array) else np
+    at = xnp.asarray(selected)[..., None]
+    votes = xnp.take_along_axis(counts, at, axis=-1)[..., 0]
+    if bound == "two-class":
+        return votes, num_draws - votes
+    others = xnp.where(xnp.arange(counts.shape[-1]) == at, 0, counts)
+    return votes, others.max(axis=-1) + (num_draws - counts.sum(axis=-1))
+
+
+def random_evidence(votes: ArrayLike, config: CertifyConfig, runner_up: ArrayLike | None = None) -> Evidence:
+    """The evidence of votes [...] among `config.n` random draws; without those for the runner-up, of all others."""
+    votes = np.asarray(votes)
+    n, alpha = np.full(votes.shape, config.n), np.full(votes.shape, config.alpha_of_bound)
+    return Evidence(votes, n, alpha, n - votes if runner_up is None else np.asarray(runner_up))
 
 
 def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostValues, Evidence]:

@@ -22,6 +22,7 @@ from ancer_jax.smoothing.certificate import (
     certificate_from_evidence,
     random_evidence,
     theta_of_each,
+    votes_of,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, counts_now, stage_key
@@ -31,16 +32,18 @@ _FLOAT32 = np.finfo(np.float32)
 
 def count_votes(
     key: Key[Array, ""], smoothed: Smoothed, x: Float[ArrayLike, "*d"], *, config: CertifyConfig, chunk: int
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
+) -> tuple[Int[Array, ""], Int[Array, "..."]]:
     """The traced half of `certify`, for jit, vmap and many devices: the selected class and its count.
 
     `config.n0` draws select the class, `config.n` fresh draws count it. Arguments as in `class_counts`; `key` is the
     example's key, the stages are folded in here. Returns the class and its count among the n draws, int32 [] each;
+    with `config.bound = "separate"` the count is int32 [2], that of the class and that of the runner-up.
     `certificate_from_votes` makes a certificate of them.
     """
     selected = class_counts(stage_key(key, Stage.SELECT), smoothed, x, num_samples=config.n0, chunk=chunk).argmax()
     counts = class_counts(stage_key(key, Stage.ESTIMATE), smoothed, x, num_samples=config.n, chunk=chunk)
-    return selected, counts[selected]
+    votes, runner_up = votes_of(counts, selected, config.n, config.bound)
+    return selected, votes if config.bound == "two-class" else jnp.stack([votes, runner_up])
 
 
 def certificate_from_votes(
@@ -53,24 +56,29 @@ def certificate_from_votes(
     Args:
       smoothed: of theta [], [*d], [...] or [..., *d].
       x: [..., *d].
-      selected, count: int [...], as `count_votes` returns them.
+      selected, count: int [...], as `count_votes` returns them; with `config.bound = "separate"` count is [..., 2].
       config: the settings that they were counted with.
 
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
     Raises:
-      ValueError: if the noise is enumerable, or a count is out of range.
+      ValueError: if the noise is enumerable, or a count is out of range or not of the bound of `config`.
     """
     check_random(smoothed.noise)
+    votes, runner_up = count, None
+    if config.bound == "separate":
+        if np.shape(count) != (*np.shape(selected), 2):
+            raise ValueError(f"count must be that of the class and that of the runner-up, got shape {np.shape(count)}")
+        votes, runner_up = np.moveaxis(np.asarray(count), -1, 0)
     x = jnp.asarray(x)  # x and theta as the traced program had them
     smoothed = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x))))
-    return certificate_from_evidence(selected, random_evidence(count, config), smoothed, np.asarray(x))
+    return certificate_from_evidence(selected, random_evidence(votes, config, runner_up), smoothed, np.asarray(x))
 
 
 def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
     """Warn where every input would abstain, whatever the votes."""
-    if noise.gap(bounds.clopper_pearson_lower(config.n, config.n, config.alpha)) == 0:
-        least = math.floor(math.log2(1 / config.alpha)) + 1
+    if noise.gap(bounds.clopper_pearson_lower(config.n, config.n, config.alpha_of_bound)) == 0:
+        least = math.floor(math.log2(1 / config.alpha_of_bound)) + 1
         warnings.warn(
             f"with n = {config.n} draws every input abstains at alpha = {config.alpha:g}, whatever the votes: n must "
             f"be at least {least}, and far larger for a region of any size",
@@ -93,7 +101,7 @@ def certify(
         and so do the theta searches: the same key may go to all of them.
       smoothed: smoothed classifier. Its base classifier must pass `check_classifier`: nothing is checked here.
       x: [*d] one input.
-      config: n0, n, alpha.
+      config: n0, n, alpha, bound.
       chunk: draws at a time; changes speed and memory, never the draws.
 
     Returns:
@@ -125,8 +133,9 @@ def _certify(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, config: Cert
     check_random(smoothed.noise)
     counts = lambda stage, n: np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (0, n), chunk=chunk))
     selected = counts(Stage.SELECT, config.n0).argmax()
-    count = counts(Stage.ESTIMATE, config.n)[selected]
-    certificate = certificate_from_votes(as_float32, x32, selected, count, config=config)
+    votes, runner_up = votes_of(counts(Stage.ESTIMATE, config.n), selected, config.n, config.bound)
+    evidence = random_evidence(votes, config, runner_up)
+    certificate = certificate_from_evidence(selected, evidence, as_float32, x32)
     return in_callers_numbers(certificate, smoothed, x)
 
 

@@ -1,9 +1,9 @@
 """Certificates from no more draws than they need: sampling that stops early, with the guarantee of a fixed n.
 
-An input's draws are counted at a few looks, of growing numbers of draws. Each look gives a Clopper-Pearson bound, and
-the error probabilities of all looks add up to alpha, so that every bound holds at once, and sampling may stop at any
-look for any reason. Over so few looks this is tighter than a confidence sequence that holds after every single draw
-(`bounds.confidence_sequence_lower`; benchmarks/claims/sequential.py compares them).
+An input's draws are counted at a few looks, of growing numbers of draws. Each look gives a Clopper-Pearson bound, or
+two of them, and the error probabilities of all looks add up to alpha, so that every bound holds at once, and sampling
+may stop at any look for any reason. Over so few looks this is tighter than a confidence sequence that holds after every
+single draw (`bounds.confidence_sequence_lower`; benchmarks/claims/sequential.py compares them).
 """
 
 import dataclasses
@@ -17,8 +17,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax._checks import check_integer, check_real, check_type
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.smoothing import bounds
-from ancer_jax.smoothing.certificate import Certificate, CertifyConfig, Evidence, certificate_from_evidence
+from ancer_jax.smoothing.certificate import (
+    Bound,
+    Certificate,
+    CertifyConfig,
+    Evidence,
+    certificate_from_evidence,
+    votes_of,
+)
 from ancer_jax.smoothing.certify import check_example, in_callers_numbers, warn_if_undecidable
 from ancer_jax.smoothing.noise import Noise
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, counts_now, stage_key
@@ -94,7 +100,7 @@ def certify_sequentially(
         return np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (first, stop), chunk=chunk))
 
     def votes_in(stage, indices, first, stop):
-        return counts(stage, int(first[0]), int(stop[0]))[None, selected]
+        return counts(stage, int(first[0]), int(stop[0]))[None]
 
     selected = int(counts(Stage.SELECT, 0, config.n0).argmax())
     scales = scales_of(np.asarray(as_float32.theta)[None])
@@ -109,7 +115,7 @@ class SequentialVotes(NamedTuple):
     """What sequential sampling of a batch has found: integers [batch].
 
     Attributes:
-      evidence: of the look whose bound is the largest.
+      evidence: of the look whose gap is the largest; among equal ones, of that with the largest `p_lower`.
       votes, n: votes for the selected class, and draws, when each input was done.
       pilot: draws of the pilot.
     """
@@ -145,9 +151,9 @@ def sample_until_decided(
     """The host half of `certify_sequentially`, for a batch: look after look, which inputs need more draws?
 
     Args:
-      votes_in: `votes_in(stage, indices, first, stop)`: how many of the draws first, ..., stop - 1 ([m] each) of a
-        stage vote for the selected class of each of the inputs `indices` [m]; integers [m]. Draws of other numbers or
-        stages, and those that selected the class, must be independent of them.
+      votes_in: `votes_in(stage, indices, first, stop)`: the votes of the draws first, ..., stop - 1 ([m] each) of a
+        stage for each class, of each of the inputs `indices` [m]; integers [m, K]. Draws of other numbers or stages,
+        and those that selected the class, must be independent of them.
       selected: the class of each input.
       scales: what a gap of 1 is worth, for each kind of radius that is to be decided (`scales_of`).
       noise, config, sequential: noise law, limits, and when to stop.
@@ -155,7 +161,8 @@ def sample_until_decided(
     Guarantee: each input's `p_lower` is above the probability of its selected class with probability at most
       `config.alpha`, whatever made it stop. The looks and their parts of alpha are fixed before the draws that they
       count (for a tolerance by a pilot of other draws); the bound of a look fails with probability at most its part;
-      the parts add up to alpha. The result is the largest of the bounds.
+      the parts add up to alpha. The result is the largest of the bounds. With separate bounds each of the two has half
+      of its look's part, and the result is the pair of the look with the largest gap.
     """
     check_random(noise)
     check_divisible(config)
@@ -164,34 +171,37 @@ def sample_until_decided(
     if tolerance is None:
         sizes, alphas, last_alpha = _looks(np.full(batch, UNIT), config, planned=False)
     else:
-        votes, pilot = _pilot(votes_in, batch, n)
-        first = _planned_size(votes, pilot, noise, config, tolerance)
+        seen = _pilot(votes_in, selected, config)
+        first, pilot = _planned_size(seen, noise, config, tolerance), seen.n
         sizes, alphas, last_alpha = _looks(first, config, planned=True)
-        going = going[_futility_gap(votes, pilot, noise, n, config.alpha) > 0]
+        going = going[_futility_gap(seen, noise, config, config.alpha_of_bound) > 0]
     goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(batch, -1)
     # A little larger, so that the table, which rounds down, shows a radius that was reached; with 1e-12, radius 0 is
     # reached only by a region.
     goals = np.maximum(goals * (1 + 1e-9), 1e-12)
-    count, drawn, p_lower = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.zeros(batch)
+    count, drawn, p_lower, gap = (np.zeros(batch, kind) for kind in (np.int64, np.int64, float, float))
     best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), sizes[:, 0].copy())
-    look = 0
+    look, counts = 0, np.int64(0)  # of the inputs that go on, [m, K]
     while going.size:
         size = sizes[going, look]
-        count[going] += votes_in(Stage.ESTIMATE, going, drawn[going], size)
-        drawn[going], votes = size, count[going]
-        bound = bounds.clopper_pearson_lower(votes, size, alphas[going, look])
-        better = bound > p_lower[going]
-        for column, value in zip(best, (votes, size, alphas[going, look], size - votes), strict=True):
+        counts = counts + votes_in(Stage.ESTIMATE, going, drawn[going], size)
+        votes, runner_up = votes_of(counts, selected[going], size, config.bound)
+        seen = Evidence(votes, size, alphas[going, look], runner_up)
+        count[going], drawn[going] = votes, size
+        bound, size_now = seen.bound_and_gap(noise)
+        better = (size_now > gap[going]) | ((size_now == gap[going]) & (bound > p_lower[going]))
+        for column, value in zip((*best, p_lower, gap), (*seen, bound, size_now), strict=True):
             column[going[better]] = value[better]
-        p_lower[going] = np.maximum(p_lower[going], bound)
-        gap = noise.gap(p_lower[going])
-        futility = _futility_gap(votes, size, noise, n, last_alpha[going], counted=True)
+        reached = gap[going]
+        futility = _futility_gap(seen, noise, config, last_alpha[going], counted=True)
         if tolerance is None:
-            enough = ((gap[:, None] >= goals[going]) | (futility[:, None] < goals[going])).all(axis=1)
+            enough = ((reached[:, None] >= goals[going]) | (futility[:, None] < goals[going])).all(axis=1)
         else:
-            whole = bounds.clopper_pearson_lower(np.rint(votes / size * n).astype(np.int64), n, config.alpha)
-            enough = (futility == 0) | ((gap > 0) & (gap >= (1 - tolerance) * noise.gap(whole)))
-        going, look = going[~enough & (size < n)], look + 1
+            expected = np.rint(votes / size * n), np.rint(runner_up / size * n)
+            whole = _gap(*expected, n, config.alpha_of_bound, noise, config.bound)
+            enough = (futility == 0) | ((reached > 0) & (reached >= (1 - tolerance) * whole))
+        more = ~enough & (size < n)
+        going, counts, look = going[more], counts[more], look + 1
     return SequentialVotes(best, count, drawn, pilot)
 
 
@@ -203,47 +213,63 @@ def _looks(first: np.ndarray, config: CertifyConfig, *, planned: bool):
     last = sizes.argmax(axis=1)[:, None]
     share, special = (_PLANNED_SHARE, 0) if planned else (_LAST_SHARE, last)
     shares = np.where(looks == special, share, (1 - share) / np.maximum(last, 1))
-    alphas = np.where(last == 0, 1.0, shares) * (config.alpha * (1 - 1e-12))  # their sum may not be rounded above alpha
+    alphas = np.where(last == 0, 1.0, shares) * (config.alpha_of_bound * (1 - 1e-12))  # no sum is rounded above it
     return sizes, alphas, np.take_along_axis(alphas, last, axis=1)[:, 0]
 
 
-def _pilot(votes_in, batch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Votes and draws of the pilot; more draws where one of the two outcomes is rare."""
-    going, target, limit = np.arange(batch), max(1, n // _LEAST_PILOT), max(1, n // _MOST_PILOT)
-    votes, trials = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+def _pilot(votes_in, selected: np.ndarray, config: CertifyConfig) -> Evidence:
+    """Votes and draws of the pilot, which bound nothing; more draws where one of the two outcomes is rare."""
+    batch, target, limit = len(selected), max(1, config.n // _LEAST_PILOT), max(1, config.n // _MOST_PILOT)
+    going, (votes, trials, runner_up) = np.arange(batch), np.zeros((3, batch), np.int64)
+    counts = np.int64(0)  # of the inputs that go on, [m, K]
     while going.size:
-        votes[going] += votes_in(Stage.PILOT, going, trials[going], np.full(len(going), target))
+        counts = counts + votes_in(Stage.PILOT, going, trials[going], np.full(len(going), target))
+        votes[going], runner_up[going] = votes_of(counts, selected[going], target, config.bound)
         trials[going] = target
-        rare = np.minimum(votes, trials - votes)[going] < _RARE
-        going = going[rare & (target < limit)]
+        more = (np.minimum(votes, runner_up)[going] < _RARE) & (target < limit)
+        going, counts = going[more], counts[more]
         target = min(2 * target, limit)
-    return votes, trials
+    return Evidence(votes, trials, np.ones(batch), runner_up)
 
 
-def _planned_size(votes, trials, noise: Noise, config: CertifyConfig, tolerance: float) -> np.ndarray:
+def _gap(votes, runner_up, size, alpha, noise: Noise, bound: Bound) -> np.ndarray:
+    """The gap of so many votes of `size` draws, whole numbers."""
+    votes = votes.astype(np.int64)
+    others = size - votes
+    runner_up = others if bound == "two-class" else np.clip(runner_up.astype(np.int64), 0, others)
+    return Evidence(votes, size, alpha, runner_up).bound_and_gap(noise)[1]
+
+
+def _planned_size(seen: Evidence, noise: Noise, config: CertifyConfig, tolerance: float) -> np.ndarray:
     """How many draws will come near enough to what n draws give, if they vote as the pilot did."""
-    rate = votes / trials
+    rate, second = seen.votes / seen.n, seen.runner_up / seen.n
 
     def gap(size, alpha):
-        return noise.gap(bounds.clopper_pearson_lower(np.floor(rate * size).astype(np.int64), size, alpha))
+        return _gap(np.floor(rate * size), np.ceil(second * size), size, alpha, noise, config.bound)
 
-    wanted = (1 - tolerance) * gap(np.full(len(rate), config.n), config.alpha)
+    wanted = (1 - tolerance) * gap(np.full(len(rate), config.n), config.alpha_of_bound)
     low, high = np.ones(len(rate)), np.full(len(rate), float(config.n))
     for _ in range(20):
         middle = np.sqrt(low * high)
-        enough = gap(np.ceil(middle).astype(np.int64), _PLANNED_SHARE * config.alpha) >= wanted
+        enough = gap(np.ceil(middle).astype(np.int64), _PLANNED_SHARE * config.alpha_of_bound) >= wanted
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return 1.05 * high  # the pilot may be a little off
 
 
-def _futility_gap(votes, trials, noise: Noise, n: int, alpha, *, counted: bool = False) -> np.ndarray:
-    """The optimistic gap at n draws: the draws to come vote 2.6 standard deviations above the rate of `trials` draws.
+def _futility_gap(seen: Evidence, noise: Noise, config: CertifyConfig, alpha, *, counted: bool = False) -> np.ndarray:
+    """The optimistic gap at n draws: the draws to come vote 2.6 standard deviations above the rate that was seen for
+    the class, and as far below it for the runner-up.
 
-    A goal above this gap is given up. The trials are among the n draws if `counted`, else they are those of a pilot.
+    A goal above this gap is given up. The draws seen are among the n draws if `counted`, else those of a pilot.
     """
+    n, trials = config.n, seen.n
     rest = n - trials if counted else np.full(np.shape(trials), n)
-    rate = (votes + 0.5) / (trials + 1)
-    # Standard deviations of the votes to come: binomial, and that of the rate, which comes from `trials` draws.
-    excess = _FUTILITY_Z * np.sqrt(rest * rate * (1 - rate) * (1 + rest / trials))
-    count = np.minimum(np.ceil(votes * counted + rest * rate + excess), n).astype(np.int64)
-    return np.asarray(noise.gap(bounds.clopper_pearson_lower(count, n, alpha)))
+
+    def expected(votes, deviations):
+        rate = (votes + 0.5) / (trials + 1)
+        # Standard deviations of the votes to come: binomial, and that of the rate, which comes from `trials` draws.
+        excess = deviations * np.sqrt(rest * rate * (1 - rate) * (1 + rest / trials))
+        return votes * counted + rest * rate + excess
+
+    votes = np.minimum(np.ceil(expected(seen.votes, _FUTILITY_Z)), n)
+    return _gap(votes, np.floor(expected(seen.runner_up, -_FUTILITY_Z)), n, alpha, noise, config.bound)

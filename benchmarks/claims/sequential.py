@@ -58,7 +58,11 @@ def public_p(count: int) -> np.ndarray:
 def simulate(p: np.ndarray, rule: aj.SequentialConfig, seed: int, norm: str = "l2") -> SequentialVotes:
     """Sequential sampling of inputs with the class probabilities p."""
     rng = np.random.default_rng(seed)
-    draw = lambda stage, columns, first, stop: rng.binomial(stop - first, p[columns])
+
+    def draw(stage, columns, first, stop):
+        votes = rng.binomial(stop - first, p[columns])
+        return np.stack([votes, stop - first - votes], axis=-1)
+
     selected, scales = np.zeros(len(p), np.int64), np.ones((len(p), 1))
     return sample_until_decided(draw, selected, scales, noise=make_noise(norm), config=CONFIG, sequential=rule)
 

@@ -99,6 +99,7 @@ def captured(monkeypatch):
 def test_flags_reach_the_settings(captured):
     flags = [
         *("--norm", "l1", "--method", "ancer", "--alpha", "0.05", "--seed", "7", "--objective", "log_volume"),
+        *("--bound", "separate"),
         *("--iso-steps", "11", "--iso-lr", "0.1", "--iso-samples", "12"),
         *("--ancer-steps", "13", "--ancer-lr", "0.2", "--ancer-samples", "14", "--kappa", "1.5"),
         *("--theta-max", "3", "--guard", "superset", "--guard-samples", "15", "--batch-size", "3", "--chunk", "16"),
@@ -110,7 +111,7 @@ def test_flags_reach_the_settings(captured):
     both = {"objective": "log_volume", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32, "ascent": "log"}
     assert captured["config"].settings() == {
         **{"norm": "l1", "method": "ancer", "theta": 0.25, "seed": 7, "guard": "superset", "guard_samples": 15},
-        "certify": certify_settings(n0=10, n=100, alpha=0.05),
+        "certify": certify_settings(n0=10, n=100, alpha=0.05, bound="separate"),
         "isotropic": {"steps": 11, "learning_rate": 0.1, "num_samples": 12, **both},
         "anisotropic": {"steps": 13, "learning_rate": 0.2, "num_samples": 14, "kappa": 1.5, **both},
         "leakage": {"num_probes": 17, "num_samples": 18},
@@ -205,6 +206,7 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--classifier", "plugin:wrong_logits"), r"must return logits of shape \[\d+, 4\].* got \[\d+, 3\]"),
         (("--classifier", "plugin:infinite"), "logits are not finite"),
         (("--data", BUNDLED_SUBSET), "has 10 classes, the classifier only 3"),
+        (("--bound", "separate", "--norm", "l1", "--noise", "splitting", "--exact"), "no separate bounds"),
         (("--out", "toy.npz"), "toy.npz is a file, not a run directory"),
         (("--out", "toy.npz/run"), "toy.npz/run"),
         (("--out", "."), r"\. is not a run directory: it holds plugin\.py and no config\.json"),

@@ -8,7 +8,7 @@ import pytest
 from ancer_jax import RunConfig, report
 from ancer_jax.report.notes import notes
 from ancer_jax.report.tables import percent
-from ancer_jax.smoothing import SequentialConfig
+from ancer_jax.smoothing import CertifyConfig, SequentialConfig
 from tests.report.examples import ANCER, FIXED, MEMORY, cells, from_text, write_run
 
 
@@ -223,6 +223,10 @@ SPLITTING = RunConfig(norm="l1", noise="splitting")
 @pytest.mark.parametrize(
     ("config", "note"),
     [
+        (
+            RunConfig(certify=CertifyConfig(bound="separate")),
+            "the class and of the second class, at half of alpha each: a.",
+        ),
         (dataclasses.replace(SPLITTING, exact=True), "Exact certificates, without alpha, for images of 8 bits: a."),
         (SPLITTING, "Splitting noise: a."),
         (RunConfig(sampling=SequentialConfig(radii=(0.25, 0.5))), "these radii were decided (a: 0.25, 0.5)."),

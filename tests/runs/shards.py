@@ -30,7 +30,8 @@ def arrays(ids, config=CONFIG):
     n = len(ids)
     theta_shape = (n, *IMAGE_SHAPE) if config.method in ("ancer", "universal") else (n,)
     counts = rng.integers(400, 1001, n).astype(np.int32)
-    evidence = random_evidence(counts, config.certify)
+    spread = (config.certify.n - counts) // 2 if config.certify.bound == "separate" else None
+    evidence = random_evidence(counts, config.certify, spread)
     p_lower, gap = evidence.bound_and_gap(config.certified_noise)
     return {
         "ids": np.asarray(ids),

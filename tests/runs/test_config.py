@@ -36,6 +36,15 @@ def test_only_settings_that_the_method_uses_name_the_run():
     assert settings["isotropic"]["theta_max"] == settings["anisotropic"]["theta_max"] == 2.0
 
 
+def test_the_two_class_bound_names_no_run():
+    """Runs whose settings do not name the bound have this one."""
+    assert RunConfig().settings()["certify"] == {"n0": 100, "n": 100_000, "alpha": 0.001}
+    separate = RunConfig(certify=CertifyConfig(bound="separate"))
+    assert separate.settings()["certify"] == {"n0": 100, "n": 100_000, "alpha": 0.001, "bound": "separate"}
+    assert RunConfig.from_settings(separate.settings()) == separate
+    assert separate.alpha == 0.001
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_names_no_run(method):
     """It can be added to a run later."""
@@ -72,6 +81,10 @@ def test_the_memory_names_no_run(method):
         (
             {"norm": "l1", "noise": "splitting", "exact": True, "sampling": SequentialConfig(tolerance=0.1)},
             "no sequential sampling",
+        ),
+        (
+            {"norm": "l1", "noise": "splitting", "exact": True, "certify": CertifyConfig(bound="separate")},
+            "exact certificates count the second class in any case: no separate bounds",
         ),
         ({"norm": "l1", "noise": "splitting", "exact": True, "period": 0}, r"period must be in 1\.\.16384, got 0"),
         ({"norm": "l1", "noise": "splitting", "exact": True, "period": 2**15}, r"period must be in 1\.\.16384"),
@@ -127,6 +140,7 @@ def configs():
         leakage = {} if limit is None else {"leakage": LeakageConfig(5, 6), "guard_samples": 12}
         common = {"certify": CertifyConfig(11, 222, 0.02), "sampling": sampling, "seed": 5, "leakage_limit": limit}
         yield RunConfig(**{"method": method, **noise, **used[method], **common, **leakage})
+    yield RunConfig(certify=CertifyConfig(bound="separate"))
     yield RunConfig(method="ancer", leakage=None)
     yield RunConfig(method="isotropic", isotropic=IsotropicConfig(theta_max=float("inf")))
 

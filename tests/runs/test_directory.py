@@ -20,6 +20,8 @@ from ancer_jax.runs import directory, open_run, read_run
 from ancer_jax.runs.settings import RESULTS_VERSION
 from ancer_jax.runs.table import read_table
 from ancer_jax.search import IsotropicConfig
+from ancer_jax.smoothing import Gaussian
+from ancer_jax.smoothing.certificate import Evidence
 from tests.runs.shards import CONFIG, arrays, settings, write
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -172,6 +174,8 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
         {"n": lambda a: a["n"] * 2},
         {"bound_n": lambda a: a["bound_n"] * 2},
         {"bound_votes": lambda a: a["bound_n"] + 1},
+        {"bound_runner_up": lambda a: a["bound_runner_up"] - 1},
+        {"bound_runner_up": lambda a: a["bound_runner_up"] // 2, "gap": lambda a: separate_gap(a, a["bound_alpha"])},
     ],
     ids=[
         "a little",
@@ -184,6 +188,8 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
         "n",
         "bound's n",
         "votes",
+        "runner-up",
+        "separate bounds",
     ],
 )
 def test_a_gap_that_does_not_follow_from_its_counts_is_not_believed(tmp_path, change):
@@ -192,6 +198,40 @@ def test_a_gap_that_does_not_follow_from_its_counts_is_not_believed(tmp_path, ch
     with np.load(shard) as arrays:
         stored = dict(arrays)
     assert (stored["gap"] == 0).any()
+    np.savez(shard, **stored | {name: value(stored) for name, value in change.items()})
+    with pytest.raises(ValueError, match=r"0\.npz: its gaps do not follow from its counts; delete it"):
+        read_run(tmp_path / "run").results()
+    np.savez(shard, **stored)
+    read_run(tmp_path / "run").results()
+
+
+def separate_gap(stored, alpha, runner_up=None):
+    """Gaps of separate bounds at alpha, from half of the votes that are stored for the runner-up."""
+    runner_up = stored["bound_runner_up"] // 2 if runner_up is None else runner_up
+    return Evidence(stored["bound_votes"], stored["bound_n"], alpha, runner_up).bound_and_gap(Gaussian())[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bound_runner_up": lambda a: a["bound_runner_up"] + 1},
+        {"bound_runner_up": lambda a: a["bound_runner_up"] - 1},
+        {"bound_runner_up": lambda a: a["bound_runner_up"] * 0 - 1},
+        {"bound_runner_up": lambda a: a["bound_n"] - a["bound_votes"] + 1},
+        {
+            "bound_alpha": lambda a: a["bound_alpha"] * 2,
+            "gap": lambda a: separate_gap(a, a["bound_alpha"] * 2, a["bound_runner_up"]),
+        },
+    ],
+    ids=["more", "fewer", "negative", "more than are left", "alpha"],
+)
+def test_a_gap_of_separate_bounds_that_does_not_follow_is_not_believed(tmp_path, change):
+    certify = dataclasses.replace(CONFIG.certify, bound="separate")
+    write(tmp_path / "run", list(range(20)), config=dataclasses.replace(CONFIG, certify=certify))
+    shard = tmp_path / "run" / "shards" / "0.npz"
+    with np.load(shard) as arrays:
+        stored = dict(arrays)
+    assert (stored["bound_alpha"] == 0.0005).all() and (stored["gap"] > 0).all()
     np.savez(shard, **stored | {name: value(stored) for name, value in change.items()})
     with pytest.raises(ValueError, match=r"0\.npz: its gaps do not follow from its counts; delete it"):
         read_run(tmp_path / "run").results()
@@ -269,11 +309,15 @@ def test_an_unbounded_search_can_be_continued(tmp_path):
     [
         (RunConfig(theta=0.25, certify=_TOY.certify), "theta is 0.5 there, 0.25 here"),
         (RunConfig(theta=0.5, certify=CertifyConfig(10, 100, 0.01)), "certify.n is 200 there, 100 here"),
+        (
+            RunConfig(theta=0.5, certify=CertifyConfig(10, 200, 0.01, "separate")),
+            "certify.bound is None there, separate",
+        ),
         (RunConfig(theta=0.5, certify=_TOY.certify, seed=1), "seed is 0 there, 1 here"),
         (RunConfig(norm="l1", theta=0.5, certify=_TOY.certify), "norm is l2 there, l1 here"),
         (RunConfig(theta=0.5, certify=_TOY.certify, method="isotropic"), "isotropic.steps is None there"),
     ],
-    ids=["theta", "n", "seed", "norm", "method"],
+    ids=["theta", "n", "bound", "seed", "norm", "method"],
 )
 def test_other_settings_are_refused_by_name(finished, config, field):
     before = _contents(finished)

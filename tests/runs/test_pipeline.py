@@ -19,9 +19,11 @@ from ancer_jax import (
     Memory,
     Region,
     RunConfig,
+    SequentialConfig,
     Smoothed,
     certify,
     certify_dataset,
+    certify_sequentially,
     from_function,
     load_memory,
     report,
@@ -509,3 +511,32 @@ def test_arguments_of_a_wrong_type_are_refused_in_one_line(arguments, text, tmp_
     with pytest.raises(ValueError, match=text):
         certify_dataset(*arguments, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def thirds(threshold, x):
+    """Three classes by the mean of an image."""
+    mean = x.mean(axis=(1, 2, 3))[:, None] - 0.5
+    return jnp.concatenate([jnp.abs(mean) < threshold, mean <= -threshold, mean >= threshold], axis=1) * 1.0
+
+
+@pytest.mark.parametrize(
+    "sampling", [None, SequentialConfig(radii=(0.005, 0.02)), SequentialConfig(tolerance=0.1)], ids=str
+)
+def test_a_run_with_separate_bounds_is_what_certify_gives_alone(tmp_path, sampling):
+    classifier = from_function(thirds, np.float32(0.06), num_classes=3)
+    certify_config = CertifyConfig(n0=20, n=3_000, bound="separate")
+    config = dataclasses.replace(CONFIG, certify=certify_config, sampling=sampling)
+    certify_dataset(classifier, CROWD, config, out=tmp_path / "run", execution=Execution(batch_size=5, devices=2))
+    columns = read_run(tmp_path / "run").columns("predictions", "counts", "n", "gap", "p_lower", "bound_runner_up")
+    smoothed = Smoothed(classifier, Gaussian(), np.float32(0.3))
+    for row, (i, x) in enumerate(zip(CROWD.ids, CROWD.images, strict=True)):
+        key = jax.random.fold_in(jax.random.key(0), int(i))
+        if sampling is None:
+            one = certify(key, smoothed, x, config=certify_config)
+        else:
+            one = certify_sequentially(key, smoothed, x, config=certify_config, sequential=sampling)
+        found = (one.prediction, one.count, one.n, one.gap, one.p_lower)
+        assert found == tuple(columns[name][row] for name in ("predictions", "counts", "n", "gap", "p_lower"))
+    certified = columns["gap"] > 0
+    assert (certified & (columns["counts"] < columns["n"] / 2)).any()
+    assert (columns["bound_runner_up"] < columns["n"] - columns["counts"]).any()

@@ -110,22 +110,61 @@ def test_coverage(p):
     assert scipy.stats.binomtest(wrong, 20_000, 0.05, alternative="greater").pvalue > 1e-3
 
 
-def test_separate_bounds_hold_together():
-    p = np.array([0.4, 0.3, 0.2, 0.1])
-    rng = np.random.default_rng(1)
-    wrong = 0
-    for counts in rng.multinomial(300, p, 4000):
-        p_lower, p_b_upper = bounds.separate_bounds(counts, 0, 0.05)
-        wrong += p_lower > p[0] or p_b_upper < p[1:].max()
-    assert scipy.stats.binomtest(wrong, 4000, 0.05, alternative="greater").pvalue > 1e-3
+# Probabilities of all classes; the one that is bounded below comes first.
+PROBABILITIES = {
+    "two classes": [0.6, 0.4],
+    "the class is not the top": [0.2, 0.7, 0.1],
+    "a tie for second": [0.4, 0.3, 0.3],
+    "a hundred classes tie": [0.3, *[0.007] * 100],
+    "a hundred classes nearly tie": [0.3, *(0.007 * np.linspace(0.98, 1.02, 100))],
+    "a thousand classes": [0.2, *(0.8 / 999 * np.linspace(0.5, 1.5, 999))],
+    "draws without a vote": [0.5, 0.3, 0.1, 0.1],
+}
 
 
-def test_separate_bounds_are_the_two_class_bound_for_two_classes():
-    p_lower, p_b_upper = bounds.separate_bounds(np.array([900, 100]), 0, 0.001)
-    assert p_lower == bounds.clopper_pearson_lower(900, 1000, 0.0005)
-    assert p_b_upper == pytest.approx(1 - p_lower, rel=1e-9)
-    spread = bounds.separate_bounds(np.array([600, 100, 100, 100, 100]), 0, 0.001)
-    assert spread[1] < 1 - spread[0]
+def most_of_others(counts, classes):
+    """The largest count of another class than the first, and all votes for none of the `classes`."""
+    return counts[:, 1:classes].max(axis=1) + counts[:, classes:].sum(axis=1)
+
+
+@pytest.mark.parametrize("case", PROBABILITIES)
+def test_separate_bounds_hold_together_however_many_classes_there_are(case):
+    p, alpha, trials = np.array(PROBABILITIES[case]), 0.05, 300
+    classes = len(p) - (case == "draws without a vote")
+    counts = np.random.default_rng(1).multinomial(trials, p, 4000)
+    runner_up = most_of_others(counts, classes)
+    p_lower, p_b_upper = bounds.separate_bounds(counts[:, 0], runner_up, trials, alpha / 2)
+    # Wherever the draws without a vote belong, no class is more probable than the largest one with all of them.
+    highest = p[1:classes].max() + p[classes:].sum()
+    below, above = p_lower > p[0], p_b_upper < highest
+    for failed, allowed in ((below | above, alpha), (below, alpha / 2), (above, alpha / 2)):
+        assert scipy.stats.binomtest(int(failed.sum()), len(counts), allowed, alternative="greater").pvalue > 1e-3
+    assert below.any()
+
+
+def test_separate_bounds_hold_for_every_three_probabilities():
+    """Exactly: the probability of all counts of 12 draws with which a bound fails."""
+    trials, alpha = 12, 0.1
+    counts = np.array([(a, b, trials - a - b) for a in range(trials + 1) for b in range(trials + 1 - a)])
+    bound = bounds.separate_bounds(counts[:, 0], counts[:, 1:].max(axis=1), trials, alpha)
+    errors = []
+    for a, b in np.random.default_rng(0).dirichlet(np.ones(3), 400)[:, :2]:
+        wrong = (bound[0] > a) | (bound[1] < max(b, 1 - a - b))
+        errors.append(scipy.stats.multinomial.pmf(counts[wrong], trials, [a, b, 1 - a - b]).sum())
+    assert alpha < max(errors) <= 2 * alpha  # either bound alone fails with probability alpha at most
+
+
+def test_separate_bounds_are_one_bound_below_and_one_above():
+    votes, runner_up, trials = np.array([[400, 900, 0], [990, 500, 1]]), np.array([60, 20, 0]), np.array(1000)
+    p_lower, p_b_upper = bounds.separate_bounds(votes[:1], runner_up, trials, 0.0005)
+    np.testing.assert_array_equal(p_lower, bounds.clopper_pearson_lower(votes[:1], 1000, 0.0005))
+    np.testing.assert_array_equal(p_b_upper[0], bounds.clopper_pearson_upper(runner_up, 1000, 0.0005))
+    # All other votes are the runner-up's: what the class leaves, to the bit.
+    p_lower, p_b_upper = bounds.separate_bounds(votes, trials - votes, trials, 0.0005)
+    np.testing.assert_array_equal(p_b_upper, 1 - p_lower)
+    # So few draws are missing that the bound from all of them is the smaller one.
+    p_lower, p_b_upper = bounds.separate_bounds(500, 499, 1000, np.array([1e-3, 1e-9]))
+    assert (p_b_upper <= 1 - p_lower).all()
 
 
 @given(st.integers(0, 2000), st.integers(0, 2000))
@@ -158,11 +197,13 @@ def test_arguments_out_of_range(arguments, text):
             function(*arguments)
 
 
-def test_separate_bounds_refuse_what_is_not_counts():
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        bounds.separate_bounds(np.array([5]), 0, 0.1)
-    with pytest.raises(ValueError, match=r"top must be in 0\.\.1"):
-        bounds.separate_bounds(np.array([5, 3]), 2, 0.1)
+def test_counts_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="votes and runner_up must not add up to more than trials"):
+        bounds.separate_bounds(np.array([5, 5]), np.array([5, 6]), 10, 0.1)
+    with pytest.raises(ValueError, match=r"successes must be in 0\.\.10, got -1"):
+        bounds.separate_bounds(5, -1, 10, 0.1)
+    with pytest.raises(ValueError, match="runner_up must be integers"):
+        bounds.separate_bounds(5, 1.5, 10, 0.1)
     with pytest.raises(ValueError, match="negative"):
         bounds.binomial_test(-1, 3)
 

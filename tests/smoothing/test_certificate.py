@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from ancer_jax.smoothing import (
     ABSTAIN,
@@ -18,7 +19,13 @@ from ancer_jax.smoothing import (
     certificate_from_votes,
     certify_batch,
 )
-from ancer_jax.smoothing.certificate import certificate_from_evidence, enumerated_evidence, random_evidence
+from ancer_jax.smoothing.certificate import (
+    Evidence,
+    certificate_from_evidence,
+    enumerated_evidence,
+    random_evidence,
+    votes_of,
+)
 from tests import reference
 from tests.toy import KEY, Coins
 
@@ -137,3 +144,80 @@ def test_no_votes_give_no_certificates(noise):
     smoothed, none = Smoothed(LINEAR, noise, np.float32(0.4)), np.zeros(0, int)
     batch = certificate_from_votes(smoothed, XS[:0], none, none, config=CertifyConfig(n=300))
     assert len(batch) == 0 and batch.gap.shape == batch.radius.shape == batch.log_volume.shape == (0,)
+
+
+def votes_one_by_one(counts, selected, num_draws):
+    """Votes for the class and for the runner-up, by sorting."""
+    others = sorted(np.delete(counts, selected))
+    return counts[selected], others[-1] + num_draws - counts.sum()
+
+
+@pytest.mark.parametrize("xnp", [np, jnp])
+def test_the_runner_up_is_the_second_class_with_all_draws_that_did_not_vote(xnp):
+    counts = np.random.default_rng(0).integers(0, 50, (4, 3, 5), dtype=np.int32)
+    counts[0, 0] = [7, 7, 7, 0, 0]  # ties
+    selected = np.random.default_rng(1).integers(0, 5, (4, 3))
+    num_draws = counts.sum(axis=-1) + np.random.default_rng(2).integers(0, 4, (4, 3))
+    votes, runner_up = votes_of(xnp.asarray(counts), xnp.asarray(selected), xnp.asarray(num_draws), "separate")
+    for i in np.ndindex(4, 3):
+        assert (votes[i], runner_up[i]) == votes_one_by_one(counts[i], selected[i], num_draws[i])
+    votes, runner_up = votes_of(xnp.asarray(counts), xnp.asarray(selected), xnp.asarray(num_draws), "two-class")
+    np.testing.assert_array_equal(votes + runner_up, num_draws)
+
+
+def test_counts_up_to_the_largest_n_do_not_wrap():
+    most = 2**31 - 1
+    counts = np.array([most - 5, 3, 2], np.int32)
+    for one in (counts, jnp.asarray(counts)):
+        assert [int(value) for value in votes_of(one, 0, most, "separate")] == [most - 5, 3]
+        assert [int(value) for value in votes_of(one * 0, 1, most, "separate")] == [0, most]
+
+
+SEPARATE = CertifyConfig(n=1000, alpha=0.002, bound="separate")
+
+
+def test_separate_bounds_give_the_gap_of_both():
+    """The third line has no votes but those of two classes: the two-class bound, at half of alpha."""
+    votes, runner_up = np.array([400, 700, 900]), np.array([60, 100, 100])
+    evidence = random_evidence(votes, SEPARATE, runner_up)
+    np.testing.assert_array_equal(evidence.alpha, 0.001)
+    lower, upper = (
+        scipy.stats.beta.ppf(q, k + (q > 0.5), 1000 - k + (q < 0.5)) for q, k in ((0.001, votes), (0.999, runner_up))
+    )
+    upper = np.minimum(upper, 1 - lower)
+    p_lower, gap = evidence.bound_and_gap(Gaussian())
+    np.testing.assert_allclose(p_lower, lower, rtol=1e-6)
+    np.testing.assert_allclose(gap, (scipy.stats.norm.ppf(lower) - scipy.stats.norm.ppf(upper)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(evidence.bound_and_gap(Uniform())[1], lower - upper, rtol=1e-5)
+    two_class = Evidence(votes, evidence.n, evidence.alpha, evidence.n - votes)
+    expected = two_class.bound_and_gap(Gaussian())[1]
+    assert gap[0] > expected[0] == 0 and gap[1] > expected[1] and gap[2] == expected[2]
+    for i in range(3):  # no line depends on the others
+        one = Evidence(*(column[i] for column in evidence)).bound_and_gap(Gaussian())
+        assert one == (p_lower[i], gap[i])
+
+
+def test_a_certificate_of_separate_bounds_takes_both_counts():
+    smoothed, selected, count = Smoothed(LINEAR, Gaussian(), MAP), np.zeros(2, int), np.array([[400, 60], [900, 100]])
+    batch = certificate_from_votes(smoothed, XS[:2], selected, count, config=SEPARATE)
+    np.testing.assert_array_equal(
+        batch.gap, random_evidence(*count[:, :1].T, SEPARATE, count[:, 1]).bound_and_gap(Gaussian())[1]
+    )
+    np.testing.assert_array_equal((batch.count, batch.prediction), ([400, 900], [0, 0]))
+    for wrong in (count[:, 0], count[0], count[:, [0, 1, 1]]):
+        with pytest.raises(ValueError, match="count must be that of the class and that of the runner-up, got shape"):
+            certificate_from_votes(smoothed, XS[:2], selected, wrong, config=SEPARATE)
+
+
+def test_two_bounds_share_alpha():
+    assert CertifyConfig().bound == "two-class" and CertifyConfig(alpha=0.3).alpha_of_bound == 0.3
+    for alpha in (0.1, 0.3, 1 / 3, 0.999, 2e-200):
+        assert 2 * CertifyConfig(alpha=alpha, bound="separate").alpha_of_bound == alpha
+    with pytest.raises(ValueError, match=r"alpha must be in \[2e-200, 1\), got 1e-200"):
+        CertifyConfig(alpha=1e-200, bound="separate")
+
+
+@pytest.mark.usefixtures("without_type_checker")
+def test_another_bound_is_refused():
+    with pytest.raises(ValueError, match="bound must be one of two-class, separate, got 'bonferroni'"):
+        CertifyConfig(bound="bonferroni")

@@ -113,6 +113,53 @@ def test_certify_is_the_host_half_of_the_traced_half():
     assert result.gap == Gaussian().gap(result.p_lower)
 
 
+def between(borders, x):
+    """Class 0 between two borders of a line, 1 below and 2 above them; above the last one NaN, which is no vote."""
+    low, high, last = borders
+    of_x = jnp.concatenate([(x > low) & (x < high), x <= low, x >= high], axis=1).astype(jnp.float32)
+    return jnp.where(x < last, of_x, jnp.nan)
+
+
+def probabilities(y, borders):
+    """Of the three classes at y [...] under noise of theta 1, and of no vote: [4, ...]."""
+    low, high, last = (scipy.stats.norm.cdf(border - y) for border in borders)
+    return np.array([high - low, low, last - high, 1 - last])
+
+
+@pytest.mark.parametrize(
+    ("borders", "certified"),
+    [((-0.6, 0.6, 9), True), ((-0.6, 0.6, 1.5), True), ((-0.6, 0.6, 0.9), False), ((-0.3, 0.3, 9), False)],
+)
+def test_separate_bounds_certify_without_a_majority_and_no_more_than_is_true(borders, certified):
+    """On a line, where the probabilities of all classes are known everywhere. Draws without a vote may be anybody's."""
+    config = CertifyConfig(n0=200, n=20_000, bound="separate")
+    smoothed = Smoothed(from_function(between, np.float32(borders), num_classes=3), Gaussian(), np.float32(1))
+    result = certify(KEY, smoothed, np.float32([0.0]), config=config)
+    at_x, y = probabilities(0.0, borders), np.linspace(-3, 3, 60_001)
+    gap = Gaussian().gap(at_x[0], at_x[1:3].max() + at_x[3])
+    assert 0.7 * gap <= result.gap <= gap
+    assert (result.prediction, gap > 0) == ((0, True) if certified else (ABSTAIN, False))
+    classes = probabilities(y, borders)[:3]
+    assert (classes.argmax(axis=0)[abs(y) < result.gap] == 0).all()
+    two_class = certify(KEY, smoothed, np.float32([0.0]), config=dataclasses.replace(config, bound="two-class"))
+    assert (two_class.prediction, two_class.count) == (ABSTAIN, result.count)
+
+
+def test_separate_bounds_are_the_same_by_the_traced_half():
+    smoothed = Smoothed(from_function(between, np.float32([-0.6, 0.6, 1.5]), num_classes=3), Gaussian(), np.float32(1))
+    config, xs = CertifyConfig(n0=20, n=2_000, bound="separate"), np.float32([[0.0], [0.2], [-1.5], [1.0]])
+    batch = certify_batch(KEY, smoothed, xs, config=config)
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(4))
+    selected, count = jax.jit(jax.vmap(lambda key, x: count_votes(key, smoothed, x, config=config, chunk=300)))(
+        keys, xs
+    )
+    assert count.shape == (4, 2) and (count.sum(axis=1) < 2_000).any()
+    same = certificate_from_votes(smoothed, xs, selected, count, config=config)
+    np.testing.assert_array_equal(same.gap, batch.gap)
+    np.testing.assert_array_equal((same.prediction, same.count), (batch.prediction, batch.count))
+    assert set(batch.prediction) >= {0, 1}
+
+
 def test_selection_and_estimation_share_no_draw():
     key, theta = jax.random.key(7), jnp.ones(1)
     select, estimate = (reference.draws(key, s, Gaussian(), theta, 500) for s in (Stage.SELECT, Stage.ESTIMATE))

@@ -40,10 +40,18 @@ def certificates(found, noise, batch):
     )
 
 
+def two_classes(votes, size):
+    """Votes for class 0 and for class 1."""
+    return np.stack([votes, size - votes], axis=-1)
+
+
 def simulate(p, batch, rule, config, noise=NOISES["l2"], seed=0):
     """The rules on coin flips, whatever stage these are for: certificates, and draws of the pilot."""
     rng = np.random.default_rng(seed)
-    votes_in = lambda stage, indices, first, stop: rng.binomial(stop - first, np.broadcast_to(p, batch)[indices])
+
+    def votes_in(stage, indices, first, stop):
+        return two_classes(rng.binomial(stop - first, np.broadcast_to(p, batch)[indices]), stop - first)
+
     scales = np.tile([0.4, 0.9], (batch, 1))
     selected = np.zeros(batch, np.int64)
     found = sequential.sample_until_decided(votes_in, selected, scales, noise=noise, config=config, sequential=rule)
@@ -114,7 +122,9 @@ def test_decisions_are_those_of_all_n_draws_where_these_have_slack():
     p = scipy.stats.norm.cdf(rng.uniform(-0.5, 3, 300))
     votes = (rng.random((300, config.n)) < p[:, None]).cumsum(axis=1, dtype=np.int32)
     votes = np.concatenate([np.zeros((300, 1), np.int32), votes], axis=1)
-    votes_in = lambda stage, indices, first, stop: votes[indices, stop] - votes[indices, first]
+    votes_in = lambda stage, indices, first, stop: two_classes(
+        votes[indices, stop] - votes[indices, first], stop - first
+    )
     selected, scales, rule = np.zeros(300, np.int64), np.full((300, 1), 0.25), SequentialConfig(radii=radii)
     found = sequential.sample_until_decided(
         votes_in, selected, scales, noise=NOISES["l2"], config=config, sequential=rule
@@ -226,7 +236,7 @@ def test_pilot_and_estimate_are_other_draws():
         ends = zip(indices, first, stop, strict=True)
         seen.update((int(stage), int(index), i) for index, a, b in ends for i in (a, b - 1))
         assert (first < stop).all()
-        return stop - first
+        return two_classes(stop - first, stop - first)
 
     selected, scales, config = np.zeros(2, np.int64), np.ones((2, 2)), CertifyConfig(n=2_000)
     sequential.sample_until_decided(votes_in, selected, scales, noise=NOISES["l1"], config=config, sequential=TOLERANCE)
@@ -243,3 +253,79 @@ def test_an_alpha_too_small_to_be_divided_between_looks_is_refused():
     least = CertifyConfig(n=2_000, alpha=1e-195)
     for rule in (RADII, TOLERANCE):
         assert (simulate(1.0, 2, rule, least)[0].p_lower > 0.5).all()
+
+
+# Probabilities of three classes, of which the first is selected, and of draws without a vote.
+SPREAD = {
+    "far": [0.45, 0.15, 0.2, 0.2],
+    "near": [0.42, 0.4, 0.18, 0.0],
+    "wrong": [0.3, 0.4, 0.3, 0.0],
+    "sure": [0.99, 0.006, 0.004, 0.0],
+}
+
+
+def simulate_spread(p, batch, rule, config, noise):
+    """The rules on draws of three classes: the evidence, and draws."""
+    rng = np.random.default_rng(0)
+    votes_in = lambda stage, indices, first, stop: rng.multinomial(stop - first, p)[:, :3]
+    selected, scales = np.zeros(batch, np.int64), np.ones((batch, 1))
+    return sequential.sample_until_decided(votes_in, selected, scales, noise=noise, config=config, sequential=rule)
+
+
+@pytest.mark.parametrize("norm", NOISES)
+@pytest.mark.parametrize("rule", [RADII, TOLERANCE], ids=["radii", "tolerance"])
+def test_separate_bounds_fail_no_more_often_than_alpha(norm, rule):
+    batch, config, failures = 1_500, CertifyConfig(n=3_000, alpha=0.05, bound="separate"), []
+    for p in SPREAD.values():
+        found = simulate_spread(p, batch, rule, config, NOISES[norm])
+        p_lower, gap = found.evidence.bound_and_gap(NOISES[norm])
+        _, p_b_upper = bounds.separate_bounds(
+            found.evidence.votes, found.evidence.runner_up, found.evidence.n, found.evidence.alpha
+        )
+        highest = max(p[1:3]) + p[3]
+        failures.append(int(((p_lower > p[0]) | (p_b_upper < highest)).sum()))
+        assert (gap > NOISES[norm].gap(p[0], highest) * (1 + 1e-9) + 1e-9).sum() <= failures[-1]
+        assert (found.evidence.alpha <= config.alpha / 2).all()
+    assert not any(_too_often(failed, batch, config.alpha) for failed in failures), failures
+    assert sum(failures) > 0
+
+
+def test_separate_bounds_decide_what_two_classes_cannot():
+    rule, noise, separate = SequentialConfig(radii=(0.04,)), NOISES["l2"], CertifyConfig(bound="separate")
+
+    def reached(p, config=separate, rule=rule):
+        found = simulate_spread(p, 200, rule, config, noise)
+        return (found.evidence.bound_and_gap(noise)[1] >= min(rule.radii)).mean(), found.n.mean()
+
+    for p in ([0.45, 0.15, 0.4, 0.0], [0.45, 0.15, 0.2, 0.2]):  # the last draws have no votes
+        assert reached(p)[0] > 0.9 and reached(p, CertifyConfig())[0] == 0
+    assert reached([0.45, 0.15, 0.1, 0.3])[0] == 0
+    share, draws = reached([0.45, 0.15, 0.4, 0.0], rule=SequentialConfig(radii=(0.5,)))
+    assert share == 0 and draws < 1_000  # given up, as both rates are seen
+
+
+def test_a_tolerance_is_kept_against_all_n_draws_with_separate_bounds():
+    config = CertifyConfig(bound="separate")
+    for p in ([0.45, 0.15, 0.4, 0.0], [0.45, 0.25, 0.3, 0.0], [0.9, 0.04, 0.06, 0.0], [0.9, 0.0, 0.1, 0.0]):
+        found = simulate_spread(p, 200, TOLERANCE, config, NOISES["l2"])
+        votes = (np.array(p) * config.n).astype(int)
+        p_lower, p_b_upper = bounds.separate_bounds(votes[0], votes[1:].max(), config.n, config.alpha_of_bound)
+        kept = found.evidence.bound_and_gap(NOISES["l2"])[1] / NOISES["l2"].gap(p_lower, p_b_upper)
+        assert 0.96 < kept.mean() < 1.01 and (found.n + found.pilot).mean() < config.n
+
+
+def test_the_runner_up_is_the_class_with_most_votes_of_all_looks():
+    """Not of each look: two classes that lead in turn have half of the other votes each."""
+    turn = iter(range(100))
+
+    def votes_in(stage, indices, first, stop):
+        size = stop - first
+        second = np.where(next(turn) % 2, 0, size // 2)
+        return np.stack([size - size // 2, second, size // 2 - second], axis=-1)
+
+    config, rule = CertifyConfig(n=2_000, bound="separate"), SequentialConfig(radii=(0.05,))
+    selected, scales = np.zeros(1, np.int64), np.ones((1, 1))
+    found = sequential.sample_until_decided(
+        votes_in, selected, scales, noise=NOISES["l2"], config=config, sequential=rule
+    )
+    assert found.evidence.runner_up[0] < found.evidence.n[0] - found.evidence.votes[0]
