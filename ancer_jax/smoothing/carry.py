@@ -133,8 +133,8 @@ def certificate_from_lost_votes(
       lost: int [...], how many votes its class loses among `config.n` common draws.
       config: the settings that they were counted with.
 
-    Guarantee: as in `carry`, if the draws of `lost` chose neither class nor theta, and all votes are of centre and theta
-      as float32.
+    Guarantee: as in `carry`, if the draws of `lost` chose neither class nor theta, and all votes are of the float32
+      values of centre and theta.
 
     Raises:
       ValueError: if the noise is enumerable or not that of the certificate, or a count is out of range.
