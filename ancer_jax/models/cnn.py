@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ancer_jax.models._convolution import convolution
+from ancer_jax.models.resnet import relu
 
 
 class SmallCNN(nn.Module):
@@ -33,8 +34,8 @@ class SmallCNN(nn.Module):
         fast = functools.partial(convolution, in_loop=not train)
         conv = functools.partial(nn.Conv, dtype=self.compute_dtype, conv_general_dilated=fast)
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        x = nn.relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
-        x = nn.relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))
-        x = nn.relu(conv(self.features[2], (3, 3))(x))
-        x = nn.relu(nn.Dense(self.hidden, dtype=self.compute_dtype)(x.reshape(x.shape[0], -1)))
+        x = relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
+        x = relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))
+        x = relu(conv(self.features[2], (3, 3))(x))
+        x = relu(nn.Dense(self.hidden, dtype=self.compute_dtype)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_classes)(x.astype(jnp.float32))

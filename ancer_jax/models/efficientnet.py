@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from ancer_jax.models.resnet import dense, he_normal, normalise
+from ancer_jax.models.resnet import dense, he_normal, normalise, relu6
 
 # Number of blocks, kernel size, stride of the first block, expansion and channels of each stage.
 _STAGES = (
@@ -45,7 +45,7 @@ class EfficientNetLite0(nn.Module):
             )  # fmt: skip
 
         x = normalise(x, self.mean, self.std).astype(self.compute_dtype)
-        x = nn.relu6(norm(name="bn0")(conv(32, 3, 2, name="conv_stem")(x)))
+        x = relu6(norm(name="bn0")(conv(32, 3, 2, name="conv_stem")(x)))
         blocks = [
             (features, size, stride if i == 0 else 1, expansion)
             for repeats, size, stride, expansion, features in _STAGES
@@ -53,7 +53,7 @@ class EfficientNetLite0(nn.Module):
         ]
         for number, block in enumerate(blocks):
             x = MobileBlock(*block, conv, norm, name=f"blocks_{number}")(x)
-        x = nn.relu6(norm(name="bn1")(conv(1280, 1, 1, name="conv_head")(x)))
+        x = relu6(norm(name="bn1")(conv(1280, 1, 1, name="conv_head")(x)))
         return dense(self.num_classes, x.mean(axis=(1, 2)))
 
 
@@ -72,8 +72,8 @@ class MobileBlock(nn.Module):
         """[n, h, w, c] -> [n, h / stride, w / stride, features]."""
         y, width = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
-            y = nn.relu6(self.norm(name="bn0")(self.conv(width, 1, 1, name="expand_conv")(y)))
+            y = relu6(self.norm(name="bn0")(self.conv(width, 1, 1, name="expand_conv")(y)))
         y = self.conv(width, self.size, self.stride, groups=width, name="depthwise_conv")(y)
-        y = nn.relu6(self.norm(name="bn1")(y))
+        y = relu6(self.norm(name="bn1")(y))
         y = self.norm(name="bn2")(self.conv(self.features, 1, 1, name="project_conv")(y))
         return x + y if x.shape == y.shape else y

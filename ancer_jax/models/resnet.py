@@ -31,9 +31,9 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[n, h, w, c] -> [n, h / stride, w / stride, features]."""
-        y = nn.relu(self.norm(name="bn1")(self.conv(self.features, 3, self.stride, name="conv1")(x)))
+        y = relu(self.norm(name="bn1")(self.conv(self.features, 3, self.stride, name="conv1")(x)))
         y = self.conv(self.features, 3, 1, name="conv2")(y)
-        return nn.relu(self.norm(name="bn2")(y) + _shortcut(self, x, y))
+        return relu(self.norm(name="bn2")(y) + _shortcut(self, x, y))
 
 
 class Bottleneck(nn.Module):
@@ -48,10 +48,10 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[n, h, w, c] -> [n, h / stride, w / stride, 4 features]."""
-        y = nn.relu(self.norm(name="bn1")(self.conv(self.features, 1, 1, name="conv1")(x)))
-        y = nn.relu(self.norm(name="bn2")(self.conv(self.features, 3, self.stride, name="conv2")(y)))
+        y = relu(self.norm(name="bn1")(self.conv(self.features, 1, 1, name="conv1")(x)))
+        y = relu(self.norm(name="bn2")(self.conv(self.features, 3, self.stride, name="conv2")(y)))
         y = self.conv(self.features * self.expansion, 1, 1, name="conv3")(y)
-        return nn.relu(self.norm(name="bn3")(y) + _shortcut(self, x, y))
+        return relu(self.norm(name="bn3")(y) + _shortcut(self, x, y))
 
 
 def _shortcut(block, x, y):
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
         x = normalise(x, self.mean, self.std).astype(self.compute_dtype)
         imagenet = self.stem == "imagenet"
         x = conv(self.width, 7 if imagenet else 3, 2 if imagenet else 1, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x) if self.stem_norm else x)
+        x = relu(norm(name="bn1")(x) if self.stem_norm else x)
         if imagenet:
             padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # x >= 0: zeros do not change a maximum
             x = nn.max_pool(padded, (3, 3), (2, 2))
@@ -123,6 +123,14 @@ def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[
 
     norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
     return conv, norm
+
+
+def _in_float32(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Of bfloat16 numbers, XLA may get maxima wrong: see `check_classifier`."""
+    return lambda x: activation(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+relu, relu6 = _in_float32(nn.relu), _in_float32(nn.relu6)
 
 
 def dense(num_classes: int, x: jax.Array) -> jax.Array:

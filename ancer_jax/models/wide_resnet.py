@@ -5,7 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from ancer_jax.models.resnet import CIFAR10_MEAN, CIFAR10_STD, dense, layers, normalise
+from ancer_jax.models.resnet import CIFAR10_MEAN, CIFAR10_STD, dense, layers, normalise, relu
 
 
 class PreActivationBlock(nn.Module):
@@ -19,10 +19,10 @@ class PreActivationBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[n, h, w, c] -> [n, h / stride, w / stride, features]."""
-        y = nn.relu(self.norm(name="bn1")(x))
+        y = relu(self.norm(name="bn1")(x))
         if x.shape[-1] != self.features:
             x = self.conv(self.features, 1, self.stride, name="convShortcut")(y)
-        y = nn.relu(self.norm(name="bn2")(self.conv(self.features, 3, self.stride, name="conv1")(y)))
+        y = relu(self.norm(name="bn2")(self.conv(self.features, 3, self.stride, name="conv1")(y)))
         return x + self.conv(self.features, 3, 1, name="conv2")(y)
 
 
@@ -51,5 +51,5 @@ class WideResNet(nn.Module):
             for j in range((self.depth - 4) // 6):
                 features, stride = 16 * self.widen_factor * 2**i, 2 if i > 0 and j == 0 else 1
                 x = PreActivationBlock(features, stride, conv, norm, name=f"block{i + 1}_layer_{j}")(x)
-        x = nn.relu(norm(name="bn1")(x))
+        x = relu(norm(name="bn1")(x))
         return dense(self.num_classes, x.mean(axis=(1, 2)))

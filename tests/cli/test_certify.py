@@ -157,7 +157,7 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--alpha", "1"), "alpha .*1"),
         (("--alpha", "2"), "alpha .*2"),
         (("--alpha", "nan"), "alpha .*nan"),
-        (("--n", "0"), "n must be in 1\.\.2147483647, got 0"),
+        (("--n", "0"), r"n must be in 1\.\.2147483647, got 0"),
         (("--n", "-5"), "n must be in .*, got -5"),
         (("--n", "2147483648"), "n must be .*got 2147483648"),
         (("--n0", "0"), "n0 must be in .*, got 0"),

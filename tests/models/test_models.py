@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ancer_jax import check_classifier
+from ancer_jax import Classifier, check_classifier
 from ancer_jax.models.checkpoints import NETWORKS, Checkpoint, image_shape, load_network, make_network, save_network
+from ancer_jax.smoothing.classifier import _takes_maxima_of_bfloat16
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,6 +88,16 @@ _SHORT["wrn_40_2"] = {"depth": 10, "widen_factor": 1}
 
 
 _SLOW = ("efficientnet_lite0", "imagenet_resnet50")  # they take long to compile
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_no_network_takes_maxima_of_bfloat16(name):
+    """Those that some versions of jaxlib get wrong, for which `check_classifier` would refuse it."""
+    network = make_network(name, num_classes=3, compute_dtype="bfloat16", **_SHORT.get(name, {}))
+    x = np.zeros(image_shape(name), np.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x[None])
+    assert "bf16" in str(jax.make_jaxpr(network.apply)(variables, x[None]))
+    assert not _takes_maxima_of_bfloat16(Classifier(network.apply, variables, 3), x)
 
 
 @pytest.mark.parametrize(

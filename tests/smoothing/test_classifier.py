@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from ancer_jax.smoothing import (
     from_nnx,
     predict,
 )
-from ancer_jax.smoothing.classifier import fingerprint
+from ancer_jax.smoothing.classifier import _bfloat16_works, fingerprint
 from tests import reference
 
 KEY = jax.random.key(0)
@@ -116,6 +117,31 @@ def one_column_too_many(variables, x):
 def test_what_voids_a_certificate_is_refused(function, text):
     with pytest.raises(ValueError, match=text):
         check_classifier(from_function(function, (), num_classes=2), X)
+
+
+def relus_in_bfloat16(variables, x):
+    narrow = x.astype(jnp.bfloat16)[:, :2]
+    return jax.nn.relu(2 * jax.nn.relu(narrow) - 1).astype(x.dtype)
+
+
+def one_relu_in_float32(variables, x):
+    return jax.nn.relu(x[:, :2]).astype(jnp.bfloat16)
+
+
+def test_maxima_of_bfloat16_are_refused_where_jaxlib_gets_them_wrong(monkeypatch):
+    wide, narrow = (from_function(f, (), num_classes=2) for f in (one_relu_in_float32, relus_in_bfloat16))
+    for works in (True, False):
+        monkeypatch.setattr("ancer_jax.smoothing.classifier._bfloat16_works", lambda works=works: works)
+        check_classifier(wide, X)
+        with contextlib.nullcontext() if works else pytest.raises(ValueError, match=r"bfloat16.*jaxlib \d.*float32"):
+            check_classifier(narrow, X)
+
+
+def test_jaxlib_is_found_wrong_where_it_is():
+    numbers = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.bfloat16)
+    function = lambda x: jnp.minimum(2 * jnp.maximum(x, 0.25) - 1, 0.25).sum(axis=0)
+    right = (jax.jit(function)(numbers) == function(numbers)).all()
+    assert _bfloat16_works.__wrapped__() == right
 
 
 WRONG_SHAPE = {
