@@ -101,10 +101,10 @@ def check(function, *arguments, **static):
         assert not re.search(r"(tensor<|x)f64\b", text)
 
 
-@pytest.mark.parametrize(("run", "dtype"), [*((run, "float32") for run in RUNS), ("l2", "bfloat16")])
-def test_the_programs_of_a_run(run, dtype):
+@pytest.mark.parametrize("run", RUNS)
+def test_the_programs_of_a_run(run):
     config = RUNS[run]
-    job = make_job(classifier(dtype=dtype), config, THETA, Execution(chunk=4), devices.device_mesh(2))
+    job = make_job(classifier(), config, THETA, Execution(chunk=4), devices.device_mesh(2))
     job = job.with_probes(DATASET)
     ids, theta = np.arange(4, dtype=np.uint32), np.full(IMAGES.shape, 0.25, np.float32)
     counter = job.counter(ids, IMAGES, theta)

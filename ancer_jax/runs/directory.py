@@ -302,7 +302,7 @@ def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig, car
     """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
     evidence, certify = Evidence(*(shard[name] for name in _EVIDENCE)), config.certify
     alpha, others = 0.0 if config.enumerable else certify.alpha_of_bound, evidence.n - evidence.votes
-    sound = (evidence.runner_up >= 0) & (evidence.runner_up <= others)
+    sound = (shard["predictions"] >= ABSTAIN) & (evidence.runner_up >= 0) & (evidence.runner_up <= others)
     if not config.enumerable and certify.bound == "two-class":
         sound &= evidence.runner_up == others
     if config.sampling is not None:

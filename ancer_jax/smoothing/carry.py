@@ -65,7 +65,8 @@ def carry(
       certificate: of `smoothed` at one input, by `certify` or `certify_sequentially`, or a row of `certify_batch`. What
         was carried may be carried on: each time, alpha of the config is added to its error probability.
       smoothed: the smoothed classifier that was certified.
-      changed: the changed network.
+      changed: the changed network. Both run at the current `jax.default_matmul_precision`, which must be that of the
+        certificate; a network that has another one sets it in its own `apply`, as `carry_run` does.
       config: n, alpha.
       chunk: draws at a time; changes speed and memory only.
 

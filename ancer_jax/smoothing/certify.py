@@ -66,9 +66,11 @@ def certificate_from_votes(
     """
     check_random(smoothed.noise)
     votes, runner_up = count, None
+    expected = np.shape(selected) + (2,) * (config.bound == "separate")
+    if np.shape(count) != expected:
+        there = f"count must have shape {list(expected)} for {config.bound} bounds and this selected class"
+        raise ValueError(f"{there}, got {list(np.shape(count))}")
     if config.bound == "separate":
-        if np.shape(count) != (*np.shape(selected), 2):
-            raise ValueError(f"count must be that of the class and that of the runner-up, got shape {np.shape(count)}")
         votes, runner_up = np.moveaxis(np.asarray(count), -1, 0)
     x = jnp.asarray(x)  # x and theta as the traced program had them
     smoothed = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x))))

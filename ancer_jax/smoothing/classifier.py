@@ -157,11 +157,13 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
     return Classifier(function, jax.tree.map(_own, variables), num_classes)
 
 
-def _own(leaf: ArrayLike) -> jax.Array:
+def _own(leaf: Any) -> jax.Array:
     """An array that nobody else can write into: JAX may share the memory of a NumPy array."""
     if isinstance(leaf, jax.Array):
         return leaf
-    return jax.device_put(leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
+    if isinstance(leaf, np.ndarray):  # `jnp.array` would compile a program for each shape
+        return jax.device_put(leaf.copy())
+    return jax.device_put(leaf) if np.isscalar(leaf) else jnp.array(leaf)
 
 
 @dataclasses.dataclass(frozen=True)

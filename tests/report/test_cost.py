@@ -42,9 +42,9 @@ PENALISED = {
     [
         RunConfig(theta=0.3, **SMALL),
         RunConfig(method="universal", **SMALL),
-        RunConfig(method="isotropic", theta=0.3, leakage_limit=0.5, **SMALL),
+        pytest.param(RunConfig(method="isotropic", theta=0.3, leakage_limit=0.5, **SMALL), marks=pytest.mark.slow),
         RunConfig(method="ancer", theta=0.3, **SMALL | {"leakage": None}),
-        RunConfig(method="ancer", theta=0.3, guard="off", **SMALL),
+        pytest.param(RunConfig(method="ancer", theta=0.3, guard="off", **SMALL), marks=pytest.mark.slow),
         RunConfig(method="ancer", theta=0.3, leakage_limit=0.5, **SMALL | PENALISED),
     ],
     ids=[

@@ -419,6 +419,15 @@ def test_alpha_is_of_each_certificate_and_adds_up_in_the_memory():
     assert wrong_after.mean() > 3 * wrong_before[:, -1].mean()
 
 
+@pytest.mark.parametrize("selected", [2, [2, 0]])
+def test_votes_of_separate_bounds_are_no_votes_of_two_class_bounds(selected):
+    """The votes of the runner-up would become those of the selected class of another certificate."""
+    count = np.broadcast_to([10, 900], (*np.shape(selected), 2))
+    smoothed = Smoothed(reference.linear(np.ones(3)), Gaussian(), np.float32(0.5))
+    with pytest.raises(ValueError, match="for two-class bounds and this selected class, got"):
+        certificate_from_votes(smoothed, np.zeros(3), np.array(selected), count, config=CertifyConfig(n=1_000))
+
+
 def test_a_certificate_from_votes_is_around_the_numbers_that_were_counted():
     smoothed = Smoothed(LINEAR, Gaussian(), 0.7)  # as float32 it is smaller
     x = np.full(XS.shape[1:], 0.1)
