@@ -42,7 +42,7 @@ def documented_as(path):
     return [entry for _, entry in DOCUMENTED if entry.rpartition(".")[2] == name and find(entry) is thing]
 
 
-@pytest.mark.parametrize("path", public_names())
+@pytest.mark.parametrize("path", list(public_names()))
 def test_a_public_name_is_documented_on_one_page(path):
     assert len(documented_as(path)) == 1
 

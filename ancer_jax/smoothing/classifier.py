@@ -255,7 +255,7 @@ def _takes_maxima_of_bfloat16(classifier: Classifier, x: ArrayLike) -> bool:
 
 @functools.cache
 def _bfloat16_works() -> bool:
-    """Whether two maxima with one constant, before a sum, are right: XLA may read memory that was never written."""
+    """Whether XLA gets two maxima with one constant, before a sum, right."""
     twice = jax.jit(lambda x: jnp.maximum(2 * jnp.maximum(x, 0.5) - 1, 0.5).sum())
     return bool(twice(jnp.zeros(2**13, jnp.bfloat16)) == 2**12)
 

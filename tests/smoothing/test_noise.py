@@ -199,7 +199,7 @@ def test_enumerable_noise_refuses_inputs_that_it_says_nothing_of_by_their_id(noi
 
 def stripes(variables, x):
     """Class by the gray value of a copy, in many narrow stripes: as hard for a certificate as can be."""
-    return jax.nn.one_hot(jnp.floor(x.mean(axis=1) * variables) % 3, 3)
+    return jax.nn.one_hot((jnp.floor(x.mean(axis=1) * variables) % 3).astype(int), 3)
 
 
 @pytest.mark.parametrize("theta", [0.5, [0.25, 0.5, 0.5], [1.0, 0.25, 0.75]], ids=str)
