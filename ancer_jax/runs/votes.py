@@ -93,8 +93,8 @@ class VoteCounter(NamedTuple):
             # largest that is nearly filled, with as many steps as fill all items; the rest is left for the next launch.
             chunks = [math.ceil((b - a) / self.chunk) for _, a, b in wanted]
             num_items = max((size for size in self.sizes if 3 * size <= 4 * sum(chunks)), default=self.sizes[0])
-            full = lambda steps: sum(count // steps for count in chunks) >= num_items  # noqa: B023
-            steps = next(filter(full, range(sum(chunks) // num_items, 1, -1)), 1)
+            fewer = range(sum(chunks) // num_items, 1, -1)
+            steps = next((some for some in fewer if sum(count // some for count in chunks) >= num_items), 1)
             draws = steps * self.chunk
             cut = [(index, i, min(i + draws, b)) for index, a, b in wanted for i in range(a, b, draws)]
             cut.sort(key=lambda item: item[1] - item[2])  # the shorter ones are left

@@ -146,14 +146,8 @@ def until_certified(
 
     Inputs have probability p each, and the Beta mixtures `prior` [m, 2].
     """
-    rng = np.random.default_rng(seed)
-    going, taken, votes, drawn, block = (
-        np.arange(len(prior)),
-        np.full(len(prior), most),
-        np.zeros(len(prior), int),
-        0,
-        500,
-    )
+    rng, drawn, block = np.random.default_rng(seed), 0, 500
+    going, taken, votes = np.arange(len(prior)), np.full(len(prior), most), np.zeros(len(prior), int)
     while going.size and drawn < most:
         size = min(block, most - drawn)
         counts = votes[going, None] + (rng.random((len(going), size)) < p).cumsum(axis=1)

@@ -29,6 +29,7 @@ import numpy as np
 from etils import epath
 
 from ancer_jax.runs import read_run
+from ancer_jax.runs.directory import RESULTS
 from ancer_jax.storage import list_folder
 from benchmarks.benchmark import TOP, Benchmark, Found, Line, Lines, load
 
@@ -125,6 +126,10 @@ def disturb(rng: random.Random, kind: str, process: subprocess.Popen[str], out: 
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     printed = process.communicate(timeout=300)[1]
     if not running or process.returncode == 0:
+        return False, ""
+    if kind == "SIGTERM" and process.returncode == -signal.SIGTERM:
+        # Before the command has begun, or after its end: nobody waits for the signal.
+        assert not printed or (out / RESULTS).exists(), printed
         return False, ""
     expected = {"SIGTERM": (143, "start the same command again"), "disk full": (2, "cannot write")}
     status, text = expected.get(kind, (-signal.SIGKILL, ""))
