@@ -34,6 +34,7 @@ NOT_RUN = {
     "loading",
     "peers",
     "ship_model",
+    "start",
     "train_bundled",
     "training_step",
 }

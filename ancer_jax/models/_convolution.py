@@ -39,8 +39,9 @@ def convolution(lhs, rhs, window_strides, padding, *, in_loop: bool = True, **op
     small_pads = all(0 <= pad < size for side, size in zip(pads, rhs.shape, strict=False) for pad in side)
     if not (plain and small_pads):
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-    if max(lhs.shape[1:3]) <= 2 and all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2)):
-        return _on_cpus(_by_taps, strides, pads)(lhs, rhs)
+    fits = all(lhs.shape[1 + i] + sum(pads[i]) >= rhs.shape[i] for i in range(2))
+    if max(lhs.shape[1:3]) <= 2 and min(rhs.shape[:2]) > 1 and fits:
+        return _on_cpus(_by_matrix, strides, pads)(lhs, rhs)
     return (_convolve if in_loop else _convolve_in_training)(lhs, rhs, strides, pads)
 
 
@@ -63,24 +64,18 @@ def _xla_swapped(lhs, rhs, strides, pads):
     return jax.lax.conv_general_dilated(lhs, swapped, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
 
-def _by_taps(lhs, rhs, strides, pads):
-    """A sum of matrix products, one for each entry (tap) of the kernel, without the entries that meet padding only."""
-    sizes = [(lhs.shape[1 + i] + sum(pads[i]) - rhs.shape[i]) // strides[i] + 1 for i in range(2)]
-    products = []
-    for tap in range(rhs.shape[0] * rhs.shape[1]):
-        entry, read, border = divmod(tap, rhs.shape[1]), [], [(0, 0)]
-        for i in range(2):
-            offset = entry[i] - pads[i][0]
-            # Output pixels first, ..., stop - 1 meet pixels of the input; the others meet padding.
-            first = max(0, -(offset // strides[i]))
-            stop = min(sizes[i], (lhs.shape[1 + i] - 1 - offset) // strides[i] + 1)
-            read.append(slice(first * strides[i] + offset, max(stop - 1, 0) * strides[i] + offset + 1, strides[i]))
-            border.append((first, sizes[i] - stop))
-            if first >= stop:
-                break
-        else:
-            products.append(jnp.pad(lhs[:, *read] @ rhs[entry], (*border, (0, 0))))
-    return functools.reduce(jnp.add, products)
+def _by_matrix(lhs, rhs, strides, pads):
+    """One product of all pixels of an image and a matrix that has a copy of the kernel for each output pixel."""
+    pixels, kernel = lhs.shape[1:3], rhs.shape[:2]
+    sizes = [(pixels[i] + sum(pads[i]) - kernel[i]) // strides[i] + 1 for i in range(2)]
+    # Where in the kernel the image begins, for each row (column) of the output; outside the kernel are zeros.
+    begins = [[pads[i][0] - strides[i] * place for place in range(sizes[i])] for i in range(2)]
+    zeros = [(max(0, -begins[i][-1]), max(0, begins[i][0] + pixels[i] - kernel[i])) for i in range(2)]
+    wide = jnp.pad(rhs, (*zeros, (0, 0), (0, 0)))
+    rows, columns = ([slice(zeros[i][0] + at, zeros[i][0] + at + pixels[i]) for at in begins[i]] for i in range(2))
+    copies = jnp.stack([wide[row, column] for row in rows for column in columns], axis=3)
+    product = lhs.reshape(len(lhs), -1) @ copies.reshape(lhs[0].size, -1)
+    return product.reshape(-1, *sizes, rhs.shape[3])
 
 
 def _by_slices(lhs, rhs, strides, pads):

@@ -233,7 +233,7 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
         line = str(error).partition("\n")[0]
         raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {line}") from error
     # These logits may be right all the same: XLA fuses, and gets wrong, large maxima only.
-    if not _bfloat16_works() and _takes_maxima_of_bfloat16(classifier, x):
+    if _takes_maxima_of_bfloat16(classifier, x) and not _bfloat16_works():
         raise ValueError(
             "the classifier takes maxima or minima of bfloat16 numbers, which jaxlib "
             f"{importlib.metadata.version('jaxlib')} computes wrongly on this device: take them in float32"

@@ -1,5 +1,6 @@
 """A worker of peers.py that runs this library: one task a line, as JSON, and one answer a line."""
 
+import collections
 import json
 import pathlib
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.monitoring
 import numpy as np
 
 import ancer_jax as aj
@@ -144,11 +146,13 @@ class Worker:
         }
 
     def memory(self) -> Answer:
-        """Peak memory of this process and of its device."""
-        statistics = jax.local_devices()[0].memory_stats() or {}
-        device = statistics["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in statistics else None
+        """Peak memory of this process."""
         peak = re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())  # ru_maxrss has the parent's
-        return {"host_mib": int(peak[1]) / 1024 if peak else None, "device_mib": device}
+        return {"mib": int(peak[1]) / 1024 if peak else None}
+
+    def preparation(self) -> Answer:
+        """Seconds of tracing, lowering and compiling programs, so far."""
+        return dict(preparation)
 
     def _run(
         self, rows: list[int], config: aj.RunConfig, execution: aj.Execution
@@ -183,6 +187,18 @@ class Worker:
         return jax.tree.map(lambda array: np.asarray(array)[:count], found)
 
 
+preparation: dict[str, float] = collections.defaultdict(float)
+STEPS = {"jaxpr_trace": "tracing", "jaxpr_to_mlir_module": "lowering", "backend_compile": "compilation"}
+
+
+def note(event: str, duration_secs: float, **_) -> None:
+    """Add up the durations that JAX reports."""
+    step = event.removeprefix("/jax/core/compile/").removesuffix("_duration")
+    if step in STEPS:
+        preparation[STEPS[step]] += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(note)
 worker, answers = Worker(), sys.stdout
 sys.stdout = sys.stderr  # only answers go to the standard output
 for line in sys.stdin:

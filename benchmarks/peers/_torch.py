@@ -138,9 +138,8 @@ class Worker:
         return {"classes": classes.tolist(), "radii": radii.tolist()}
 
     def memory(self):
-        device = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
         peak = re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())  # ru_maxrss has the parent's
-        return {"host_mib": int(peak[1]) / 1024 if peak else None, "device_mib": device}
+        return {"mib": int(peak[1]) / 1024 if peak else None}
 
 
 worker, answers = Worker(), sys.stdout

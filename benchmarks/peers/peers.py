@@ -11,7 +11,6 @@ steps, draws, rows at a time and precision (float32; on a GPU with TF32 products
   which ours is compared. The thetas of both are certified by the same draws, and their leakage is measured. The median
   of the images' ratios of proxy radii, ours to theirs, has a bar. A network of the reference gets a softmax where it
   lacks one, without which its search is meaningless;
-- seconds from the start of a process to the first certificate, compilation included; peak memory of the process;
 - whole: all that the papers do for an image (900 + 100 steps of 100 draws, n = 100,000) against the fast preset and
   `--sampling sequential` at the radii in the tables of the literature, with memory and without a measure of leakage
   (the reference has neither), in seconds for an image, start and compilation included. The thetas of the reference are
@@ -31,7 +30,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -86,6 +84,7 @@ class Worker:
         self.process.wait()
 
 
+Start = Callable[..., Worker]
 Tasks = Mapping[str, Callable[[], dict[str, Any]]]
 
 
@@ -112,6 +111,21 @@ def load_data(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.n
     return np.round(train_pixels[:count] * 255).astype(np.uint8), train.labels[:count], test_pixels.astype(np.float32)
 
 
+def workers(options: argparse.Namespace) -> tuple[Start, Start]:
+    """What starts a process of ours, and of the reference, whose packages are installed if need be."""
+    work = options.work = pathlib.Path(options.work).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    python = options.reference_python or work / "reference" / "bin" / "python"
+    if not options.reference_python and not python.exists():
+        if not shutil.which("python3.11"):
+            raise SystemExit("the reference packages need Python 3.11, and there is no python3.11: --reference-python")
+        subprocess.run(["python3.11", "-m", "venv", work / "reference"], check=True)
+        print(f"installing PyTorch and the reference packages into {work / 'reference'}", flush=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *NEEDS], check=True)
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    return partial(Worker, sys.executable, HERE / "_ours.py"), partial(Worker, python, HERE / "_torch.py", device)
+
+
 def prepare(options: argparse.Namespace, reference: Worker) -> dict[str, dict[str, str]]:
     """Weights of both networks and the test images, as files."""
     work = pathlib.Path(options.work)
@@ -133,9 +147,6 @@ def prepare(options: argparse.Namespace, reference: Worker) -> dict[str, dict[st
             print(f"{network}: trained in {seconds:.0f} s", flush=True)
         found[network] = {"network": network, "weights": str(weights), "images": str(work / "images.npy"), "norm": norm}
     return found
-
-
-Start = Callable[..., Worker]
 
 
 def side_by_side(
@@ -171,7 +182,6 @@ def side_by_side(
         name, passes = f"certification, {batch} rows at a time", len(rows) * (options.n + N0)
         add(name, passes, times, raw, **compare_votes(votes, answers, theta, options.n))
         if art:
-            results["memory"] = {"ART": art("memory")}
             art.close()
         yield results
 
@@ -201,27 +211,8 @@ def side_by_side(
     }
     times, _, raw = in_turn(options.rounds, tasks)
     add("anisotropic search", passes, times, raw, **compare_thetas(ours, file, "anisotropic", options, theta))
-    results["memory"] = {"ours": ours("memory"), "reference": theirs("memory")} | results.get("memory", {})
     ours.close()
     theirs.close()
-    yield results
-
-    # From the start of a process.
-    firsts: dict[str, list[float]] = {"ours": [], "ours, programs kept": [], "reference": []}
-    one = {"rows": [0], "n": 1_000, "n0": N0, "alpha": ALPHA, "batch": 200} | noise
-    with tempfile.TemporaryDirectory() as kept:
-        keep = {"JAX_COMPILATION_CACHE_DIR": kept, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        start_kept = partial(start_ours, **keep)
-        for _ in range(options.rounds + 1):
-            for who, start in zip(firsts, (start_ours, start_kept, start_reference), strict=True):
-                began = time.perf_counter()
-                worker = start()
-                worker("load", **given)
-                worker("certify", **one)
-                firsts[who].append(time.perf_counter() - began)
-                worker.close()
-    firsts["ours, programs kept"] = firsts["ours, programs kept"][1:]
-    results["first certificate"] = {who: float(np.median(times)) for who, times in firsts.items()}
     yield results
 
 
@@ -368,17 +359,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     for name, value in ({"n": 500, "steps": 3, "batch": [200], "epochs": 2} if options.small else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    work = options.work = pathlib.Path(options.work).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    python = options.reference_python or work / "reference" / "bin" / "python"
-    if not options.reference_python and not python.exists():
-        if not shutil.which("python3.11"):
-            raise SystemExit("the reference packages need Python 3.11, and there is no python3.11: --reference-python")
-        subprocess.run(["python3.11", "-m", "venv", work / "reference"], check=True)
-        print(f"installing PyTorch and the reference packages into {work / 'reference'}", flush=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *NEEDS], check=True)
-    start_reference = partial(Worker, python, HERE / "_torch.py", "cpu" if on_cpu else "cuda")
-    start_ours = partial(Worker, sys.executable, HERE / "_ours.py")
+    start_ours, start_reference = workers(options)
     with contextlib.closing(start_reference()) as reference:
         networks = prepare(options, reference)
     left_out = ("seed", "output", "work", "reference_python", "cifar10")
@@ -424,13 +405,6 @@ def lines(found: Found) -> Lines:
         yield Line(what, f"{p:.2g}", f">= {BAR_P_VALUE}", p >= BAR_P_VALUE)
     for kind in KINDS:
         yield size_line(f"{network}, {kind} search, ours / reference", r[f"{kind} search"])
-    first = r["first certificate"]
-    what = f"{network}, seconds from start to the first certificate: {' / '.join(first)}"
-    yield Line(what, " / ".join(f"{seconds:.1f}" for seconds in first.values()))
-    for where in ("host", "device"):
-        if mib := {who: m[f"{where}_mib"] for who, m in r["memory"].items() if m[f"{where}_mib"]}:
-            what = f"{network}, peak memory of the {where} in MiB: {' / '.join(mib)}"
-            yield Line(what, " / ".join(f"{value:,.0f}" for value in mib.values()))
 
 
 def whole_lines(found: Found) -> Lines:
@@ -450,34 +424,21 @@ def _found(name: str) -> dict[str, Any]:
 
 
 def _side_by_side() -> str:
-    """Rates, start and memory: a table."""
+    """Rates: a table."""
     resnet, wrn = NETWORKS
     columns = [(resnet, "ours"), (resnet, "reference"), (resnet, "ART"), (wrn, "ours"), (wrn, "reference")]
 
-    def row(what: str, *path: str, of: str = "{}", digits: int = 0) -> list[str]:
-        """Where the path contains `{}`, it is who did it, as `of` names it."""
-        cells = [what]
-        for network, who in columns:
-            value: Any = _found(f"peers-{network}")
-            for step in path:
-                value = (value or {}).get(of.format(who) if step == "{}" else step)
-            cells.append("" if value is None else f"{value:,.{digits}f}")
-        return cells
+    def row(what: str, part: str, of: str = "{}") -> list[str]:
+        """The rates of a part, of everyone who took part, as `of` names them."""
+        rates = [(_found(f"peers-{network}")[part]["rates"], who) for network, who in columns]
+        values = [of_part.get(of.format(who)) for of_part, who in rates]
+        return [what, *("" if value is None else f"{value:,.0f}" for value in values)]
 
     rows = [
-        row("certification", "certification, 200 rows at a time", "rates", "{}"),
-        row("isotropic search", "isotropic search", "rates", "{}"),
-        row("anisotropic search, parameters frozen", "anisotropic search", "rates", "{}"),
-        row("anisotropic search, as released", "anisotropic search", "rates", "{}", of="{} as released"),
-        row("seconds to the first certificate", "first certificate", "{}", digits=1),
-        row(
-            "the same, with compiled programs kept from an earlier start",
-            "first certificate",
-            "{}",
-            of="{}, programs kept",
-            digits=1,
-        ),
-        row("peak memory, MiB", "memory", "{}", "host_mib"),
+        row("certification", "certification, 200 rows at a time"),
+        row("isotropic search", "isotropic search"),
+        row("anisotropic search, parameters frozen", "anisotropic search"),
+        row("anisotropic search, as released", "anisotropic search", of="{} as released"),
     ]
     title = [TITLES[network] for network in NETWORKS]
     return markdown(["", f"{title[0]}: ours", "theirs", "ART 1.20.1", f"{title[1]}: ours", "theirs"], rows)
@@ -527,11 +488,16 @@ def _thetas() -> list[float]:
     return [float(np.median(larger(one))) for one in found]
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
+def places(parser: argparse.ArgumentParser) -> None:
+    """Where data, workers and networks are."""
     parser.add_argument("--cifar10")
     parser.add_argument("--work", default="peers")
     parser.add_argument("--reference-python")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    places(parser)
     parser.add_argument("--n", type=int, help="usually 1000; on a GPU 100000")
     parser.add_argument("--steps", type=int, help=f"of a search; usually {STEPS}; on a GPU 50")
     parser.add_argument("--batch", type=int, nargs="+", help="rows at a time; usually 200; on a GPU also 1000 and 4000")
