@@ -21,7 +21,7 @@ from ancer_jax.models.front import WithFront
 from ancer_jax.runs.settings import refuse_other_settings
 from ancer_jax.storage import absolute, list_folder, locked_shard, write_file
 from ancer_jax.training.config import TrainConfig
-from ancer_jax.training.step import Training, evaluate, initial_state, learning_rate, train_step
+from ancer_jax.training.step import Training, compiled_train_step, evaluate, initial_state, learning_rate
 
 STATE, TABLE = "state", "training.tsv"
 HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
@@ -124,6 +124,7 @@ def _train_epoch(
 ) -> TrainState:
     """One epoch and its evaluation; a loss that is not finite is a ValueError."""
     (data, test), (_, config, steps, mesh) = datasets, training
+    train_step = compiled_train_step(devices.platform(mesh))
     variables, moments, history = state
     clock, first, sums = time.perf_counter(), epoch * steps, 0.0
     columns = data.images, data.labels, _mirrored(config, epoch, len(data))

@@ -19,6 +19,11 @@ from ancer_jax.training import losses
 from ancer_jax.training.config import METHODS, TrainConfig
 
 _EVALUATION_BATCH = 500
+# Of the libraries that XLA calls on CPUs, the one for sums and matrix products, but not the one for convolutions: that
+# one leaves all but one core idle where there are few channels.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+}
 
 
 class Training(NamedTuple):
@@ -77,6 +82,17 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
     updates, moments = _optimizer(training).update(gradient, moments, variables["params"])
     state = {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
     return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.cache
+def compiled_train_step(platform: str) -> Any:
+    """`train_step`, compiled with the options that are fastest on a platform and that the installed jaxlib knows."""
+    options = _CPU_OPTIONS if platform == "cpu" else None
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # an experimental option may go away; it changes speed alone
+        options = None
+    return jax.jit(train_step, static_argnames="training", compiler_options=options)
 
 
 def augment(key, images, mirrored, config: TrainConfig):

@@ -20,7 +20,7 @@ from ancer_jax import devices
 from ancer_jax.metrics import round_down
 from ancer_jax.models import make_network
 from ancer_jax.training import PRESETS
-from ancer_jax.training.step import Training, initial_state, train_step
+from ancer_jax.training.step import Training, compiled_train_step, initial_state
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, machine, markdown
 from benchmarks.speed.overhead import seconds
 
@@ -31,9 +31,10 @@ def ours(name: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], jax.
     """A step of `ancer-jax train`, from the state that the last one left."""
     mesh = devices.device_mesh(1)
     config = dataclasses.replace(PRESETS["augmentation"], batch_size=len(images), theta=SIGMA)
-    step = functools.partial(train_step, training=Training(make_network(name), config, 100, mesh))
+    training = Training(make_network(name), config, 100, mesh)
+    step = functools.partial(compiled_train_step(devices.platform(mesh)), training=training)
     batch = devices.replicate((jnp.asarray(images), jnp.asarray(labels), jnp.arange(len(images)) % 2 == 0), mesh)
-    state = [*initial_state(step.keywords["training"], images)]
+    state = [*initial_state(training, images)]
 
     def run():
         *state[:], figures = step(*state, batch, np.int32(0), np.float32(0))

@@ -6,9 +6,17 @@ import pytest
 
 from ancer_jax import devices
 from ancer_jax.models import make_network
-from ancer_jax.training import TrainConfig
+from ancer_jax.training import TrainConfig, step
 from ancer_jax.training.loop import _mirrored
-from ancer_jax.training.step import Training, _optimizer, augment, initial_state, learning_rate
+from ancer_jax.training.step import (
+    Training,
+    _optimizer,
+    augment,
+    compiled_train_step,
+    initial_state,
+    learning_rate,
+    train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -107,3 +115,22 @@ def test_weight_decay_shrinks_muons_kernels_as_much_as_it_would_under_sgd():
     params, _, updates = updates_of("small_cnn", config, 0.0, features=(4, 8, 8), hidden=16)
     np.testing.assert_allclose(updates["Conv_0"]["kernel"], -0.3 * 0.01 / 0.5 * params["Conv_0"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(updates["Dense_1"]["kernel"], -0.3 * 0.01 * params["Dense_1"]["kernel"], rtol=1e-5)
+
+
+def test_a_step_is_the_same_with_the_options_of_its_platform():
+    """To rounding; the options are those that the installed jaxlib knows, and keep convolutions on all cores."""
+    mesh, rng = devices.device_mesh(1), np.random.default_rng(0)
+    training = Training(make_network("cifar_resnet20"), TrainConfig(batch_size=4), 10, mesh)
+    images = rng.random((4, 8, 8, 3)).astype(np.float32)
+    batch = devices.replicate((images, np.arange(4), np.arange(4) % 2 == 0), mesh)
+    arguments = (*initial_state(training, images), batch, np.int32(0), np.float32(0))
+    plain, fast = train_step(*arguments, training=training), compiled_train_step("cpu")(*arguments, training=training)
+    for found, expected in zip(*map(jax.tree.leaves, (fast, plain)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    program = compiled_train_step("cpu").lower(*arguments, training=training).compile().as_text()
+    assert " convolution(" in program and "ROOT %conv" not in program  # one in a library's fusion would be its root
+
+
+def test_options_that_jaxlib_does_not_know_are_left_out(monkeypatch):
+    monkeypatch.setattr(step, "_CPU_OPTIONS", {"xla_gone": "1"})
+    assert compiled_train_step.__wrapped__("cpu") is not None
