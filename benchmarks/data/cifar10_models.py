@@ -3,8 +3,8 @@
 FOLDER holds CIFAR-10's binary files (`ancer-jax fetch cifar10 FOLDER`). Each network is a ResNet-20, trained on all
 training images by `ancer-jax train`; every 20th test image is certified by `ancer-jax certify` with the theta of the
 training; then `ship_model` writes the variables and the card into the package. Networks and runs stay in the folder
-`--work`, where a second call continues at any point. With `--small` one tiny training, on the bundled images; the
-package stays as it is.
+`--work`, where a second call continues at any point. `--models` names some of the networks, and `--as` another raw
+output for them. With `--small` one tiny training, on the bundled images; the package stays as it is.
 
 Seconds of training are those of the median epoch times the epochs, so that an interruption does not count.
 
@@ -26,7 +26,7 @@ import numpy as np
 from ancer_jax.metrics import round_down
 from ancer_jax.report import load_results
 from benchmarks import figures
-from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
 from benchmarks.data import ship_model
 
 NETWORK = "cifar10-resnet20"
@@ -43,6 +43,7 @@ TINY = ["--max", "256", "--test-max", "20", "--mean", "0.286", "--std", "0.353"]
 # Accuracy and ACR at n = 100,000, 10,000 images: certificates of the public code of Jeong and Shin 2020.
 PUBLIC = {f"{NETWORK}-l2-0.5": (0.670, 0.524), f"{NETWORK}-l2-0.5-consistency": (0.605, 0.686)}
 NEAR = 0.95
+OUTPUTS = ("cifar10_models", "cifar10_models-consistency", "cifar10_models-l1")
 
 
 def ancer_jax(*arguments: str) -> None:
@@ -86,7 +87,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         options.work = str(pathlib.Path(options.work or temporary).resolve())
-        for name in list(MODELS)[2:3] if options.small else MODELS:
+        for name in options.models or (list(MODELS)[2:3] if options.small else MODELS):
             rows.append(row_of(name, options))
             yield {"skip": options.skip, "n": options.n, "rows": rows}
 
@@ -105,8 +106,8 @@ def lines(found: Found) -> Lines:
 
 def _table() -> str:
     """The networks, beside the public ones."""
-    rows = []
-    for r in load("cifar10_models")["results"]["rows"]:
+    rows, there = [], [output for output in OUTPUTS if (RESULTS / f"{output}.json").exists()]
+    for r in (r for output in there for r in load(output)["results"]["rows"]):
         public = "; ".join(f"{value:.3f}" for value in PUBLIC.get(r["name"], ())) or "none"
         cells = [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), public]
         minutes = (f"{r[f'seconds of {what}'] / 60:.0f}" for what in ("training", "certification"))
@@ -119,6 +120,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, and where networks and runs stay."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
     parser.add_argument("--work", help="a folder that keeps networks and runs")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: all")
 
 
 BENCHMARK = Benchmark(
@@ -128,6 +130,6 @@ BENCHMARK = Benchmark(
     sizes={"epochs": (1, 30), "skip": (1, 20), "images": (2, 500), "n": (100, 10_000)},
     arguments=arguments,
     small_is_judged=False,
-    outputs={"cifar10_models": lines},
+    outputs=dict.fromkeys(OUTPUTS, lines),
     figures={"table": _table},
 )
