@@ -101,10 +101,11 @@ def check(function, *arguments, **static):
         assert not re.search(r"(tensor<|x)f64\b", text)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("run", RUNS)
-def test_the_programs_of_a_run(run):
+def test_the_programs_of_a_run(run, dtype):
     config = RUNS[run]
-    job = make_job(classifier(), config, THETA, Execution(chunk=4), devices.device_mesh(2))
+    job = make_job(classifier(dtype=dtype), config, THETA, Execution(chunk=4), devices.device_mesh(2))
     job = job.with_probes(DATASET)
     ids, theta = np.arange(4, dtype=np.uint32), np.full(IMAGES.shape, 0.25, np.float32)
     counter = job.counter(ids, IMAGES, theta)
@@ -136,10 +137,11 @@ def test_the_families_are_those_that_exist():
     assert {kind(NETWORKS[name]) for name in FAMILIES} == {kind(some) for some in NETWORKS.values()}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", PRESETS)
-def test_a_training_step_and_its_evaluation(method):
+def test_a_training_step_and_its_evaluation(method, dtype):
     config = dataclasses.replace(PRESETS[method], epochs=1, batch_size=4, front="wiener")
-    training = Training(WithFront(network(), Cosine()), config, 1, devices.device_mesh(1))
+    training = Training(WithFront(network(dtype=dtype), Cosine()), config, 1, devices.device_mesh(1))
     variables, moments = initial_state(training, IMAGES)
     batch = IMAGES, LABELS, np.zeros(4, bool)
     numbers = np.int32(0), np.float32(0.5)
