@@ -19,8 +19,8 @@ from ancer_jax.training import losses
 from ancer_jax.training.config import METHODS, TrainConfig
 
 _EVALUATION_BATCH = 500
-# Of the libraries that XLA calls on CPUs, the one for sums and matrix products, but not the one for convolutions: that
-# one leaves all but one core idle where there are few channels.
+# On CPUs, XLA calls the library YNNPACK for matrix products, sums and convolutions. It computes convolutions of few
+# channels on one core, so here it gets the other two only.
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
 }
@@ -87,12 +87,13 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
 @functools.cache
 def compiled_train_step(platform: str) -> Any:
     """`train_step`, compiled with the options that are fastest on a platform and that the installed jaxlib knows."""
-    options = _CPU_OPTIONS if platform == "cpu" else None
+    if platform != "cpu":
+        return train_step
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError:  # an experimental option may go away; it changes speed alone
-        options = None
-    return jax.jit(train_step, static_argnames="training", compiler_options=options)
+        return train_step
+    return jax.jit(train_step, static_argnames="training", compiler_options=_CPU_OPTIONS)
 
 
 def augment(key, images, mirrored, config: TrainConfig):
