@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ancer_jax.metrics import round_up
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
 from benchmarks.peers.peers import ALPHA, N0, NETWORKS, TITLES, Start, places, prepare, workers
 
@@ -97,13 +98,13 @@ def lines(found: Found) -> Lines:
         seconds = r["seconds"]
         for who in WHO[:2]:
             ratio = seconds[who] / seconds["reference"]
-            figure = f"{seconds[who]:.1f} / {seconds['reference']:.1f} (ratio {ratio:.2f})"
+            figure = f"{seconds[who]:.1f} / {seconds['reference']:.1f} (ratio {round_up(ratio, 2)})"
             what = f"{network}, seconds to the first certificate: {who} / reference"
             yield Line(what, figure, f"ratio <= {BAR}", ratio <= BAR)
         for task, ours in r["memory in MiB"]["ours"].items():
             theirs = r["memory in MiB"]["reference"][task]
             ratio, what = ours / theirs, f"{network}, peak memory in MiB after {task}: ours / reference"
-            figure = f"{ours:,.0f} / {theirs:,.0f} (ratio {ratio:.2f})"
+            figure = f"{ours:,.0f} / {theirs:,.0f} (ratio {round_up(ratio, 2)})"
             yield Line(what, figure) if task == "loading" else Line(what, figure, f"ratio <= {BAR}", ratio <= BAR)
 
 
