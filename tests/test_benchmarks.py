@@ -33,6 +33,7 @@ NOT_RUN = {
     "imagenet_pictures",
     "loading",
     "peers",
+    "public_networks",
     "ship_model",
     "start",
     "train_bundled",

@@ -1,8 +1,8 @@
 """Convolutions that are fast on CPUs, for `flax.linen.Conv(conv_general_dilated=...)`.
 
-XLA's CPU backend has fast code for a convolution in its usual layout, but not for maps of at most 2 x 2 pixels, for the
-layout in which the gradient of a convolution comes, or for the gradient of a strided one. Each is computed in another
-way here. Two cases differ in what is differentiated:
+XLA's CPU backend has fast code for a convolution in its usual layout, but not for maps of at most 2 x 2 pixels, for few
+channels, for the layout in which the gradient of a convolution comes, or for the gradient of a strided one. Each is
+computed in another way here. Two cases differ in what is differentiated:
 
 - In a theta search, a loop, gradients are those with respect to the input (`benchmarks/speed/convolution.py`).
 - In a training step, they are also those with respect to the kernel (`benchmarks/speed/training_step.py`).
@@ -55,6 +55,26 @@ def _on_cpus(way, strides, pads):
     return lambda lhs, rhs: jax.lax.platform_dependent(lhs, rhs, cpu=ways[0], default=ways[1])
 
 
+def _value(lhs, rhs, strides, pads):
+    """XLA's convolution; on CPUs, where channels are few, it computes several pixels at once."""
+    width = (lhs.shape[2] + sum(pads[1]) - rhs.shape[1]) // strides[1] + 1
+    inputs, outputs = rhs.shape[2:]
+    most = 64 if inputs <= _FEW else 32 if inputs <= 16 else 0  # channels of the output; measured
+    count = next((n for n in (4, 2) if n * outputs <= most and width >= n and width % n == 0), 1)
+    if count == 1:
+        return _xla(lhs, rhs, strides, pads)
+    return _on_cpus(functools.partial(_at_once, count), strides, pads)(lhs, rhs)
+
+
+def _at_once(count, lhs, rhs, strides, pads):
+    """Neighbouring pixels of a row as channels of one pixel; the wider kernel has a shifted copy for each of them."""
+    step = strides[1]
+    zeros = [(step * i, step * (count - 1 - i)) for i in range(count)]
+    wide = jnp.concatenate([jnp.pad(rhs, ((0, 0), some, (0, 0), (0, 0))) for some in zeros], axis=-1)
+    out = _xla(lhs, wide, (strides[0], count * step), pads)
+    return out.reshape(*out.shape[:2], count * out.shape[2], rhs.shape[3])
+
+
 def _xla_swapped(lhs, rhs, strides, pads):
     """The same from a kernel of layout HWOI, for the sake of its transpose, the gradient with respect to the input.
 
@@ -91,7 +111,7 @@ def _by_slices(lhs, rhs, strides, pads):
     return jnp.concatenate(patches, axis=-1) @ rhs.reshape(-1, features)
 
 
-_convolve = jax.custom_jvp(_xla, nondiff_argnums=(2, 3))
+_convolve = jax.custom_jvp(_value, nondiff_argnums=(2, 3))
 
 
 def _jvp(strides, pads, primals, tangents):
@@ -114,11 +134,11 @@ _convolve.defjvp(_jvp, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_in_training(lhs, rhs, strides, pads):
     """The usual convolution, with a fast gradient with respect to the kernel; without forward-mode derivatives."""
-    return _xla(lhs, rhs, strides, pads)
+    return _value(lhs, rhs, strides, pads)
 
 
 def _forward(lhs, rhs, strides, pads):
-    return _xla(lhs, rhs, strides, pads), (lhs, rhs)
+    return _value(lhs, rhs, strides, pads), (lhs, rhs)
 
 
 def _backward(strides, pads, residuals, gradient):

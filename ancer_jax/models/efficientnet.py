@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from ancer_jax.models._batch_norm import BatchNorm
 from ancer_jax.models.resnet import dense, he_normal, normalise, relu6
 
 # Number of blocks, kernel size, stride of the first block, expansion and channels of each stage.
@@ -34,9 +35,7 @@ class EfficientNetLite0(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits [n, num_classes] of images [n, height, width, 3]."""
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.99, epsilon=1e-3, dtype=self.compute_dtype
-        )
+        norm = functools.partial(BatchNorm, not train, momentum=0.99, epsilon=1e-3, dtype=self.compute_dtype)
 
         def conv(features, size, stride, *, groups=1, name):  # TensorFlow's padding "SAME"
             return nn.Conv(

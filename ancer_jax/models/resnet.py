@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ancer_jax.models._batch_norm import BatchNorm
 from ancer_jax.models._convolution import convolution
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -121,7 +122,7 @@ def layers(dtype: str, train: bool) -> tuple[Callable[..., nn.Module], Callable[
             conv_general_dilated=functools.partial(convolution, in_loop=not train),
         )  # fmt: skip
 
-    norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
+    norm = functools.partial(BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
     return conv, norm
 
 

@@ -21,8 +21,8 @@ other rows are given on these images, too.
 Bars for "cosine" and "cosine, learned" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three
 times as large, and at least half of the images that both answer correctly have a region that contains white's.
 
-Networks, maps and runs stay in the folder `--work`, where a second call continues; `--networks` is a folder with
-networks for white noise that are trained already, NAME-l2-SIGMA.
+Networks, maps and runs stay in the folder `--work`, where a second call continues. With `--shipped`, the networks for
+white noise are those that ship with the package: on CIFAR-10, they were trained by the same recipe for 30 epochs.
 """
 
 import argparse
@@ -84,10 +84,9 @@ def theta_map(row: str, sigma: float, options: argparse.Namespace) -> str | None
 
 
 def network(row: str, sigma: float, options: argparse.Namespace) -> str:
-    """The folder of the network of a row, trained if it is not."""
-    given = pathlib.Path(options.networks or "", f"{options.name}-l2-{sigma:g}")
-    if row == "white" and options.networks and (given / "network.json").exists():
-        return str(given)
+    """The network of a row, by name or folder; trained if it is not."""
+    if row == "white" and options.shipped:
+        return f"{options.name}-l2-{sigma:g}"
     folder, file = os.path.join(options.work, f"net-{slug(row)}-{sigma:g}"), theta_map(row, sigma, options)
     noise = ["--sigma", str(sigma)] if file is None else ["--theta-map", file]
     noise += ["--front", "wiener"] if ROWS[row][2] else []
@@ -243,7 +242,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, what is compared, and where everything stays."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
     parser.add_argument("--work", help="a folder that keeps networks, maps and runs")
-    parser.add_argument("--networks", help="a folder with networks for white noise")
+    parser.add_argument("--shipped", action="store_true", help="white noise: the networks that ship with the package")
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, ANCER], help="default: all")
 
