@@ -87,14 +87,14 @@ class BundledModel:
             sizes = f"ACR {acr}, "
             if self.theta_map is not None:
                 sizes += f"ACR-tilde {round_down(found['acr_tilde'], 3)}, "
-            certified = f"{sizes}accuracy {accuracy} ({found['images']:,} test images, {how})"
+            certified = f"{sizes}certified accuracy {accuracy} ({found['images']:,} test images, {how})"
         return {
             "network": f"{checkpoint.name}, images {size}, {self.classifier.num_classes} classes",
             "noise": f"{checkpoint.norm}, {self.theta_map or f'theta {self.theta:g}'}",
             "data": card["data"],
             "training": f"{card['method']}, {card['epochs']} epochs",
             "command": card["command"],
-            "accuracy": f"{clean}; under noise {noisy} ({card['test_images']:,} test images)",
+            "accuracy": f"{clean} clean, {noisy} under noise ({card['test_images']:,} test images)",
             "certified": certified,
             "made": f"{card['date']}, {versions}",
         }

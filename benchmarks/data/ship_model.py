@@ -235,7 +235,7 @@ def _table() -> str:
         acr = f"{round_down(found['acr'], 3)} ({found['images']:,} images)" if found else "not measured"
         method = f"{card['method']}, {card['epochs']} epochs"
         rows.append([f"[`{model.name}`](#{model.name.replace('.', '')})", card["data"], method, clean, noisy, acr])
-    return markdown(["name", "data", "training", "accuracy", "accuracy under its noise", "ACR"], rows)
+    return markdown(["name", "data", "training", "clean accuracy", "accuracy under noise", "ACR"], rows)
 
 
 def _cards() -> str:

@@ -134,7 +134,7 @@ def _table() -> str:
         us, *others = (r["images a second"][who] for who in (OURS, THEIRS, KEEPING))
         cells = (f"{them:,.0f} ({round_down(us / them, 2)})" for them in others)
         rows.append([f"`{r['network']}`", f"{us:,.0f}", *cells])
-    return markdown(["network", "ancer_jax, images a second", f"{THEIRS} (ratio)", f"{KEEPING} (ratio)"], rows)
+    return markdown(["network", "ancer_jax, images a second", f"{THEIRS} (ours / it)", f"{KEEPING} (ours / it)"], rows)
 
 
 BENCHMARK = Benchmark(
