@@ -30,7 +30,7 @@ FILES = {
 
 def radii(n: int) -> np.ndarray:
     """The certified radius for each count, 0 to n, of n draws; 0 for an abstention."""
-    return SIGMA * Gaussian().gap(clopper_pearson_lower(np.arange(n + 1), n, ALPHA))
+    return SIGMA * np.asarray(Gaussian().gap(clopper_pearson_lower(np.arange(n + 1), n, ALPHA)))
 
 
 def counts(published: np.ndarray) -> np.ndarray:
