@@ -94,7 +94,8 @@ def test_a_printed_model_shows_its_card(weights):
     path.write_text(json.dumps(description))
     printed = str(load_bundled(NAME))
     assert "accuracy   0.570 clean, " in printed
-    assert "ACR 0.567, certified accuracy 0.570 (100 test images, fixed theta 0.25, n = 100,000, alpha = 0.001)" in printed
+    how = "(100 test images, fixed theta 0.25, n = 100,000, alpha = 0.001)"
+    assert f"ACR 0.567, certified accuracy 0.570 {how}" in printed
 
 
 def test_a_model_has_the_smoothed_classifier_of_its_training():
