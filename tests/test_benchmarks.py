@@ -20,6 +20,7 @@ from ancer_jax.smoothing.classifier import fingerprint
 from benchmarks import __main__ as cli
 from benchmarks import render
 from benchmarks.benchmark import RESULTS, Line, load, markdown
+from benchmarks.claims import public_networks
 from benchmarks.speed import _moved_votes, gpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -56,6 +57,17 @@ def test_list_names_every_benchmark():
     listed = run("list", cwd=TOP).stdout.splitlines()
     assert [line.split()[0] for line in listed] == NAMES
     assert {"soundness", "overhead", "peers", "loading"} <= set(NAMES)
+
+
+def test_certificates_with_fewer_draws_follow_from_published_radii():
+    some = np.array([60_000, 90_000, 100_000])
+    count = public_networks.counts(np.round(public_networks.radii(public_networks.DRAWS)[some], 3))
+    assert count[-1] == some[-1] and np.abs(count - some).max() < 100
+    certified, radius = public_networks.expected(some, 1000)
+    rng, of_count = np.random.default_rng(0), public_networks.radii(1000)
+    draws = rng.hypergeometric(some, public_networks.DRAWS - some, 1000, size=(20_000, 3))
+    np.testing.assert_allclose(radius, of_count[draws].mean(0), atol=0.002)
+    assert certified[-1] > 1 - 1e-9 and radius[-1] > of_count[-1] - 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)

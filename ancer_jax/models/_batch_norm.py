@@ -41,6 +41,7 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             for stored, new in ((mean, of_batch), (variance, var_of_batch)):
                 stored.value = self.momentum * stored.value + (1 - self.momentum) * new
+        # The gradient of `_normalise` with respect to x includes what goes through them.
         statistics = jax.lax.stop_gradient((of_batch, jax.lax.rsqrt(var_of_batch + self.epsilon)))
         return _normalise(x, scale, bias, *statistics).astype(self.dtype)
 

@@ -30,7 +30,8 @@ from ancer_jax.training import PRESETS
 from ancer_jax.training.step import Training, compiled_train_step, initial_state
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, machine, markdown
 
-SIGMA, TURN = 0.25, 1.0  # seconds
+SIGMA = 0.25
+TURN = 1.0  # seconds
 OURS, THEIRS, KEEPING = "ours", "PyTorch", "PyTorch that keeps memory"
 
 
