@@ -126,6 +126,18 @@ def _table() -> str:
     return markdown(header, rows)
 
 
+def _consistency() -> str:
+    """Ours at sigma 0.5."""
+    r = next(r for r in load("cifar10_models-consistency")["results"]["rows"] if "l2-0.5" in r["name"])
+    return f"accuracy {figures.share(r['accuracy'], r['images'])}, ACR {round_down(r['ACR'], 3)}"
+
+
+def _public_consistency() -> str:
+    """The public network's at sigma 0.5, with our images and our n."""
+    p = public(f"{NETWORK}-l2-0.5-consistency")[0]
+    return f"accuracy {round_down(p['accuracy'], 3)}, ACR {round_down(p['ACR'], 3)}"
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, and where networks and runs stay."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
@@ -141,5 +153,9 @@ BENCHMARK = Benchmark(
     arguments=arguments,
     small_is_judged=False,
     outputs=dict.fromkeys(OUTPUTS, lines),
-    figures={"table": _table},
+    figures={
+        "table": _table,
+        "consistency": _consistency,
+        "consistency-public": _public_consistency,
+    },
 )
