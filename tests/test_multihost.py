@@ -1,4 +1,4 @@
-"""Several processes share a run, or a training: the same as one, whoever dies."""
+"""Several processes share a run, or training: the same as one, whoever dies."""
 
 import os
 import socket

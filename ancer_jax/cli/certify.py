@@ -272,7 +272,7 @@ class Certify:
         return theta_map
 
     def _check_theta_map(self, theta_map: ThetaMap) -> None:
-        """ValueError if the map that was given, or that of the training, does not go with the other flags."""
+        """ValueError if the map that was given, or that of training, does not go with the other flags."""
         if self.theta_map is None and self.method != "universal":
             what = f"{self.classifier} was trained with a theta map, not one sigma"
             raise ValueError(f"{what}: give --method universal (or --sigma, for other noise)")

@@ -1,7 +1,7 @@
 """The trained networks that ship with the package: variables in `weights/NAME.msgpack`, a card in `weights/NAME.json`,
 and in `weights/NAME.npz` the theta map of those that were trained with one.
 
-A name consists of data, network, norm and theta of the training, and of its method where it is not noise augmentation.
+A name consists of data, network, norm and theta of training, and of its method where it is not noise augmentation.
 Of a theta map, theta is the smallest one, and at the end is "spectral", or "coloured" if it was learned.
 `benchmarks/data/ship_model.py` makes the files.
 """

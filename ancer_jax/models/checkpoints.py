@@ -38,7 +38,7 @@ NETWORKS: dict[str, Any] = {
 }
 _IMAGE_SHAPES = {"small_cnn": (28, 28, 1), "imagenet_resnet50": (224, 224, 3), "efficientnet_lite0": (224, 224, 3)}
 _INFO, _VARIABLES, _THETA_MAP = "network.json", "variables", "theta_map.npz"
-# In a folder without `network.json`: a training that is not finished, which stores its network there at the end.
+# In a folder without `network.json`: unfinished training, which stores its network there at the end.
 TRAINING_SETTINGS = "training.json"
 
 

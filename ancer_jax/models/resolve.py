@@ -23,10 +23,10 @@ def resolve_classifier(
 
     The name is that of a bundled model (`bundled_models`), "bundled" (the one for the bundled images and this norm),
     the folder of a network (`save_network`), or "module:function", of a function without arguments that returns a
-    `Classifier`. The noise parameter is theta or, if that is None, the theta or the theta map of the training.
+    `Classifier`. The noise parameter is theta or, if that is None, the theta or the theta map of training.
 
     Raises:
-      ValueError: if there is no such classifier, or that of the training is needed, and unknown or of another norm.
+      ValueError: if there is no such classifier, or that of training is needed, and unknown or of another norm.
     """
     check_choice("norm", norm, Literal["l2", "l1"])
     bundled = ["bundled", *bundled_models()]

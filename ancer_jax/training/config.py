@@ -1,4 +1,4 @@
-"""The settings of a training, and the training methods: their losses and their published settings."""
+"""The settings of training, and the training methods: their losses and their published settings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

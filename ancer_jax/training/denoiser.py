@@ -53,7 +53,7 @@ class DenoiserConfig:
 
 
 class DenoiserState(NamedTuple):
-    """What a training goes on from: variables of the network, state of Adam, and epochs that are done; a pytree."""
+    """What training goes on from: variables of the network, state of Adam, and epochs that are done; a pytree."""
 
     variables: Any
     moments: Any

@@ -30,7 +30,7 @@ Progress = Callable[[int, dict[str, float]], object]
 
 
 class TrainState(NamedTuple):
-    """What a training resumes from: variables of the network, state of the optimizer, and `HISTORY` per epoch."""
+    """What training resumes from: variables of the network, state of the optimizer, and `HISTORY` per epoch."""
 
     variables: Any
     optimizer: Any
@@ -102,7 +102,7 @@ def _set_up(network, datasets: tuple[Dataset, Dataset], config: TrainConfig, num
     if num_devices is None and jax.default_backend() == "cpu":
         num_devices = 1
     mesh = devices.device_mesh(num_devices, all_processes=True)
-    devices.refuse_collectives(mesh, "shard the batches of a training")
+    devices.refuse_collectives(mesh, "shard the batches of training")
     check_classes(test, data.classes)
     for part in datasets:
         if part.num_classes > network.num_classes:
@@ -209,6 +209,6 @@ def _same_training(
         try:
             found = dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{file}: not the settings of a training ({error})") from None
+            raise ValueError(f"{file}: not settings of training ({error})") from None
         refuse_other_settings(out, found, settings)
         yield

@@ -1,4 +1,4 @@
-"""One step of a training, and the evaluation after an epoch: pure functions, compiled once for each training."""
+"""One step of training, and the evaluation after an epoch: pure functions, compiled once for each training."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ _CPU_OPTIONS = {
 
 
 class Training(NamedTuple):
-    """What the programs of a training are compiled for; `steps` is per epoch, and batches are sharded over the mesh."""
+    """What the programs of training are compiled for; `steps` is per epoch, and batches are sharded over the mesh."""
 
     network: Any  # flax.linen.Module
     config: TrainConfig
@@ -51,7 +51,7 @@ def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]
 
 @functools.partial(jax.jit, static_argnames="training")
 def train_step(variables, moments, batch, number, epsilon, *, training: Training):
-    """Step `number` of the optimizer, counted from the start of the training, with SmoothAdv's radius `epsilon`.
+    """Step `number` of the optimizer, counted from the start of training, with SmoothAdv's radius `epsilon`.
 
     `batch` is images, labels, and which images are mirrored, sharded over the mesh. Returns new variables of the
     network, the optimizer's new state (`moments`), and [loss, accuracy] on the noisy copies, replicated on all devices.
@@ -172,7 +172,7 @@ def _as_matrix(kernel) -> optax.contrib.MuonDimensionNumbers:
 
 
 def root_key(seed: int):
-    """The key of all draws of a training. No image has this id, so certificates of the same seed share no draw."""
+    """The key of all draws of training. No image has this id, so certificates of the same seed share no draw."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), np.uint32(2**32 - 2))
 
 

@@ -3,8 +3,8 @@
 FOLDER holds CIFAR-10's binary files (`ancer-jax fetch cifar10 FOLDER`). A ResNet-20 is trained on clean images (its
 noise, 0.001, is none to speak of), and a DnCNN on the squared error, and then further on the classifier's loss, too.
 Every 40th test image is certified with the classifier alone, with each of the two denoisers in front, and with the
-bundled ResNet-20 that was trained with noise. Trainings and runs stay in the folder `--work`, where a second call
-continues. With `--small` tiny trainings, on the bundled images.
+bundled ResNet-20 that was trained with noise. Networks and runs stay in the folder `--work`, where a second call
+continues. With `--small` tiny networks, on the bundled images.
 """
 
 import argparse
@@ -133,9 +133,9 @@ def _table() -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The data, and where trainings and runs stay."""
+    """The data, and where networks and runs stay."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
-    parser.add_argument("--work", help="a folder that keeps trainings and runs")
+    parser.add_argument("--work", help="a folder that keeps networks and runs")
     parser.add_argument("--sigma", type=float, default=0.25)
 
 

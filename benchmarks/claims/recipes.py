@@ -115,7 +115,7 @@ def _table() -> str:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, and where networks stay."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
-    parser.add_argument("--work", help="a folder that keeps the trainings")
+    parser.add_argument("--work", help="a folder that keeps the networks")
 
 
 BENCHMARK = Benchmark(

@@ -5,7 +5,7 @@ consists of data, network, norm and theta, and of the training method where it i
 `cifar10-resnet20-l2-0.25-consistency`. If it was trained with a theta map, theta is the smallest one, and the name ends
 with "spectral" or, for a map that was learned with a bundled model, "coloured": `fashion-mnist-cnn-l2-0.25-coloured`.
 
-Accuracy is measured on all test images of `--data`: without noise, and under one draw of the noise of the training for
+Accuracy is measured on all test images of `--data`: without noise, and under one draw of the noise of training for
 each image. ACR comes from the run directory `--certified`, which must be of this network. With `--small` the package
 stays as it is.
 """
@@ -130,7 +130,7 @@ def _check_noise(run: Run, checkpoint: Checkpoint) -> None:
         return
     digest = hashlib.sha256(theta_map.theta.tobytes()).hexdigest()
     if config.basis != theta_map.basis or run.settings.get("theta_map") != digest:
-        raise SystemExit(f"{run.path} is a run with another theta map than that of the training")
+        raise SystemExit(f"{run.path} is a run with another theta map than that of training")
 
 
 def _for_others(theta_map: ThetaMap, data: str) -> ThetaMap:

@@ -175,7 +175,7 @@ def _on_paper(*counts: int, method: str) -> list[dict[str, Any]]:
 
 
 def _paper() -> str:
-    counts, rows = (1, 4, 16, 64, 256), []
+    counts, rows = (1, 4, 16, 64, 128, 256), []
     for method, title in TITLES.items():
         found = [(r["hours"], r["device days"]) for r in _on_paper(*counts, method=method)]
         cells = [f"{hours:,.{1 if hours < 100 else 0}f} ({days:.0f})" for hours, days in found]

@@ -95,7 +95,7 @@ def test_several_cpu_devices_do_not_shard_the_draws_of_a_search(tmp_path):
 
 def test_several_cpu_devices_do_not_shard_a_training(tmp_path):
     config = TrainConfig(epochs=1, batch_size=4)
-    with pytest.raises(ValueError, match="2 CPU devices cannot shard the batches of a training"):
+    with pytest.raises(ValueError, match="2 CPU devices cannot shard the batches of training"):
         train(SmallCNN(), (IMAGES, IMAGES), config, out=tmp_path / "net", devices=2)
     assert not (tmp_path / "net").exists()
 

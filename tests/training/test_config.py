@@ -1,4 +1,4 @@
-"""The settings of a training: presets are the published ones, and bad settings are refused."""
+"""The settings of training: presets are the published ones, and bad settings are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every method improves its objective, and a training resumes to the same bits."""
+"""Every method improves its objective, and training resumes to the same bits."""
 
 import dataclasses
 import functools
@@ -170,5 +170,5 @@ def test_a_training_that_was_killed_between_two_files_resumes(tmp_path):
         train(NETWORK, (SOME, TEST), config, out=tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "training.json").write_text('{"method": ')
-    with pytest.raises(ValueError, match=r"training\.json: not the settings of a training"):
+    with pytest.raises(ValueError, match=r"training\.json: not settings of training"):
         train(NETWORK, (SOME, TEST), config, out=tmp_path)
