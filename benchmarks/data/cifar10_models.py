@@ -43,7 +43,12 @@ RECIPE = ["--network", "cifar_resnet20", "--batch-size", "128", "--optimizer", "
 RECIPE += ["--schedule", "onecycle", "--flip", "alternating"]
 TINY = ["--max", "256", "--test-max", "20", "--mean", "0.286", "--std", "0.353"]
 NEAR = 0.95
-OUTPUTS = ("cifar10_models", "cifar10_models-consistency", "cifar10_models-l1")
+OUTPUTS = (
+    "cifar10_models",
+    "cifar10_models-consistency",
+    "cifar10_models-consistency-0.25",
+    "cifar10_models-l1",
+)
 
 
 def ancer_jax(*arguments: str) -> None:
