@@ -288,6 +288,8 @@ class Certify:
         """One run, with a progress bar."""
         basis = read_basis({"name": self.basis or "pixels"}) if theta_map is None else theta_map.basis
         config = self._config(sigma, basis, len(dataset))
+        if self.alpha_run is not None:
+            self._refuse_other_images(out, dataset)
         with self._execution(f"{self.method} {sigma:g}", dataset) as execution:
             certify_dataset(classifier, dataset, config, out=out, theta_map=theta_map, execution=execution)
 
@@ -372,6 +374,11 @@ class Certify:
         if self.radii is not None or self.tolerance is not None:
             raise ValueError("--radii and --tolerance are for --sampling sequential")
         return None
+
+    def _refuse_other_images(self, out: str, dataset: Dataset) -> None:
+        """ValueError if a run that shares one error probability would get more lines than it was shared among."""
+        if (epath.Path(out) / "config.json").exists() and read_run(out).done() - {*dataset.ids.tolist()}:
+            raise ValueError(f"{out} has other images, too, among which --alpha-run was divided: name a new --out")
 
     def _alpha(self, images: int) -> float:
         """The error probability of each certificate: `--alpha-run` is shared equally, rounded down to six digits."""

@@ -22,8 +22,9 @@ from ancer_jax.regions.region import Region, parts_of, rounding_of_contains
 def is_superset(a: Region, b: Region) -> Values:
     """Whether region `a` contains region `b` of the same norm, basis and center (bool []); one region each.
 
-    True if and only if `gap_a * theta_a >= gap_b * theta_b` in every coordinate. Centers that differ give False: the
-    comparison says nothing about them.
+    True if `gap_a * theta_a >= gap_b * theta_b` in every coordinate; the products are rounded, so that regions of equal
+    size but for the last digit count as containing each other. Centers that differ give False: the comparison says
+    nothing about them.
 
     Raises:
       ValueError: if norms or bases differ, or a region is a batch.

@@ -19,7 +19,7 @@ from ancer_jax.smoothing.classifier import Classifier, calls_the_host, fingerpri
 from ancer_jax.storage import read_text
 
 # To be raised whenever the same settings give other draws, bounds, regions or counts, or are written differently.
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ class VoteCounter(NamedTuple):
     def program(self, stage: Stage, items: np.ndarray, steps: int) -> Program:
         """The program that counts work items (index, first, stop), int32 [items, 3], of so many chunks."""
         batch = self.keys, self.images, self.smoothed
-        arguments = (*batch, devices.shard_rows(items, self.mesh), np.int32(steps), np.int32(stage))
+        arguments = (*batch, devices.shard_rows(items, self.mesh), np.int32(steps), np.uint32(stage))
         return Program(_count_items, arguments, {"chunk": self.chunk, "mesh": self.mesh})
 
     def collect(self, launches: list[Launch]) -> np.ndarray:

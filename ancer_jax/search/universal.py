@@ -55,7 +55,7 @@ def optimize_universal(
         raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
     check_labels(labels, smoothed.classifier)
     check_start(smoothed.theta, images)
-    key = stage_key(jax.random.fold_in(key, np.uint32(2**32 - 1)), Stage.DIFFERENTIABLE)  # of no input: ids are smaller
+    key = stage_key(key, Stage.UNIVERSAL)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     first = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])
     start = jnp.log(first)

@@ -64,7 +64,8 @@ def carry(
       key: the example's typed key, as in `certify`; it may be the same one.
       certificate: of `smoothed` at one input, by `certify` or `certify_sequentially`, or a row of `certify_batch`. What
         was carried may be carried on: each time, alpha of the config is added to its error probability.
-      smoothed: the smoothed classifier that was certified.
+      smoothed: the smoothed classifier that was certified. Another classifier, or another noise law of the same norm
+        and basis, is not noticed: the result then certifies nothing.
       changed: the changed network. Both run at the current `jax.default_matmul_precision`, which must be that of the
         certificate; a network that has another one sets it in its own `apply`, as `carry_run` does.
       config: n, alpha.
@@ -80,8 +81,8 @@ def carry(
     is one of several that were compared by carrying, carry with another key than the one that compared them.
 
     Raises:
-      ValueError: if the certificate is a batch, or not of this theta; if the classifiers do not have the same number of
-        classes; as in `certify`.
+      ValueError: if the certificate is a batch, or not of this theta, norm and basis; if the classifiers do not have
+        the same number of classes; as in `certify`.
 
     References: Ugare et al. 2024 (arXiv 2305.19521), who count all draws on which the networks disagree.
     """
@@ -130,7 +131,8 @@ def certificate_from_lost_votes(
 
     Args:
       certificate: [...] of the network before.
-      smoothed: its smoothed classifier, whose noise is used; centre and theta are those of the certificate.
+      smoothed: its smoothed classifier, whose noise is used, which must be the one that was certified; centre and theta
+        are those of the certificate.
       lost: int [...], how many votes its class loses among `config.n` common draws.
       config: the settings that they were counted with.
 
@@ -138,7 +140,7 @@ def certificate_from_lost_votes(
       values of centre and theta.
 
     Raises:
-      ValueError: if the noise is enumerable or not that of the certificate, or a count is out of range.
+      ValueError: if the noise is enumerable or of another norm or basis, or a count is out of range.
     """
     check_random(smoothed.noise)
     if np.ndim(certificate.p_lower):

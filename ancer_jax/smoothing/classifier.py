@@ -281,6 +281,9 @@ def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
     The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
     version of JAX may write it differently. The arithmetic of the device that runs it is not noticed: the programs for
     a CPU and for a GPU are the same text. A classifier outside of JAX is named by the digest that it came with.
+
+    Raises:
+      ValueError: if the program closes over arrays and JAX does not write their values into it.
     """
     if isinstance(classifier.apply, _HostApply):
         return hashlib.sha256(f"{classifier.num_classes} {classifier.apply.digest}".encode()).hexdigest()
@@ -288,6 +291,11 @@ def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
     # Shapes alone, without the devices that the variables are on.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)
     program = jax.jit(Classifier.__call__).lower(shapes, inputs).as_text()
+    if "jax.const" in program:
+        raise ValueError(
+            "the classifier closes over arrays, whose values JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS hides: make them "
+            "variables, or unset that flag"
+        )
     digest = hashlib.sha256(program.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(classifier.variables):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

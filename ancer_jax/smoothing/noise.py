@@ -172,7 +172,10 @@ class Gaussian(AdditiveNoise):
         """
         xnp, not_top, runner_up, margin = _failure_probabilities(p_lower, p_b_upper)
         quantile = scipy.special.ndtri if xnp is np else jax.scipy.special.ndtri
-        a, b = -quantile(not_top), -quantile(runner_up)
+        top = xnp.asarray(p_lower, dtype=float)
+        # 1 - p is exact for p >= 1/2 only.
+        a = xnp.where(top < 0.5, 1, -1) * quantile(xnp.where(top < 0.5, top, not_top))
+        b = -quantile(runner_up)
         gap = (a * (1 - margin * xnp.sign(a)) + b * (1 - margin * xnp.sign(b))) / 2
         skew = 0.0 if self.basis == Pixels() else 2.0**-14
         return xnp.where(gap > 0, gap * (1 - skew), 0.0)

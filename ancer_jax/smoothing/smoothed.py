@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from ancer_jax._checks import check_integer
 from ancer_jax._numerics import Leaf
@@ -56,25 +56,30 @@ class Smoothed:
 
 
 class Stage(enum.IntEnum):
-    """What draws are for; each stage's draws are independent of the others'."""
+    """What draws are for; each stage's draws are independent of the others'.
+
+    Stages that fold in further numbers, such as the steps of a search, are no id of an input (these are below 2^31). So
+    a search may have the key of a batch, which makes those of its inputs by folding in their ids.
+    """
 
     SELECT = 0
     ESTIMATE = 1
     PREDICT = 2
-    ISOTROPIC = 3
-    ANISOTROPIC = 4
-    GUARD = 5
-    LEAKAGE = 6
-    DIFFERENTIABLE = 7
-    PILOT = 8
-    SOFT_LEAKAGE = 9
-    CARRY = 10
+    ISOTROPIC = 2**31
+    ANISOTROPIC = 2**31 + 1
+    GUARD = 2**31 + 2
+    LEAKAGE = 2**31 + 3
+    SOFT_LEAKAGE = 2**31 + 4
+    UNIVERSAL = 2**31 + 5
+    DIFFERENTIABLE = 2**31 + 6
+    PILOT = 2**31 + 7
+    CARRY = 2**31 + 8
 
 
-def stage_key(key: Key[Array, ""], stage: Stage | Int[Array, ""]) -> Key[Array, ""]:
+def stage_key(key: Key[Array, ""], stage: Stage | UInt[Array, ""]) -> Key[Array, ""]:
     """The key of one stage of one example."""
     check_key(key)
-    return jax.random.fold_in(key, stage)
+    return jax.random.fold_in(key, np.uint32(stage) if isinstance(stage, Stage) else stage)
 
 
 def check_key(key: Key[Array, ""]) -> None:

@@ -336,8 +336,16 @@ def test_alpha_of_a_run_is_divided_among_its_images(here, capsys, alpha, each):
     cli.main(toy("--alpha-run", alpha, n="500"))
     assert settings_of(here / "run")["certify"]["alpha"] == each
     assert f" p >= {'0.9999' if alpha == '1e-6' else format(1 - float(alpha), '.4f')} " in capsys.readouterr().out
-    # One image more, and each would have less.
-    assert "certify.alpha is" in error_line(capsys, toy("--alpha-run", alpha, "--max", "3", n="500"))
+
+
+def test_no_images_are_added_to_a_run_that_shares_alpha(here, capsys):
+    run = lambda *flags: toy("--alpha-run", "0.05", *flags, n="500")
+    cli.main(run("--max", "2"))
+    cli.main(run("--max", "2"))
+    capsys.readouterr()
+    assert "certify.alpha is" in error_line(capsys, run("--max", "3"))
+    assert "run has other images" in error_line(capsys, run("--max", "2", "--skip", "2"))
+    assert len(read_run(here / "run").done()) == 2
 
 
 @pytest.mark.parametrize("images", [3, 7, 30, 500, 10_000])

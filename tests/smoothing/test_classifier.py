@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -253,6 +254,16 @@ def test_fingerprint_names_the_program_and_what_it_closes_over(values):
     first, again, second = (fingerprint(build(value), X) for value in (values[0], values[0], values[1]))
     assert first == again
     assert first != second
+
+
+def test_values_that_jax_hides_have_no_fingerprint():
+    code = (
+        "import tests.smoothing.test_classifier as t; a = t.jnp.arange(60.0); "
+        "t.fingerprint(t.from_function(lambda _, x: (x * a)[:, :2], (), num_classes=2), a)"
+    )
+    hidden = {**os.environ, "JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS": "1"}
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden)
+    assert refused.returncode == 1 and "make them variables" in refused.stderr
 
 
 def test_fingerprint_is_that_of_other_processes():

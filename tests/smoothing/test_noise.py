@@ -72,7 +72,16 @@ def exact_gap(noise, p, p_b):
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
 @given(p=st.floats(0.501, 1 - 1e-9), share=st.none() | st.floats(0.01, 1))
 def test_gap_is_the_formula_rounded_down(noise, p, share):
-    p_b = None if share is None else (1 - p) * share
+    check_gap(noise, p, None if share is None else (1 - p) * share)
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+@given(exponent=st.floats(-9, -0.302), share=st.floats(0.01, 0.99))
+def test_gap_of_rare_classes_is_the_formula_rounded_down(noise, exponent, share):
+    check_gap(noise, 10**exponent, share * 10**exponent)
+
+
+def check_gap(noise, p, p_b):
     exact, gap = exact_gap(noise, p, p_b), noise.gap(p, p_b)
     assert gap.dtype == np.float64
     assert gap <= exact

@@ -140,6 +140,15 @@ def test_ties_go_to_the_lowest_class():
     np.testing.assert_array_equal(class_counts(KEY, smoothed, X, num_samples=10, chunk=10), [0, 10, 0])
 
 
+def test_a_search_with_the_key_of_a_batch_shares_no_draw_with_its_inputs():
+    fold = lambda key, numbers: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(numbers, jnp.uint32))
+    names = lambda keys: {key.tobytes() for key in np.asarray(jax.random.key_data(keys)).reshape(-1, 2)}
+    folding = [stage for stage in Stage if stage not in (Stage.SELECT, Stage.ESTIMATE, Stage.PREDICT)]
+    steps = names(jax.vmap(lambda key: fold(key, range(50)))(fold(KEY, folding)))
+    of_inputs = names(jax.vmap(lambda key: fold(key, [*Stage]))(fold(KEY, [*range(50), 2**31 - 1])))
+    assert len(steps) == 50 * len(folding) and not steps & of_inputs
+
+
 def test_stages_draw_independently():
     draws = [reference.draws(KEY, stage, Gaussian(), jnp.ones(1), 4000).ravel() for stage in Stage]
     for i, first in enumerate(draws):
