@@ -131,7 +131,7 @@ class Certify:
     objective: Objective = AnisotropicConfig.objective
     """Objective of both searches: ancer (the paper's) or log_volume."""
     theta_max: float | None = None
-    """Upper bound of theta in both searches; default 4 * sigma; inf for no bound, which lets the noise run away."""
+    """Limit of theta in both searches; default 4 * sigma; inf for none, which lets the noise run away."""
     guard: Guard = "volume"
     """Keep the isotropic theta unless the anisotropic one has the larger volume / contains its region; off: never."""
     guard_samples: int = RunConfig.guard_samples

@@ -42,7 +42,7 @@ class LearnTheta:
     out: str
     """New file of the theta map (.npz); a picture of it goes beside it (.png)."""
     theta_max: float
-    """Upper bound of theta. The size of regions depends on it, so report both."""
+    """Limit of theta. The size of regions depends on it, so report both."""
     data: str = BUNDLED_SUBSET
     """Data set, as in certify."""
     split: str = "train"

@@ -189,7 +189,7 @@ def draw_theta(axes, own: dict[str, Any], image: np.ndarray, theta: np.ndarray, 
     _draw_image(axes[0], image, f"#{int(own['idx'])}, label {int(own['label'])}\n{answer}")
     axes[1].imshow(theta.mean(axis=-1), cmap="viridis", norm=scale)
     spread = f"{theta.min():.2f}..{theta.max():.2f}, gap {round_down(own['gap'], 2)}"
-    axes[1].set_title(f"{spread}\nat the bound {percent(own['at_theta_max'])}", fontsize=8)
+    axes[1].set_title(f"{spread}\nat the limit {percent(own['at_theta_max'])}", fontsize=8)
     for axis in axes:
         axis.axis("off")
 

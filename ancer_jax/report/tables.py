@@ -89,7 +89,7 @@ def _figures(results: list[Results]) -> list[dict[str, str]]:
             "median radius": round_down(np.median(r["radius"] * r.correct), 3),
             "ACR-tilde": round_down(r.acr("radius_proxy"), 3),
             "median proxy": round_down(np.median(r["radius_proxy"] * r.correct), 3),
-            "theta at its bound": _at_bound(r),
+            "theta at its limit": _at_limit(r),
             "s/image": "-" if r.seconds is None else f"{r.seconds:.2f}",
         }
         for r in results
@@ -126,8 +126,8 @@ def _share(mask: np.ndarray) -> str:
     return round_down(fractions.Fraction(int(mask.sum()), len(mask)), 3)
 
 
-def _at_bound(results: Results) -> str:
-    """How many inputs have coordinates of theta at the bound, and the mean share of these coordinates."""
+def _at_limit(results: Results) -> str:
+    """How many inputs have coordinates of theta at the limit, and the mean share of these coordinates."""
     share = results.columns.get("at_theta_max")
     if share is None or not results.data_dependent:
         return "-"

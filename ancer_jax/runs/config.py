@@ -158,7 +158,7 @@ class RunConfig:
     def theta_bound(self) -> float:
         """Upper bound of the last search, as a float32; infinite without a search.
 
-        Coordinates of theta at or above it count as at the bound: a search that starts above `theta_max` stays there.
+        Coordinates of theta at or above it count as at the limit: a search that starts above `theta_max` stays there.
         """
         if not self.data_dependent:
             return np.inf

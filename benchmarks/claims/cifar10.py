@@ -6,7 +6,7 @@ command of `ancer-jax`, and printed. Networks and runs stay in the folder `--wor
 By default: ResNet-20, 4 epochs, every 100th image, n = 1,000, short searches: all steps on real data, but no row of the
 field's table. `--field`: ResNet-18 of ANCER's code at sigma .12, .25, .5 and 1 (l2), WRN-40-2 at half-widths .5 and 1
 (l1), the training recipe of the papers, all 10,000 images, n = 100,000, and the default searches, each also without the
-bound of theta. All of it wants a GPU; the flags for sizes choose a part. Over the networks of one norm it also reports
+limit of theta. All of it wants a GPU; the flags for sizes choose a part. Over the networks of one norm it also reports
 the largest radius and the largest proxy radius of each image, as the field does: the network is then chosen by its
 certificate, so that this is a figure of no classifier.
 

@@ -83,10 +83,10 @@ def _both() -> str:
         for run, cells in printed_cells(r["printed"]).items():
             method, _, theta = run.partition("-")
             name = f"best fixed theta ({theta})" if theta else method.replace("ancer", "ANCER")
-            bound = cells["theta at its bound"].replace("% of coordinates", " % of pixels")
+            bound = cells["theta at its limit"].replace("% of coordinates", " % of pixels")
             mean = round_down(r["mean_proxy_radius"][run], 3)
             rows.append([f"{r['norm']}, {name}", *(cells[column] for column in columns), mean, bound])
-    more = ["mean proxy radius, wrong answers included", "images with theta at its bound"]
+    more = ["mean proxy radius, wrong answers included", "images with theta at its limit"]
     return markdown(["", *columns[:-1], f"{WITHOUT_LEAKY} thetas", *more], rows)
 
 

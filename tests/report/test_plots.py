@@ -179,7 +179,7 @@ def test_a_theta_map_shows_the_image_and_its_own_certificate(tmp_path):
         np.testing.assert_array_equal(axes[0].images[0].get_array(), np.full((4, 5), 0.5))
         np.testing.assert_array_equal(axes[1].images[0].get_array(), theta[row, ..., 0])
         assert axes[1].get_title().startswith(f"{theta[row].min():.2f}..{theta[row].max():.2f}, gap ")
-        assert axes[1].get_title().endswith("at the bound 5%" if row == 2 else "at the bound 0%")  # 1 of 20 pixels
+        assert axes[1].get_title().endswith("at the limit 5%" if row == 2 else "at the limit 0%")  # 1 of 20 pixels
 
 
 @pytest.mark.parametrize(("largest", "far", "middle"), [(1.0, False, 0.6), (20.0, True, 2.0)])
@@ -227,7 +227,7 @@ def test_table_and_picture_count_the_same_thetas_at_the_bound_of_an_exact_run(tm
         axes = Figure().subplots(2)
         own = {name: column[i] for name, column in results.own.items()}
         plots.draw_theta(axes, own, images[i], theta, plots.color_scale([theta])[0])
-        drawn.append(float(axes[1].get_title().split("at the bound ")[1].removesuffix("%")))
+        drawn.append(float(axes[1].get_title().split("at the limit ")[1].removesuffix("%")))
     assert drawn == [float(f"{100 * share:.3g}") for share in shares]
-    assert row["theta at its bound"] == f"2 of 2 ({np.mean(drawn):.3g}% of coordinates)"
+    assert row["theta at its limit"] == f"2 of 2 ({np.mean(drawn):.3g}% of coordinates)"
     assert report.plot_theta(results, dataset, tmp_path / "a.png")

@@ -33,7 +33,7 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
         "median radius": "0.225",  # of 0, 0, 0.2, 0.25, 0.5, 1.25
         "ACR-tilde": "0.366",
         "median proxy": "0.225",
-        "theta at its bound": "-",
+        "theta at its limit": "-",
         "s/image": "2.00",
     }
     assert cells(table, 6) == ["run", "by", "0", "0.25", "0.5", "1.3"]

@@ -26,9 +26,9 @@ def test_the_wide_theta_is_taken_if_its_region_is_better():
     one_sided = reference.linear([1.0, 0.0], b=1.0)
     assert choose(one_sided, 0.5, [0.5, 2.0], "volume")
     assert choose(one_sided, 0.5, [0.5, 2.0], "superset")
-    # A larger first theta lowers the gap and with it the extent in the first coordinate: more volume, no superset.
-    assert choose(one_sided, 0.5, [0.6, 2.0], "volume")
-    assert not choose(one_sided, 0.5, [0.6, 2.0], "superset")
+    # Under a small first theta, 2,000 draws prove less extent in the first coordinate: more volume, no superset.
+    assert choose(one_sided, 0.5, [0.2, 2.0], "volume")
+    assert not choose(one_sided, 0.5, [0.2, 2.0], "superset")
     assert not choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "volume")
     assert choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "off")
 

@@ -235,7 +235,7 @@ POINTS = np.random.default_rng(1).normal(size=(40, D)).astype(np.float32)
 LABELS = (POINTS[:, 0] + 3 * POINTS[:, 1] > 0).astype(np.int32)
 CONFIG = UniversalConfig(steps=60, batch_size=16, num_samples=32, learning_rate=0.1)
 # The first step of Adam is as long as the learning rate: from bound to bound.
-BOLD = dataclasses.replace(CONFIG, steps=1, learning_rate=20.0)
+BOLD = dataclasses.replace(CONFIG, steps=1, num_samples=256, learning_rate=20.0)
 learn = jax.jit(optimize_universal, static_argnames=("config", "progress"))
 
 
