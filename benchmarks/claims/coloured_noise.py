@@ -185,11 +185,11 @@ def lines(found: Found) -> Lines:
 
 
 def draw(rows: list[dict[str, Any]], name: str) -> None:
-    """Accuracy and ACR against the geometric mean of theta, in units of sigma, as theta_max grows."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """Accuracy, ACR and ACR-tilde against the geometric mean of theta, in units of sigma, as theta_max grows."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis, column in zip(axes, ("accuracy", "ACR"), strict=True):
+    axes = figure.subplots(1, 3)
+    for axis, column in zip(axes, ("accuracy", "ACR", "ACR-tilde"), strict=True):
         for i, sigma in enumerate(dict.fromkeys(r["sigma"] for r in rows)):
             of_sigma = {r["row"]: r for r in rows if r["sigma"] == sigma}
             for (kind, style), names in KNEE.items():
@@ -197,14 +197,17 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
                 at = [r["geometric mean"] / sigma for r in knee]
                 label = f"sigma {sigma:g}, {kind} map, filter"
                 axis.plot(at, [r[column] for r in knee], f"C{i}{style}", label=label)
-                for r, x in zip(knee, at, strict=True):
-                    place = {"textcoords": "offset points", "xytext": (4, 5)}
-                    axis.annotate(f"{r['theta_max'] / sigma:g}", (x, r[column]), **place)
+                below = kind == "spectral"
+                for j, (r, x) in enumerate(zip(knee, at, strict=True)):
+                    place = {"xytext": (0, -14 if below else 6), "ha": ("right", "left")[j % 2] if below else "center"}
+                    axis.annotate(
+                        f"{r['theta_max'] / sigma:g}", (x, r[column]), textcoords="offset points", fontsize=8, **place
+                    )
             if white := of_sigma.get("white"):
                 label = f"sigma {sigma:g}, white noise, no filter"
                 axis.axhline(white[column], color=f"C{i}", linestyle=":", label=label)
         axis.set(xlabel="geometric mean of theta / sigma\n(at the marks: theta_max / sigma)", ylabel=column)
-        axis.set_ylim(0, 1.2 * max(r[column] for r in rows) or 1)
+        axis.set_ylim(0, 1.2 * max(r[column] for r in rows if r["row"] != ANCER) or 1)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(RESULTS / name, dpi=120)

@@ -147,7 +147,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         for stage, style in (("isotropic", "o--"), ("anisotropic", "s-")):
             for name, color in (("fast", "C0"), ("published", "C1")):
-                some = [r for r in rows if r["case"] == case and r["schedule"] == name]
+                some = [r for r in rows if r["case"] == case and _schedule(r) == name]
                 x, y = ([r[f"{stage} {what}"] for r in some] for what in ("passes", "proxy radius"))
                 axes.plot(x, y, style, color=color, label=f"{name}, {stage}")
         axes.set(xscale="log", title=case, xlabel="passes for an image, forward and backward", ylim=(0, None))
