@@ -82,7 +82,7 @@ def test_sizes_have_the_derivatives_of_their_closed_forms(kind):
 
     value_and_grad = jax.jit(jax.vmap(jax.value_and_grad(found, (0, 1)), (None, None, 0)))
     values, (in_x, in_theta) = value_and_grad(X32, THETA32, KEYS[:50])
-    assert float(values.mean()) == pytest.approx(exact(X, THETA), rel=0.02)
+    assert float(values.mean()) == pytest.approx(exact(X, THETA), rel=0.03)
     for derivative, expected in (
         (in_x, differences(lambda x: exact(x, THETA), X)),
         (in_theta, differences(lambda theta: exact(X, theta), THETA)),
