@@ -62,7 +62,8 @@ def certificate_from_votes(
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
     Raises:
-      ValueError: if the noise is enumerable, or a count is out of range or not of the bound of `config`.
+      ValueError: if the noise is enumerable, a count is out of range or not of the bound of `config`, x is not finite,
+        or theta not positive and finite.
     """
     check_random(smoothed.noise)
     votes, runner_up = count, None
@@ -73,8 +74,9 @@ def certificate_from_votes(
     if config.bound == "separate":
         votes, runner_up = np.moveaxis(np.asarray(count), -1, 0)
     x = jnp.asarray(x)  # x and theta as the traced program had them
-    smoothed = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x))))
-    return certificate_from_evidence(selected, random_evidence(votes, config, runner_up), smoothed, np.asarray(x))
+    smoothed, x = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x)))), np.asarray(x)
+    _check_values(x, np.asarray(smoothed.theta))
+    return certificate_from_evidence(selected, random_evidence(votes, config, runner_up), smoothed, x)
 
 
 def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
@@ -283,16 +285,20 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
     """`smoothed` and `x` with theta and x as float32, if they can be certified. Values are checked here, not in jit."""
     _refuse_tracers(smoothed.theta, x)
     x, theta = np.asarray(x), np.asarray(smoothed.theta)
+    _check_values(x, theta)
+    if theta.shape not in ((), x.shape):
+        raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
+    return smoothed.with_theta(jnp.asarray(theta, jnp.float32)), jnp.asarray(x, jnp.float32)
+
+
+def _check_values(x: np.ndarray, theta: np.ndarray) -> None:
     for name, value in (("x", x), ("theta", theta)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
         if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
             raise ValueError(f"{name} must be finite as float32, got {value[infinite].flat[0]}")
-    if theta.shape not in ((), x.shape):
-        raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
     if not (theta >= _FLOAT32.tiny).all():
         raise ValueError(f"theta must be positive as float32, got {theta.min()}")
-    return smoothed.with_theta(jnp.asarray(theta, jnp.float32)), jnp.asarray(x, jnp.float32)
 
 
 def _refuse_tracers(*values: ArrayLike) -> None:

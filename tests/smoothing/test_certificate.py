@@ -139,6 +139,16 @@ def test_votes_of_random_draws_say_no_more_than_their_bound():
         certificate_from_votes(Smoothed(LINEAR, Coins(), np.float32(0.25)), XS[0], 0, 10, config=CertifyConfig(n=16))
 
 
+@pytest.mark.parametrize(
+    ("x", "theta", "message"),
+    [(np.nan, 0.25, "x must be finite"), (0.0, -1.0, "theta must be positive"), (0.0, np.nan, "theta must be finite")],
+)
+def test_votes_for_no_input_or_no_theta_certify_nothing(x, theta, message):
+    smoothed = Smoothed(LINEAR, Gaussian(), np.float32(theta))
+    with pytest.raises(ValueError, match=message):
+        certificate_from_votes(smoothed, np.full_like(XS[0], x), 0, 10, config=CertifyConfig(n=16))
+
+
 @pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
 def test_no_votes_give_no_certificates(noise):
     smoothed, none = Smoothed(LINEAR, noise, np.float32(0.4)), np.zeros(0, int)
