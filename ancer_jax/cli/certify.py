@@ -240,6 +240,8 @@ class Certify:
         if isinstance(theta, ThetaMap):
             self._check_theta_map(theta)
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")
+        elif self.sigma is None and self.sigma_convention != "theta":
+            raise ValueError("--sigma-convention says what --sigma means, which must be given")
         else:
             sigma = theta
         dataset = self._dataset()
@@ -316,8 +318,6 @@ class Certify:
         """The settings of a run of so many images."""
         if self.sigma_convention != "theta" and (self.norm != "l1" or self.noise == "splitting"):
             raise ValueError("--sigma-convention is for the uniform noise of --norm l1")
-        if self.method in ("fixed", "universal"):
-            self._refuse_flags_of_searches()
         return RunConfig(
             norm=self.norm,
             noise=self.noise,
@@ -341,17 +341,19 @@ class Certify:
             memory=self.memory,
         )
 
-    def _refuse_flags_of_searches(self) -> None:
-        if given := self._given(_OF_SEARCHES):
-            raise ValueError(f"--method {self.method} searches no theta: {given} must not be given")
-
     def _refuse_flags_without_effect(self) -> None:
-        """Refuse flags of certifying with --carry, and flags of carrying without it."""
+        """Refuse flags that would do nothing beside the others."""
         names = [field.name for field in dataclasses.fields(self)]
-        if self.carry is None and (given := self._given([name for name in names if name.startswith("carry_")])):
-            raise ValueError(f"{given} must not be given without --carry")
-        if self.carry is not None and (given := self._given([name for name in names if name not in _OF_CARRYING])):
-            raise ValueError(f"--carry takes certificates as they are: {given} must not be given")
+        fixed = self.method in ("fixed", "universal")
+        for applies, flags, why in (
+            (self.carry is not None, {*names} - {*_OF_CARRYING}, "--carry takes certificates as they are:"),
+            (self.carry is None, {"carry_from", "carry_n", "carry_alpha"}, "without --carry,"),
+            (fixed, _OF_SEARCHES, f"--method {self.method} searches no theta:"),
+            (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
+            (not self.exact, {"period"}, "without --exact,"),
+        ):
+            if applies and (given := self._given([name for name in names if name in flags])):
+                raise ValueError(f"{why} {given} must not be given")
 
     def _given(self, names: Iterable[str]) -> str:
         """Those of these flags that have another value than their default."""

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-import tyro
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax._checks import check_real
+from ancer_jax._checks import check_integer, check_real
 from ancer_jax.basis import BasisName, Pixels, check_thetas, least_theta, make_basis
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
@@ -31,7 +30,7 @@ from ancer_jax.smoothing.classifier import check_classifier
 from ancer_jax.smoothing.registry import make_noise
 from ancer_jax.smoothing.smoothed import Smoothed
 
-_OF_ASCENT = ("steps", "classifier", "batch_size", "samples", "lr", "seed")
+_OF_ASCENT = ("batch_size", "samples", "lr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +45,14 @@ class LearnTheta:
     data: str = BUNDLED_SUBSET
     """Data set, as in certify."""
     split: str = "train"
-    """Which part of it: not the one that is certified later."""
+    """Which part of it: not the one that is certified later. An npz file has one part only."""
     crop: Crop = "none"
     """Crop of pictures, as in certify."""
     max: int | None = None
     """Take this many images at most: the first ones."""
     basis: BasisName | None = None
     """pixels; cosine: spatial frequencies; or karhunen-loeve: a basis in which these images are decorrelated. l1 noise
-    has pixels only. Default: cosine, or that of the map in --start."""
+    has pixels only. Default: cosine (l1: pixels), or that of the map in --start."""
     norm: Norm = "l2"
     """l2: Gaussian noise; l1: uniform noise."""
     sigma: float | None = None
@@ -76,11 +75,13 @@ class LearnTheta:
     """Step size of log(theta)."""
     seed: int = 0
     """Seed of the draws; certify with another one if the images are the same."""
-    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime()
+    compilation_cache: bool = True
+    """Keep compiled programs, as in certify."""
 
     def run(self) -> None:
         """Learn the map, store it, draw it."""
-        self.runtime.start(survive=True)
+        Runtime(self.compilation_cache).start(survive=True)
+        self._refuse_flags_without_effect()
         out, given = self._out(), self._given()
         dataset = select(load_dataset(self.data, split=self.split, crop=self.crop), max_images=self.max)
         classifier, sigma = None, self.sigma
@@ -102,16 +103,33 @@ class LearnTheta:
             check_classifier(classifier, dataset.images[0])
             theta = self._ascend(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
             theta_map = ThetaMap(theta, theta_map.basis)
-        history = {name: value for name, value in vars(self).items() if self.steps or name not in _OF_ASCENT}
-        history |= {"sigma": sigma, "basis": theta_map.basis.name, "images": len(dataset)}
+        unused = {"out", "compilation_cache"} | (
+            {*_OF_ASCENT, "steps", "classifier", "seed"} if not self.steps else set()
+        )
+        unused |= {"power"} if self.start != "spectral" else set()
+        history = {name: value for name, value in vars(self).items() if name not in unused}
+        seen = len(dataset) if self.steps else len(images)
+        history |= {"sigma": sigma, "basis": theta_map.basis.name, "images": seen}
         history |= {} if given is None else {"start": {**given.history}}
-        del history["out"], history["runtime"]
         theta_map = dataclasses.replace(theta_map, history=history)
         save_theta_map(theta_map, out)
         picture = out.with_suffix(".png")
         front = wiener_front(images, theta_map.theta, theta_map.basis) if self.norm == "l2" else None
         report.plot_theta_map(theta_map, images[:4], picture, front=front)
         print(f"{out}: {theta_map}\npicture: {picture}")
+
+    def _refuse_flags_without_effect(self) -> None:
+        """Refuse flags of an ascent without one, and --power without a spectral start."""
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+        of_ascent = _OF_ASCENT + ("classifier",) * (self.sigma is not None)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for needed, there, names in (
+            ("--steps", self.steps, of_ascent),
+            ("--start spectral", self.start == "spectral", ("power",)),
+        ):
+            given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+            if given and not there:
+                raise ValueError(f"without {needed}, {', '.join(given)} must not be given")
 
     def _out(self) -> epath.Path:
         """The file of the map, which must be new, in a folder that exists."""
@@ -139,7 +157,7 @@ class LearnTheta:
     def _start(self, images: np.ndarray, sigma: float) -> ThetaMap:
         """The spectral or flat start."""
         power = self.power if self.start == "spectral" else 0.0
-        basis = make_basis(self.basis or "cosine", images)
+        basis = make_basis(self.basis or ("cosine" if self.norm == "l2" else "pixels"), images)
         theta_map = spectral_theta(images, basis, sigma, theta_max=self.theta_max, power=power)
         if theta_map.theta.min() == theta_map.theta.max() and self.start == "spectral":
             warnings.warn(f"all thetas of the start are {theta_map.theta.min():g}: that is white noise", stacklevel=1)

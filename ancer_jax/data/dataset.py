@@ -90,7 +90,7 @@ class Dataset:
         check_integer(f"{self.name}: num_classes", self.num_classes, minimum=2)
         if self.classes and len(self.classes) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
-        if (np.diff(ids) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
+        if (np.diff(ids.astype(np.int64)) <= 0).any() or ids[0] < 0 or ids[-1] >= 2**31:
             raise ValueError(f"{self.name}: ids must be increasing and in 0..2^31 - 1")
         lazy = isinstance(images, LazyImages)
         if not lazy:

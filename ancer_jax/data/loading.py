@@ -45,6 +45,8 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
     if path.is_dir() and not any(path.glob("*-ubyte*")) and not any(path.glob("*.bin")):
         return load_class_folders(path, split, crop)
     check_choice("split", split, Literal["test", "train"])
+    if crop != "none":
+        raise ValueError(f"crop is for folders of pictures and TFDS, and {source} is neither")
     if source == BUNDLED_SUBSET:
         return _load_bundled(split)
     if path.is_dir():

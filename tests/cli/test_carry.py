@@ -63,7 +63,7 @@ def test_own_classifiers_are_named_on_both_sides(here):
         (["--carry", "run", "--n", "50", "--method", "fixed"], "takes certificates as they are: --method, --n must"),
         (["--carry", "run", "--sigma", "0.5"], "--sigma must not be given"),
         (["--carry", "run", "--radii", "0.5"], "--radii must not be given"),
-        (["--carry-n", "50", "--carry-from", "bundled"], "--carry-from, --carry-n must not be given without --carry"),
+        (["--carry-n", "50", "--carry-from", "bundled"], "without --carry, --carry-from, --carry-n must not be given"),
         (["--carry", "nothing"], "nothing is not a run directory"),
     ],
 )

@@ -243,6 +243,24 @@ def test_flags_of_searches_are_refused_where_theta_is_not_searched(here, capsys,
     assert not (here / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--no-leakage", "--leakage-probes", "7"), "with --no-leakage, --leakage-probes must"),
+        (("--period", "17"), "without --exact, --period must"),
+        (("--crop", "imagenet"), "crop is for folders of pictures and TFDS, and toy.npz is neither"),
+    ],
+)
+def test_flags_without_effect_are_refused(here, capsys, flags, message):
+    assert message in error_line(capsys, toy(*flags, method="isotropic"))
+    assert not (here / "run").exists()
+
+
+def test_a_convention_of_sigma_needs_a_sigma(here, capsys):
+    arguments = ["certify", "--norm", "l1", "--sigma-convention", "rs4a", "--method", "fixed", "--max", "1"]
+    assert "--sigma-convention says what --sigma means" in error_line(capsys, arguments)
+
+
 def test_a_theta_map_from_a_file(here, capsys):
     arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three", "--n", "50", "--method", "universal"]
     arguments += ["--theta-map", "theta.npy"]
@@ -369,13 +387,13 @@ def test_alphas_that_do_not_go_together_are_one_line(here, capsys, flags, messag
 
 
 def test_without_memory_the_label_says_so(here, capsys):
-    cli.main(toy(*SEARCH, "--no-memory", "--no-leakage", method="isotropic"))
+    cli.main(toy(*SEARCH[:-4], "--no-memory", "--no-leakage", method="isotropic"))
     printed = capsys.readouterr().out
     assert NOT_RECONCILED in printed
     assert "Memory (before" not in printed and "| not measured |" in printed
     assert not (here / "run" / "memory.npz").exists() and not (here / "run" / "results.tsv").exists()
     # The memory is no setting of the run: it can be had later.
-    cli.main(toy(*SEARCH, "--no-leakage", method="isotropic"))
+    cli.main(toy(*SEARCH[:-4], "--no-leakage", method="isotropic"))
     assert NOT_RECONCILED not in capsys.readouterr().out
     assert (here / "run" / "results.tsv").exists()
 

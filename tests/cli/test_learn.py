@@ -117,7 +117,7 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--norm", "l1"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
+        (["--norm", "l1", "--basis", "cosine"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
         (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
         (["--theta-max", "0.1"], "theta_max must be in [0.250030517578125, inf)"),
         (["--theta-max", "9", "--start", "flat"], "thetas may differ by a factor of 32 at most"),
@@ -125,6 +125,9 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
         (["--data", "nowhere"], "nowhere"),
         (["--steps", "-1"], "steps"),
         (["--classifier", COLOURED], "was trained with a theta map, not one sigma: give --sigma"),
+        (["--lr", "5", "--samples", "9"], "without --steps, --samples, --lr must not be given"),
+        (["--power", "9", "--start", "flat"], "without --start spectral, --power must not be given"),
+        (["--steps", "2", "--seed", "-1"], "seed must be in 0..2147483647, got -1"),
         (["--start", "spectrum"], "--start is spectral, flat, or the file of a theta map, got 'spectrum'"),
     ],
 )
