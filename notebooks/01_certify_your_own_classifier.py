@@ -32,6 +32,7 @@ import optax
 from flax import nnx
 
 import ancer_jax as aj
+from ancer_jax.metrics import round_down
 
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figure.constrained_layout.use": True})
 
@@ -183,7 +184,7 @@ config = aj.CertifyConfig(n=5_000, alpha=0.001)
 key = jax.random.key(0)
 certificate = aj.certify(key, smoothed, test.images[0], config=config)
 print(f"label {test.labels[0]}, prediction {certificate.prediction}, {certificate.count} of {certificate.n} votes")
-print(f"probability at least {certificate.p_lower:.4f}, radius {certificate.radius:.3f}")
+print(f"probability at least {round_down(certificate.p_lower, 4)}, radius {round_down(certificate.radius, 3)}")
 
 # %% [markdown]
 # A certificate does not say that this class is the label. It says that the class does not change in the region.

@@ -32,6 +32,7 @@ from matplotlib import patheffects
 from matplotlib.patches import Ellipse, Polygon
 
 import ancer_jax as aj
+from ancer_jax.metrics import round_down
 from ancer_jax.smoothing import class_counts
 
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "figure.constrained_layout.use": True})
@@ -227,9 +228,9 @@ def remember(certificates, order):
         certificate = certificates[name]
         memory, answer = memory.insert(certificate)
         answers[name] = answer
-        line = f"{name}: class {certificate.prediction}, proxy radius {certificate.proxy_radius:.3f}"
+        line = f"{name}: class {certificate.prediction}, proxy radius {round_down(certificate.proxy_radius, 3)}"
         if answer.changed:
-            line += f" -> class {answer.prediction}, proxy radius {answer.proxy_radius:.3f}"
+            line += f" -> class {answer.prediction}, proxy radius {round_down(answer.proxy_radius, 3)}"
         if answer.prediction != certificate.prediction:
             line += f" (inside the region of {order[answer.inside]})"
         lines.append(line)

@@ -14,6 +14,7 @@ from matplotlib.patches import Ellipse
 
 import ancer_jax as aj
 from ancer_jax.differentiable import attack
+from ancer_jax.metrics import round_down
 
 CONFIG = aj.CertifyConfig(n=100_000)
 IMAGES = (0, 1, 5)  # of the bundled test set
@@ -56,7 +57,7 @@ def draw_plane(axes):
         axis.add_patch(Ellipse((0.5, 0.5), width, height, color="C0", alpha=0.45))
         axis.plot(*x, "k.")
         axis.set(xlim=(0, 1), ylim=(0.1, 0.9), aspect="equal", xticks=[], yticks=[])
-        axis.set_title(f"{name}\nproxy radius {certificate.proxy_radius:.3f}", fontsize=9)
+        axis.set_title(f"{name}\nproxy radius {round_down(certificate.proxy_radius, 3)}", fontsize=9)
 
 
 def draw_images(axes):
