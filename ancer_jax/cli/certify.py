@@ -378,12 +378,12 @@ class Certify:
         return None
 
     def _refuse_other_images(self, out: str, dataset: Dataset) -> None:
-        """ValueError if a run that shares one error probability would get more lines than it was shared among."""
+        """ValueError if a run that shares one error probability would get certificates of more images than share it."""
         if (epath.Path(out) / "config.json").exists() and read_run(out).done() - {*dataset.ids.tolist()}:
             raise ValueError(f"{out} has other images, too, among which --alpha-run was divided: name a new --out")
 
     def _alpha(self, images: int) -> float:
-        """The error probability of each certificate: `--alpha-run` is shared equally, rounded down to six digits."""
+        """The error probability of each certificate: `--alpha-run` is divided equally, rounded down to six digits."""
         if self.alpha_run is None:
             return self.alpha
         if self.alpha != CertifyConfig.alpha:

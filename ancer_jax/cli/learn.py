@@ -103,13 +103,11 @@ class LearnTheta:
             check_classifier(classifier, dataset.images[0])
             theta = self._ascend(Smoothed(classifier, noise, theta_map.theta), dataset, sigma)
             theta_map = ThetaMap(theta, theta_map.basis)
-        unused = {"out", "compilation_cache"} | (
-            {*_OF_ASCENT, "steps", "classifier", "seed"} if not self.steps else set()
-        )
-        unused |= {"power"} if self.start != "spectral" else set()
+        unused = ["out", "compilation_cache"]
+        unused += [] if self.steps else [*_OF_ASCENT, "steps", "classifier", "seed"]
+        unused += [] if self.start == "spectral" else ["power"]
         history = {name: value for name, value in vars(self).items() if name not in unused}
-        seen = len(dataset) if self.steps else len(images)
-        history |= {"sigma": sigma, "basis": theta_map.basis.name, "images": seen}
+        history |= {"sigma": sigma, "basis": theta_map.basis.name, "images": len(dataset if self.steps else images)}
         history |= {} if given is None else {"start": {**given.history}}
         theta_map = dataclasses.replace(theta_map, history=history)
         save_theta_map(theta_map, out)

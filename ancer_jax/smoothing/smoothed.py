@@ -58,8 +58,8 @@ class Smoothed:
 class Stage(enum.IntEnum):
     """What draws are for; each stage's draws are independent of the others'.
 
-    Stages that fold in further numbers, such as the steps of a search, are no id of an input (these are below 2^31). So
-    a search may have the key of a batch, which makes those of its inputs by folding in their ids.
+    All but the first three are larger than any id of an input: ids are below 2^31. A batch folds the ids of its inputs
+    into its own key, so a search may have the key of a batch, too.
     """
 
     SELECT = 0

@@ -1,4 +1,4 @@
-"""One step of training, and the evaluation after an epoch: pure functions, compiled once for each training."""
+"""One step of training, and the evaluation after an epoch: pure functions, compiled once."""
 
 import functools
 import math
