@@ -2,6 +2,7 @@
 
 import fractions
 import math
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def average_certified_radius(radius: Numbers, correct: Numbers) -> float:
     return float((radius * correct).mean())
 
 
-def round_down(value: float | np.floating | fractions.Fraction, digits: int) -> str:
+def round_down(value: SupportsFloat, digits: int) -> str:
     """`value` as decimal text with `digits` decimals, rounded towards minus infinity, exactly.
 
     >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)
@@ -56,13 +57,13 @@ def round_down(value: float | np.floating | fractions.Fraction, digits: int) -> 
     return f"{'-' if scaled < 0 else ''}{whole}.{rest:0{digits}}"
 
 
-def round_up(value: float | np.floating | fractions.Fraction, digits: int) -> str:
+def round_up(value: SupportsFloat, digits: int) -> str:
     """`value` as decimal text with `digits` decimals, rounded towards plus infinity, exactly.
 
     >>> round_up(0.1201, 2), round_up(0.0, 2), round_up(float("nan"), 2)
     ('0.13', '0.00', 'nan')
     """
-    text = round_down(-value, digits)
+    text = round_down(-value if isinstance(value, fractions.Fraction) else -float(value), digits)
     if text == "nan" or not text.strip("0."):
         return text
     return text[1:] if text.startswith("-") else f"-{text}"
