@@ -101,8 +101,7 @@ def check(function, *arguments, **static):
         assert not re.search(r"(tensor<|x)f64\b", text)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "dtype"), [*((run, "float32") for run in RUNS), ("l2", "bfloat16")])
 def test_the_programs_of_a_run(run, dtype):
     config = RUNS[run]
     job = make_job(classifier(dtype=dtype), config, THETA, Execution(chunk=4), devices.device_mesh(2))
@@ -137,8 +136,7 @@ def test_the_families_are_those_that_exist():
     assert {kind(NETWORKS[name]) for name in FAMILIES} == {kind(some) for some in NETWORKS.values()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize(("method", "dtype"), [*((method, "float32") for method in PRESETS), ("volume", "bfloat16")])
 def test_a_training_step_and_its_evaluation(method, dtype):
     config = dataclasses.replace(PRESETS[method], epochs=1, batch_size=4, front="wiener")
     training = Training(WithFront(network(dtype=dtype), Cosine()), config, 1, devices.device_mesh(1))

@@ -53,7 +53,8 @@ def test_gradients_in_training_are_those_of_xla(images, kernel, strides, monkeyp
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, w = draw(images, 16, 15, 6), draw(*kernel, 6, 5)
-    for padding in ["SAME", "VALID", [(k // 2, k // 2) for k in kernel], [(k - 1, 0) for k in kernel]]:
+    plans = [[(k // 2, k // 2) for k in kernel], [(k - 1, 0) for k in kernel], "SAME", "VALID"]
+    for padding in plans if images == 3 else plans[:1]:
         options = {"dimension_numbers": LAYOUT}
         ours = lambda x, w, padding=padding: convolution(x, w, strides, padding, in_loop=False, **options)  # noqa: B023
         theirs = lambda x, w, padding=padding: jax.lax.conv_general_dilated(x, w, strides, padding, **options)  # noqa: B023

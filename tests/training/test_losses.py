@@ -54,6 +54,12 @@ def test_macer_is_its_equation(label):
     np.testing.assert_allclose(value, naive_macer(LOGITS, label, 0.5), rtol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnames=("noise", "weight"))
+def volume_and_slope(noise, logits, label, weight):
+    loss = lambda logits: losses.volume(logits, label, 0.5, noise, weight=weight, inverse_temperature=2.0)
+    return jax.value_and_grad(loss)(logits)
+
+
 @pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
 @pytest.mark.parametrize("label", range(4))
 def test_volume_is_its_equation(label, noise):
@@ -62,11 +68,10 @@ def test_volume_is_its_equation(label, noise):
     p_lower = scipy.stats.beta.ppf(0.5, share * m, m - share * m + 1)
     radius = 0.5 * max(0.0, scipy.stats.norm.ppf(p_lower) if noise.norm == 2 else 2 * p_lower - 1)
     assert (radius > 0) == (label == 0)
-    loss = functools.partial(losses.volume, noise=noise, inverse_temperature=2.0)
-    value, slope = jax.value_and_grad(loss)(jnp.array(logits), label, 0.5, weight=3.0)
+    value, slope = volume_and_slope(noise, jnp.array(logits), label, 3.0)
     expected = -np.log(softmax(logits).mean(axis=0)[label]) - 3 * radius
     assert -1e-5 < value - expected < 5.5e-3  # the traced bound is a little smaller
-    without = jax.grad(loss)(jnp.array(logits), label, 0.5, weight=0.0)
+    _, without = volume_and_slope(noise, jnp.array(logits), label, 0.0)
     assert np.allclose(slope, without) == (label != 0)  # the radius has no slope where nothing is certified
 
 
