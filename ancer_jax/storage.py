@@ -14,7 +14,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 import filelock
@@ -129,8 +129,8 @@ def read_array(file: epath.PathLike) -> np.ndarray:
 
 
 @as_os_error
-def read_arrays(file: epath.Path, names) -> dict[str, np.ndarray]:
-    """The arrays of those names in an npz file; ValueError if it is no such file, OSError if it cannot be read."""
+def read_arrays(file: epath.Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of those names, or all, in an npz file; ValueError if it is none, OSError if it cannot be read."""
     with contextlib.suppress(*_NO_ARRAYS), file.open("rb") as opened:
         return _arrays(opened, names)
     # It is damaged, or could not be read, which zipfile does not tell apart.
@@ -149,7 +149,7 @@ def _arrays(opened, names) -> dict[str, np.ndarray]:
         raise ValueError("truncated, or not an npz file")
     opened.seek(0)
     with np.load(opened, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in names}
+        return {name: arrays[name] for name in (arrays.files if names is None else names)}
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class Verifier:
         smoothed: Smoothed,
         *,
         ball: Ball = "linf",
-        config: CertifyConfig | None = None,
+        config: CertifyConfig = CertifyConfig(),
         channels: Channels = "first",
     ):
         """A verifier without answers.
@@ -75,11 +75,12 @@ class Verifier:
         """
         check_key(key)
         check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
+        check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
         check_random(smoothed.noise)
         check_choice("ball", ball, Ball)
         check_choice("channels", channels, Channels)
         self.name = f"randomized smoothing, {ball}"
-        self._key, self._smoothed, self._config = key, smoothed, config or CertifyConfig()
+        self._key, self._smoothed, self._config = key, smoothed, config
         self._ball: Ball = ball
         self._channels: Channels = channels
         self._certificates: dict[bytes, Certificate] = {}
@@ -127,7 +128,7 @@ class Verifier:
 
 
 def contains_ball(region: Region, epsilon: float, ball: Ball) -> bool:
-    """Whether a region contains the ball of radius epsilon around its centre; in doubt it does not.
+    """Whether a region contains the ball of radius epsilon around its center; in doubt it does not.
 
     Arguments are as in `Verifier`; the region is one, not a batch.
     """

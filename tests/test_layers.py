@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # From low to high: a module imports from its own folder and from lines above that of its own.
 LAYERS = [
-    ["_checks", "_numerics"],
+    ["_checks", "_messages", "_numerics"],
     ["basis", "metrics", "storage"],
     ["regions"],
     ["smoothing"],

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import jax
 import tyro
 
+from ancer_jax._messages import first_line
 from ancer_jax.cli.certify import Certify
 from ancer_jax.cli.convert import Convert
 from ancer_jax.cli.demo import Demo
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
     except jax.errors.JaxRuntimeError as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         if "RESOURCE_EXHAUSTED" in line:
             _fail(f"{_OUT_OF_MEMORY} ({line})")
         elif jax.distributed.is_initialized():

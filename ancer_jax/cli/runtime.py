@@ -12,6 +12,7 @@ import jax
 import tqdm
 from jax.experimental import multihost_utils
 
+from ancer_jax._messages import first_line
 from ancer_jax.devices import keep_freed_memory
 
 _SECONDS_TO_LEAVE = 3.0
@@ -57,7 +58,7 @@ class Runtime:
         try:
             jax.distributed.initialize(self.coordinator, self.processes, self.process)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"--multihost: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+            raise ValueError(f"--multihost: {first_line(error)}") from None
 
 
 def advance(bar: "tqdm.tqdm[Any]", title: str, done: int, begins: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from ancer_jax._messages import first_line
 from ancer_jax.storage import write_file
 
 # The name of a step, the bytes that are done, and all bytes of the step, 0 where that is not known.
@@ -153,8 +154,7 @@ def _extract(archive: Archive, content: bytes, files: list[str]) -> Iterator[byt
             for file in files:
                 yield archive.extract(tar, file)
     except _DAMAGED as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{archive.file} is damaged ({line})") from error
+        raise ValueError(f"{archive.file} is damaged ({first_line(error)})") from error
 
 
 def from_web(url: str, progress: Progress) -> bytes:

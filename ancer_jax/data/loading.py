@@ -1,10 +1,7 @@
 """Reading data sets: by name (bundled, TFDS), from an npz file, or from a folder of idx, CIFAR or picture files."""
 
-import difflib
 import gzip
 import importlib.resources
-import io
-import zipfile
 import zlib
 from typing import Literal
 
@@ -12,9 +9,11 @@ import numpy as np
 from etils import epath
 
 from ancer_jax._checks import check_choice
+from ancer_jax._messages import did_you_mean
 from ancer_jax.data.dataset import Dataset
 from ancer_jax.data.pictures import Crop, load_class_folders
 from ancer_jax.data.tfds import load_tfds
+from ancer_jax.storage import read_arrays
 
 BUNDLED_SUBSET = "fashion-mnist-subset"
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # label, red, green and blue plane
@@ -53,8 +52,7 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
         return _load_cifar(path, split) if any(path.glob("*.bin")) else _load_idx(path, split)
     if path.exists():
         return _load_npz(path)
-    near = difflib.get_close_matches(source, [BUNDLED_SUBSET], n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(source, [BUNDLED_SUBSET], 0.3)
     raise ValueError(f"no data set is named {source!r} and no file or folder is there{hint}")
 
 
@@ -67,13 +65,8 @@ def _load_bundled(split: str) -> Dataset:
 
 def _load_npz(path: epath.Path) -> Dataset:
     try:
-        file = io.BytesIO(path.read_bytes())
-        if not zipfile.is_zipfile(file):
-            raise ValueError("truncated, or another kind of file")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        found = read_arrays(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable npz file ({error})") from error
     missing = {"images", "labels"} - set(found)
     if missing:

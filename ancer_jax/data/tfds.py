@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ancer_jax._messages import first_line
 from ancer_jax.data.dataset import Dataset, LazyImages
 from ancer_jax.data.pictures import Crop, check_shape, decode
 
@@ -57,10 +58,10 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        needs = f"anything else needs TensorFlow (pip install 'ancer-jax[tensorflow]'): {_line(error)}"
+        needs = f"anything else needs TensorFlow (pip install 'ancer-jax[tensorflow]'): {first_line(error)}"
         raise ValueError(f"{what}: there are no prepared ArrayRecord files, and {needs}") from None
     except Exception as error:
-        raise ValueError(f"{what}: cannot be read ({_line(error)})") from None
+        raise ValueError(f"{what}: cannot be read ({first_line(error)})") from None
 
 
 def _records(tfds, builder, split: str) -> Any:
@@ -89,7 +90,3 @@ def _order(meta: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(numbers)
         return order, np.array(numbers)[order]
     return np.array(sorted(places, key=names.__getitem__)), places
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -7,7 +7,6 @@ Of a theta map, theta is the smallest one, and at the end is "spectral", or "col
 """
 
 import dataclasses
-import difflib
 import fractions
 import importlib.resources
 import json
@@ -16,6 +15,7 @@ from typing import Any
 
 import flax.serialization
 
+from ancer_jax._messages import did_you_mean, first_line
 from ancer_jax.basis import Pixels
 from ancer_jax.metrics import round_down
 from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description, read_theta_map
@@ -128,8 +128,7 @@ def load_bundled(name: str) -> BundledModel:
     0.25
     """
     if name not in (names := bundled_models()):
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, names)
         raise ValueError(f"there is no bundled model {name!r}, only {', '.join(names)}{hint}")
     try:
         info = json.loads((WEIGHTS / f"{name}.json").read_text())
@@ -144,5 +143,5 @@ def load_bundled(name: str) -> BundledModel:
         _ = model.classifier, model.summary  # they need all of the card
         return model
     except Exception as error:  # msgpack raises many types
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        line = first_line(error)[:200]
         raise ValueError(f"the files of the bundled model {name} are damaged ({line}): install again") from None

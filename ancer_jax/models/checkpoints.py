@@ -1,7 +1,6 @@
 """Networks by name, and trained networks on disk: a folder with the variables (orbax) and their description."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ancer_jax._messages import did_you_mean, first_line
 from ancer_jax.basis import read_basis
 from ancer_jax.models.cnn import SmallCNN
 from ancer_jax.models.efficientnet import EfficientNetLite0
@@ -51,8 +51,7 @@ def make_network(name: str, *, front: Mapping[str, Any] | None = None, **changes
       ValueError: if there is no such network or attribute, or a value is out of range.
     """
     if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, NETWORKS, 0.3)
         raise ValueError(f"there is no network {name!r}, only {', '.join(NETWORKS)}{hint}")
     network = NETWORKS[name]
     if unknown := changes.keys() - {field.name for field in dataclasses.fields(network)}:
@@ -165,8 +164,8 @@ def load_network(path: epath.PathLike) -> Checkpoint:
         if hash_variables(variables) != digests["variables"]:
             raise ValueError(f"its values are not those that {_INFO} describes")
     except Exception as error:  # orbax raises many types
-        line = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path / _VARIABLES}: damaged, or of another network ({line})") from None
+        what = "damaged, or of another network"
+        raise ValueError(f"{path / _VARIABLES}: {what} ({first_line(error)[:200]})") from None
     theta_map = read_theta_map(path / _THETA_MAP, digests["theta_map"])
     return dataclasses.replace(checkpoint, variables=variables, theta_map=theta_map)
 
@@ -183,8 +182,6 @@ def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, dict[s
     info = {**description, **{name: tuple(description[name]) for name in ("image_shape", "classes")}}
     info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
     digests = {"variables": info.pop("variables"), "theta_map": info.pop("theta_map", None)}
-    if digests["theta_map"] is None and info["history"].get("theta_map"):
-        raise ValueError("stored without the theta map of its training, by an older version: train it again")
     return Checkpoint(variables=None, **info), digests
 
 

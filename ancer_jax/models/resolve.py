@@ -1,6 +1,5 @@
 """The base classifier of a name: a bundled one, a network in a folder, or the result of a function."""
 
-import difflib
 import importlib
 import sys
 import warnings
@@ -9,6 +8,7 @@ from typing import Literal
 from etils import epath
 
 from ancer_jax._checks import check_choice
+from ancer_jax._messages import did_you_mean
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.models.bundled import BUNDLED_BY_NORM, bundled_models, load_bundled
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS, Checkpoint, is_network, load_network
@@ -39,10 +39,8 @@ def resolve_classifier(
     if (epath.Path(name) / TRAINING_SETTINGS).exists():
         raise ValueError(f"--classifier {name}: its training is not finished; the same ancer-jax train continues it")
     if ":" not in name:
-        near = difflib.get_close_matches(name, bundled, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         known = f"a bundled model ({', '.join(bundled)})"
-        what = f"neither {known}, nor the folder of a network, nor module:function{hint}"
+        what = f"neither {known}, nor the folder of a network, nor module:function{did_you_mean(name, bundled)}"
         raise ValueError(f"--classifier {name!r} is {what}")
     if theta is None:
         raise ValueError("--sigma is needed for your own classifier: the noise it was trained with")

@@ -14,6 +14,7 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ancer_jax._messages import first_line
 from ancer_jax.models.efficientnet import EfficientNetLite0
 from ancer_jax.models.resnet import ResNet
 from ancer_jax.models.wide_resnet import WideResNet
@@ -154,6 +155,5 @@ def _read_pickled(path) -> dict[str, Any]:
         what = "it has more than tensors and plain containers (nothing in it was executed)"
         raise ValueError(f"{path}: refused, because {what}") from None
     except Exception as error:  # damaged files raise many types
-        line = (str(error).splitlines() or ["empty"])[0]
-        raise ValueError(f"{path}: not a readable PyTorch file ({line})") from None
+        raise ValueError(f"{path}: not a readable PyTorch file ({first_line(error)})") from None
     return dict(found) if isinstance(found, Mapping) else {}

@@ -19,7 +19,7 @@ from ancer_jax.report import notes, plots, tables
 from ancer_jax.report.notes import alpha_of, mark
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 from ancer_jax.runs import Run
-from ancer_jax.runs.settings import flatten
+from ancer_jax.runs.settings import flatten, short
 from ancer_jax.smoothing import ABSTAIN
 
 _CARDS, _PIXELS = 6, 96  # regions shown of each kind; longer side of a picture
@@ -215,10 +215,10 @@ def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
         columns.append(dict(flatten(settings)) | made_with)
     names = dict.fromkeys(name for column in columns for name in column)
     rows = {name: [column.get(name) for column in columns] for name in names}
-    found = []
+    found, cells = [], lambda row: [short("-" if value is None else value) for value in row]
     for title, differs in (("Different between the runs", True), ("The same in all runs", False)):
         part = {name: row for name, row in rows.items() if any(value != row[0] for value in row) == differs}
-        shown = [(name, [_short(value) for value in (row if differs else row[:1])]) for name, row in part.items()]
+        shown = [(name, cells(row if differs else row[:1])) for name, row in part.items()]
         found.append({"title": title, "open": differs, "runs": list(runs) if differs else ["value"], "rows": shown})
     if len(runs) == 1:
         found[1] |= {"title": "Of this run", "open": True}
@@ -228,8 +228,3 @@ def _settings(runs: dict[str, Run]) -> list[dict[str, Any]]:
 def _basis(basis: Basis) -> dict[str, str]:
     """Short settings of a basis: a hash in place of matrices."""
     return {"name": basis.name} | ({"digest": basis.digest} if isinstance(basis, KarhunenLoeve) else {})
-
-
-def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."

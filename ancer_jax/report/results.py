@@ -71,7 +71,7 @@ class Results:
         show that it was chosen per input. Nothing there can show that it was not.
         """
         if "method" in self.columns:
-            return bool((~np.isin(self["method"], ("fixed", "universal", "shared"))).any())  # "shared" is the old name
+            return bool((~np.isin(self["method"], ("fixed", "universal"))).any())
         sigmas = [self[name] for name in ("min_sigma", "sigma") if name in self.columns]
         varies = (self["radius_proxy"] != self["radius"]).any() or any((sigma != sigma[0]).any() for sigma in sigmas)
         return True if varies else None

@@ -11,17 +11,16 @@ import numpy as np
 from etils import epath
 
 from ancer_jax import devices
-from ancer_jax._checks import check_choice, check_integer, check_real, check_type
-from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
+from ancer_jax._checks import check_choice, check_integer, check_type
+from ancer_jax.data import Dataset, batches, pixel_hashes, take
 from ancer_jax.runs.config import Execution, Precision, RunConfig
 from ancer_jax.runs.directory import Run, bound_and_gap, open_run, read_run
 from ancer_jax.runs.job import Job, make_job
-from ancer_jax.runs.pipeline import finish, warn_or_refuse
+from ancer_jax.runs.pipeline import finish, missing_images
 from ancer_jax.runs.plan import choose_batch
 from ancer_jax.runs.settings import describe_run, differences, made_with, plain
 from ancer_jax.search.leakage import LeakageCounts
-from ancer_jax.smoothing import bounds
-from ancer_jax.smoothing.carry import CarryConfig, lost_votes
+from ancer_jax.smoothing.carry import CarryConfig, losing_classifier
 from ancer_jax.smoothing.certificate import ABSTAIN, CertifyConfig
 from ancer_jax.smoothing.classifier import WRAP_IT, Classifier, check_classifier
 from ancer_jax.smoothing.smoothed import Stage
@@ -50,9 +49,7 @@ class CarryRunConfig:
     memory: bool = True
 
     def __post_init__(self):
-        check_integer("n", self.n, 1, 2**31 - 1)
-        if self.alpha is not None:
-            check_real("alpha", self.alpha, f"[{bounds.LEAST_ALPHA}, 1)")
+        CarryConfig(self.n, CarryConfig.alpha if self.alpha is None else self.alpha)  # checks them
         check_integer("seed", self.seed, 0, 2**31 - 1)
         check_choice("precision", self.precision, Precision)
 
@@ -111,7 +108,7 @@ def carry_run(
         raise ValueError(f"{run.path} is not a run of this classifier (--carry-from), data and device ({text})")
     if not before.on_host:
         before = dataclasses.replace(before, apply=_AtPrecision(before.apply, at_precision))
-    pair = lost_votes(before, changed)
+    pair = losing_classifier(before, changed)
     asked = config.precision != "default"
     with jax.default_matmul_precision(config.precision) if asked else contextlib.nullcontext():
         check_classifier(changed, dataset.images[0])
@@ -167,16 +164,12 @@ def _describe(run: Run, there: Mapping[str, Any], config: CarryRunConfig) -> dic
 
 def _carry_missing(before: Run, run: Run, job: Job, dataset: Dataset, execution: Execution) -> None:
     """Carry and store those of this process's images that are not stored yet, shard after shard of the run before."""
-    mine, done = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count()), run.done()
-    missing = np.zeros(0, bool) if mine is None else ~np.isin(mine.ids, [*done])
-    execution.progress("certified", int((~missing).sum()))
-    if mine is None or not missing.any():
+    mine, missing = missing_images(run, dataset, execution)
+    if mine is None:
         return
-    if run.calls_the_host:
-        warn_or_refuse(run, begun=bool(done))
     job, batch_size = choose_batch(job, mine, execution)
     for certified in before.shards():
-        rows = np.flatnonzero(missing & np.isin(mine.ids, certified["ids"]))
+        rows = missing[np.isin(mine.ids[missing], certified["ids"])]
         for batch in batches(take(mine, rows), batch_size) if len(rows) else ():
             began, row_of = time.perf_counter(), {i: row for row, i in enumerate(certified["ids"].tolist())}
             places = np.array([row_of[i] for i in batch["id"].tolist()])

@@ -172,14 +172,9 @@ class Run:
                 found.setdefault(name, {})[value] = None
         return {name: ", ".join(values) for name, values in found.items()}
 
-    def passes(self) -> int | None:
-        """Noisy copies that the network classified to certify the finished inputs, those that nobody counted included;
-        None if shards do not say.
-        """
-        try:
-            return sum(int(read_arrays(file, ["passes"])["passes"]) for file in self.files())
-        except ValueError:  # written before shards had them
-            return None
+    def passes(self) -> int:
+        """Noisy copies that the network classified to certify the finished inputs, also those that nobody counted."""
+        return sum(int(read_arrays(file, ["passes"])["passes"]) for file in self.files())
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
         """Arrays of all finished inputs, in order of ids."""

@@ -154,14 +154,9 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
     The batch size is chosen from all images of this process, not from the missing ones, so that resuming changes no
     rounding of the searches.
     """
-    mine = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count())
-    done = run.done()
-    missing = [] if mine is None else [row for row, i in enumerate(mine.ids) if int(i) not in done]
-    execution.progress("certified", 0 if mine is None else len(mine) - len(missing))
-    if mine is None or not missing:
+    mine, missing = missing_images(run, dataset, execution)
+    if mine is None:
         return
-    if run.calls_the_host:
-        warn_or_refuse(run, begun=bool(done))
     job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
     ended, pending = time.perf_counter(), None
     for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
@@ -175,7 +170,19 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
         pending = job.launch(batch) if batch is not None and launched is None else launched
 
 
-def warn_or_refuse(run: Run, *, begun: bool) -> None:
+def missing_images(run: Run, dataset: Dataset, execution: Execution) -> tuple[Dataset | None, np.ndarray]:
+    """The images of this process, and the rows of those that are not stored yet; None if nothing is left to do."""
+    mine, done = shard(dataset, process_index=jax.process_index(), process_count=jax.process_count()), run.done()
+    missing = np.flatnonzero([] if mine is None else ~np.isin(mine.ids, [*done]))
+    execution.progress("certified", 0 if mine is None else len(mine) - len(missing))
+    if not len(missing):
+        return None, missing
+    if run.calls_the_host:
+        _warn_or_refuse(run, begun=bool(done))
+    return mine, missing
+
+
+def _warn_or_refuse(run: Run, *, begun: bool) -> None:
     """Say that a classifier that calls back to the host cannot be told from another one; refuse to go on with it."""
     how = "by pure_callback, from_host without a digest or the like"
     what = f"the classifier calls code on the host ({how}): what it computes there has no hash"
@@ -183,7 +190,7 @@ def warn_or_refuse(run: Run, *, begun: bool) -> None:
         raise ValueError(f"{what}, so several processes cannot know that theirs is the same")
     if begun:
         raise ValueError(f"{what}, so {run.path} cannot be continued: it may have been another classifier")
-    warnings.warn(f"{what}, so this run cannot be continued once it is stopped", stacklevel=4)
+    warnings.warn(f"{what}, so this run cannot be continued once it is stopped", stacklevel=5)
 
 
 def _store(run: Run, pending: Pending, collected: Collected, began: float) -> None:

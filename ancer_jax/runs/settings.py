@@ -100,11 +100,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The settings that differ, and how; "" if none does."""
     old, new = dict(flatten(there)), dict(flatten(here))
     differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here" for name in differ)
+    return "; ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in differ)
 
 
-def _short(value: Any) -> str:
-    return text if len(text := str(value)) < 40 else f"{text[:12]}..."
+def short(value: Any) -> str:
+    """A value as text, or the beginning of a long one."""
+    return text if len(text := str(value)) <= 40 else f"{text[:12]}..."
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

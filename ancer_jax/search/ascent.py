@@ -6,7 +6,7 @@ they return is a choice of theta, not a certificate: theta is then certified wit
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.core
@@ -24,6 +24,8 @@ from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_
 
 # A soft gap of 0 has no logarithm; the gradient of the "log_volume" objective is bounded by 1 / _SMALLEST_GAP.
 _SMALLEST_GAP = 1e-3
+
+Trace = TypeVar("Trace")
 
 
 class SearchTrace(NamedTuple):
@@ -148,35 +150,57 @@ def _climb(
     if config.ascent == "log":
         # Searches are short: b2 = 0.99 averages squared gradients over a hundred steps, not over a thousand.
         optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), b2=0.99)
-        to_position, to_theta = jnp.log, jnp.exp
     else:
-        optimizer, to_position, to_theta = published, jnp.asarray, jnp.asarray
+        optimizer = published
 
-    def loss(position, key):
-        theta = to_theta(position)
-        searched = smoothed.with_theta(theta)
-        probs = smoothed_probs(key, searched, x, num_samples=config.num_samples)
+    def to_ascend(theta, i):
+        at_step, searched = jax.random.fold_in(key, i), smoothed.with_theta(theta)
+        probs = smoothed_probs(at_step, searched, x, num_samples=config.num_samples)
         gap = smoothed.noise.proxy_gap(probs)
         if config.objective == "log_volume":
             value = jnp.log(jnp.maximum(gap, _SMALLEST_GAP)) + jnp.log(theta).mean()
         else:
             value = ancer_objective(theta, gap)
         if config.leakage_weight > 0 and probes is not None:  # the penalty is for the class that x has at this step
-            key = jax.random.fold_in(key, config.num_samples)  # the draws of x have smaller indices
-            leaked = leakage_penalty(key, probes, searched, x, probs.argmax(), batch=config.leakage_batch)
+            of_penalty = jax.random.fold_in(at_step, config.num_samples)  # the draws of x have smaller indices
+            leaked = leakage_penalty(of_penalty, probes, searched, x, probs.argmax(), batch=config.leakage_batch)
             value -= config.leakage_weight * leaked
-        return -value, SearchTrace(gap, gap * geometric_mean(theta))
+        return value, SearchTrace(gap, gap * geometric_mean(theta))
+
+    return ascend(to_ascend, start, (lower, upper), optimizer, steps=config.steps, in_log=config.ascent == "log")
+
+
+def ascend(
+    objective: Callable[[jax.Array, jax.Array], tuple[jax.Array, Trace]],
+    start: jax.Array,
+    bounds: tuple[jax.Array, jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    in_log: bool,
+) -> tuple[jax.Array, Trace]:
+    """theta after projected gradient ascent of `objective(theta, step) -> (value, trace)`, and the traces of all steps.
+
+    theta stays within the bounds, between which it starts. With `in_log` the optimizer moves log(theta). Where a step
+    is not finite, the last theta is kept.
+    """
+    lower, upper = bounds
+    to_position, to_theta = (jnp.log, jnp.exp) if in_log else (jnp.asarray, jnp.asarray)
+
+    def loss(position, i):
+        value, trace = objective(to_theta(position), i)
+        return -value, trace
 
     def step(carry, i):
         position, state = carry
-        gradient, trace = jax.grad(loss, has_aux=True)(position, jax.random.fold_in(key, i))
+        gradient, trace = jax.grad(loss, has_aux=True)(position, i)
         updates, new_state = optimizer.update(gradient, state)
         new_position = jnp.clip(position + updates, to_position(lower), to_position(upper))
         finite = jnp.isfinite(to_theta(new_position)).all()
         keep = lambda new, old: jnp.where(finite, new, old)
-        return jax.tree.map(keep, (new_position, new_state), (position, state)), trace
+        return jax.tree.map(keep, (new_position, new_state), carry), trace
 
     carry = to_position(start), optimizer.init(to_position(start))
-    (position, _), trace = jax.lax.scan(step, carry, jnp.arange(config.steps))
+    (position, _), trace = jax.lax.scan(step, carry, jnp.arange(steps))
     theta = jnp.where(position >= to_position(upper), upper, to_theta(position))  # exp may round the bound
     return jnp.clip(theta, lower, upper), trace

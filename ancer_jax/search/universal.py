@@ -1,6 +1,5 @@
 """One theta map for all inputs."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax.differentiable.estimates import EstimateConfig, check_labels, estimated_region
-from ancer_jax.search.ascent import check_start
+from ancer_jax.search.ascent import ascend, check_start
 from ancer_jax.search.config import THETA_MAX_FACTOR, UniversalConfig
 from ancer_jax.smoothing.noise import noise_dtype
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, stage_key
@@ -57,40 +56,23 @@ def optimize_universal(
     check_start(smoothed.theta, images)
     key = stage_key(key, Stage.UNIVERSAL)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    first = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])
-    start = jnp.log(first)
-    lower, upper = start - math.log(10.0), start + math.log(THETA_MAX_FACTOR)
-    if config.theta_min is not None:
-        lower = jnp.minimum(jnp.log(config.theta_min), start)
-    if config.theta_max is not None:
-        upper = jnp.maximum(jnp.log(config.theta_max), start)
+    start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])
+    lower = start / 10 if config.theta_min is None else jnp.minimum(config.theta_min, start)
+    upper = THETA_MAX_FACTOR * start if config.theta_max is None else jnp.maximum(config.theta_max, start)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     estimate = EstimateConfig(config.num_samples, config.alpha)
 
-    def size(log_theta, key, x, label):
-        region = estimated_region(key, smoothed.with_theta(jnp.exp(log_theta)), x, label, config=estimate)
+    def size(theta, key, x, label):
+        region = estimated_region(key, smoothed.with_theta(theta), x, label, config=estimate)
         return jnp.asarray(region.proxy_radius)
 
-    def step(carry, i):
-        log_theta, state = carry
+    def mean_size(theta, i):
         of_choice, of_noise = jax.random.split(jax.random.fold_in(key, i))
         chosen = jax.random.randint(of_choice, (config.batch_size,), 0, len(images))
         batch = jax.random.split(of_noise, config.batch_size), images[chosen], labels[chosen]
-        loss = lambda log_theta: -jax.vmap(size, (None, 0, 0, 0))(log_theta, *batch).mean()
-        value, gradient = jax.value_and_grad(loss)(log_theta)
-        updates, new_state = optimizer.update(gradient, state)
-        new = jnp.clip(log_theta + updates, lower, upper)
-        finite = jnp.isfinite(new).all()
-        keep = lambda new, old: jnp.where(finite, new, old)
+        value = jax.vmap(size, (None, 0, 0, 0))(theta, *batch).mean()
         if progress is not None:
-            jax.debug.callback(progress, i, -value)
-        return jax.tree.map(keep, (new, new_state), (log_theta, state)), -value
+            jax.debug.callback(progress, i, value)
+        return value, value
 
-    (log_theta, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(config.steps))
-    theta = jnp.exp(log_theta)
-    # exp may round the bounds.
-    if config.theta_max is not None:
-        theta = jnp.minimum(theta, jnp.maximum(config.theta_max, first))
-    if config.theta_min is not None:
-        theta = jnp.maximum(theta, jnp.minimum(config.theta_min, first))
-    return theta, trace
+    return ascend(mean_size, start, (lower, upper), optimizer, steps=config.steps, in_log=True)

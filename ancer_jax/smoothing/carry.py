@@ -55,7 +55,7 @@ def carry(
     smoothed: Smoothed,
     changed: Classifier,
     *,
-    config: CarryConfig | None = None,
+    config: CarryConfig = CarryConfig(),
     chunk: int = 1000,
 ) -> Certificate:
     """Carry a certificate of one input to a changed network: quantised, pruned, of another precision, or retrained.
@@ -72,7 +72,7 @@ def carry(
       chunk: draws at a time; changes speed and memory only.
 
     Returns:
-      The certificate of the changed network: same class, theta and centre, smaller `p_lower` and region, or an
+      The certificate of the changed network: same class, theta and center, smaller `p_lower` and region, or an
       abstention. An abstention stays one, with `p_lower` 0, for it does not say which class was counted. Its `count`
       and `n` are those of the certificate before.
 
@@ -86,7 +86,6 @@ def carry(
 
     References: Ugare et al. 2024 (arXiv 2305.19521), who count all draws on which the networks disagree.
     """
-    config = CarryConfig() if config is None else config
     check_type("config", config, CarryConfig, "CarryConfig(n=...)")
     check_integer("chunk", chunk)
     region, lost = certificate.region, 0
@@ -100,7 +99,7 @@ def carry(
     if certificate.prediction != ABSTAIN:
         selected = int(certificate.prediction)
         check_integer("the certified class", selected, 0, smoothed.classifier.num_classes - 1)
-        compared = dataclasses.replace(of_region, classifier=lost_votes(smoothed.classifier, changed))
+        compared = dataclasses.replace(of_region, classifier=losing_classifier(smoothed.classifier, changed))
         lost = counts_now(stage_key(key, Stage.CARRY), compared, x, (0, config.n), chunk=chunk)[selected]
     return certificate_from_lost_votes(certificate, smoothed, np.asarray(lost), config=config)
 
@@ -120,7 +119,7 @@ def count_lost_votes(
     [K]. A draw with a NaN logit votes for no class. Other arguments as in `count_votes`; `certificate_from_lost_votes`
     makes a certificate of the entry of the certified class.
     """
-    compared = dataclasses.replace(smoothed, classifier=lost_votes(smoothed.classifier, changed))
+    compared = dataclasses.replace(smoothed, classifier=losing_classifier(smoothed.classifier, changed))
     return class_counts(stage_key(key, Stage.CARRY), compared, x, num_samples=config.n, chunk=chunk)[:-1]
 
 
@@ -131,13 +130,13 @@ def certificate_from_lost_votes(
 
     Args:
       certificate: [...] of the network before.
-      smoothed: its smoothed classifier, whose noise is used, which must be the one that was certified; centre and theta
+      smoothed: its smoothed classifier, whose noise is used, which must be the one that was certified; center and theta
         are those of the certificate.
       lost: int [...], how many votes its class loses among `config.n` common draws.
       config: the settings that they were counted with.
 
     Guarantee: as in `carry`, if the draws of `lost` chose neither class nor theta, and all votes are of the float32
-      values of centre and theta.
+      values of center and theta.
 
     Raises:
       ValueError: if the noise is enumerable or of another norm or basis, or a count is out of range.
@@ -181,7 +180,7 @@ def carried_bound_and_gap(
     return carried, np.asarray(noise.gap(carried))
 
 
-def lost_votes(classifier: Classifier, changed: Classifier) -> Classifier:
+def losing_classifier(classifier: Classifier, changed: Classifier) -> Classifier:
     """The classifier that votes for the class of `classifier` where `changed` does not, and elsewhere for an additional
     last class: its votes for a class are the votes that the class loses by the change.
     """

@@ -95,7 +95,7 @@ def certify(
     smoothed: Smoothed,
     x: Float[ArrayLike, "*d"],
     *,
-    config: CertifyConfig | None = None,
+    config: CertifyConfig = CertifyConfig(),
     chunk: int = 1000,
 ) -> Certificate:
     """Certify the smoothed classifier at `x`.
@@ -125,7 +125,6 @@ def certify(
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
-    config = CertifyConfig() if config is None else config
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
@@ -149,7 +148,7 @@ def certify_batch(
     xs: Float[ArrayLike, "m *d"],
     *,
     ids: Int[ArrayLike, " m"] | Sequence[int] | None = None,
-    config: CertifyConfig | None = None,
+    config: CertifyConfig = CertifyConfig(),
     chunk: int = 1000,
 ) -> Certificate:
     """`certify` at many inputs, from one key: a `Certificate` with a row for each input.
@@ -169,7 +168,6 @@ def certify_batch(
     Raises:
       ValueError: as in `certify`; if there are no inputs, or thetas or ids do not fit.
     """
-    config = CertifyConfig() if config is None else config
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)

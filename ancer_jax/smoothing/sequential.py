@@ -82,7 +82,7 @@ def certify_sequentially(
     x: Float[ArrayLike, "*d"],
     *,
     sequential: SequentialConfig,
-    config: CertifyConfig | None = None,
+    config: CertifyConfig = CertifyConfig(),
     chunk: int = UNIT,
 ) -> Certificate:
     """`certify` with as many of the `config.n` draws as `sequential` asks for; the certificate's `n` says how many.
@@ -92,7 +92,6 @@ def certify_sequentially(
     as_float32, x32 = check_example(smoothed, x)
     check_integer("chunk", chunk)
     check_random(smoothed.noise)
-    config = CertifyConfig() if config is None else config
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     warn_if_undecidable(config, smoothed.noise)
 

@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ancer_jax import devices
+from ancer_jax._messages import first_line
 from ancer_jax.data import Dataset, check_classes
 from ancer_jax.models.checkpoints import TRAINING_SETTINGS
 from ancer_jax.models.front import WithFront
@@ -183,8 +184,8 @@ def _restore(manager, epoch: int, like: TrainState) -> TrainState:
     try:
         return TrainState(**manager.restore(epoch, args=ocp.args.StandardRestore(like._asdict())))
     except Exception as error:  # orbax raises many types
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{manager.directory}: cannot be read; if it is damaged, delete it ({line})") from None
+        what = "cannot be read; if it is damaged, delete it"
+        raise ValueError(f"{manager.directory}: {what} ({first_line(error)})") from None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """`ancer-jax learn-theta`, and what train and certify do with its theta map."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,13 +51,6 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     (tmp_path / "other.npz").rename(tmp_path / "net" / "theta_map.npz")
     changed = [*certify, "--method", "universal"]
     assert "net/theta_map.npz is not the theta map of the network" in error_line(capsys, changed)
-    stored = tmp_path / "net" / "network.json"
-    description = json.loads(stored.read_text())
-    del description["theta_map"]  # as older versions did
-    stored.write_text(json.dumps(description))
-    fixed = [*certify, "--method", "fixed"]
-    assert "stored without the theta map of its training, by an older version" in error_line(capsys, fixed)
-    stored.write_text(json.dumps(description | {"theta_map": theta_map.digest}))
     (tmp_path / "net" / "theta_map.npz").unlink()
     assert "net/theta_map.npz: there is no such file" in error_line(capsys, changed)
     lines = pd.read_csv("run/results.tsv", sep="\t")

@@ -74,11 +74,8 @@ def test_what_only_settings_say_is_not_known_of_a_table(tmp_path):
     assert results.own is results.columns
 
 
-@pytest.mark.parametrize(
-    ("method", "dependent"), [("fixed", False), ("universal", False), ("shared", False), ("isotropic", True)]
-)
+@pytest.mark.parametrize(("method", "dependent"), [("fixed", False), ("universal", False), ("isotropic", True)])
 def test_the_method_says_whether_theta_was_chosen_per_input(tmp_path, method, dependent):
-    """Tables of former versions call a universal theta "shared"."""
     results = from_text(tmp_path, "a.tsv", ANCER.replace("\tancer", f"\t{method}"))
     assert results.data_dependent is dependent and results.reconciled is not dependent
 

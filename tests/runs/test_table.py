@@ -194,13 +194,11 @@ def test_ancers_file_is_read(tmp_path):
     assert (results["radius"], results["radius_proxy"], results["min_sigma"]) == (0.5, 0.75, 0.25)
 
 
-def test_a_table_that_says_shared_is_of_one_theta_for_all_inputs(tmp_path):
-    """That is what universal was called before. A column of an unknown name is read, too."""
-    path = tmp_path / "old.tsv"
-    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\tmethod\tnew\n0\t1\t1\t0.5\t1\tshared\t7\n")
+def test_a_column_of_an_unknown_name_is_read_too(tmp_path):
+    path = tmp_path / "new.tsv"
+    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\tmethod\tnew\n0\t1\t1\t0.5\t1\tuniversal\t7\n")
     results = load_results(path)
-    assert results["method"].tolist() == ["shared"] and results["new"].tolist() == [7.0]
-    assert results.data_dependent is False and results.reconciled
+    assert results["new"].tolist() == [7.0] and results.data_dependent is False and results.reconciled
 
 
 def test_a_time_that_cannot_be_read_is_left_out():
