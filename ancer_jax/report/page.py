@@ -165,9 +165,9 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
     image = noisy = ""
     if dataset is not None and i in dataset.ids:
         pixels = dataset.images[np.searchsorted(dataset.ids, i)]
-        image = _picture(_bytes(pixels))
+        image = _picture_of(pixels)
         if theta.ndim == 3 and results.config and results.config.basis != Pixels():
-            noisy = _picture(_bytes(plots.noisy_copy(results.config.certified_noise, pixels, theta)))
+            noisy = _picture_of(plots.noisy_copy(results.config.certified_noise, pixels, theta))
     spread = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (theta.min(), theta.max())))
     said = "abstains" if answer == ABSTAIN else f"answers {answer}" + ("" if answer == label else " (wrong)")
     overruled = own["predict"] != answer  # p_lower is of the image's own class
@@ -190,16 +190,15 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
     return {"title": f"#{i}", "image": image, "theta": heat_map, "noisy": noisy, "lines": lines}
 
 
-def _bytes(image: np.ndarray) -> np.ndarray:
-    """An image of values in [0, 1] as uint8."""
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+def _picture_of(image: np.ndarray) -> str:
+    return _picture((plots.drawable(image) * 255).astype(np.uint8))
 
 
 def _picture(pixels: np.ndarray) -> str:
-    """A small PNG of uint8 [height, width, channels], with 1 or 3 channels, as a data URI."""
+    """A small PNG of uint8 [height, width] or [height, width, 3], as a data URI."""
     import PIL.Image
 
-    picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    picture = PIL.Image.fromarray(pixels)
     picture.thumbnail((_PIXELS, _PIXELS))
     file = io.BytesIO()
     picture.save(file, "PNG")

@@ -116,11 +116,11 @@ def plot_theta_map(
     _draw_coefficients(left, theta_map, maps)
     axes, least = right.subplots(rows, len(images), squeeze=False), theta.min()
     for column, image in zip(axes.T, images, strict=True):
-        noisy = _noisy_copy(Gaussian(theta_map.basis), image, theta)
+        noisy = noisy_copy(Gaussian(theta_map.basis), image, theta)
         filtered = [] if front is None else [np.asarray(front(noisy[None])[0])]
-        white = _noisy_copy(Gaussian(), image, np.full_like(theta, least))
+        white = noisy_copy(Gaussian(), image, np.full_like(theta, least))
         for axis, shown in zip(column, (image, noisy, *filtered, white), strict=True):
-            _draw_image(axis, np.clip(shown, 0, 1))
+            _draw_image(axis, shown)
     after = [] if front is None else ["the same,\nfiltered"]
     labels = ("image", "noise of\nthe map", *after, f"white noise,\ntheta {least:.3g}")
     for axis, label in zip(axes[:, 0], labels, strict=True):
@@ -245,12 +245,16 @@ def heat_map(values: np.ndarray, scale) -> np.ndarray:
     return (matplotlib.colormaps["viridis"](scale(values))[..., :3] * 255).astype(np.uint8)
 
 
+def drawable(image: np.ndarray) -> np.ndarray:
+    """An image [height, width, channels] as it is drawn, clipped to [0, 1]: in colours if it has three channels, else
+    the mean over channels.
+    """
+    image = np.clip(image, 0, 1)
+    return image if image.shape[-1] == 3 else image.mean(axis=-1)
+
+
 def noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """A copy of an image [*d] in [0, 1] under noise, always the same one, clipped to [0, 1] for display."""
-    return np.clip(_noisy_copy(noise, image, theta), 0, 1)
-
-
-def _noisy_copy(noise: Noise, image: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """A copy of an image [*d] under noise, always the same one."""
     key = jax.random.key(0, impl="threefry2x32")
     return np.asarray(noise.perturb(key, 0, jnp.asarray(image), jnp.asarray(theta)))
 
@@ -266,7 +270,7 @@ def _wrapped(inches: float, *sentences: str) -> str:
 
 
 def _draw_image(axis, image: np.ndarray, title: str = "") -> None:
-    axis.imshow(image if image.shape[-1] in (3, 4) else image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(drawable(image), cmap="gray", vmin=0, vmax=1)
     axis.set_title(title, fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

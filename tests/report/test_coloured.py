@@ -72,7 +72,7 @@ def test_every_image_has_its_theta_by_frequency_and_a_noisy_copy(runs, tmp_path,
         for i, theta in enumerate(runs[name].thetas(DATASET.ids[[1, 3]].tolist()).values()):
             np.testing.assert_array_equal(axes[2 + i].images[0].get_array(), theta[..., 0])
             copy = plots.noisy_copy(CONFIGS[name].certified_noise, DATASET.images[[1, 3][i]], theta)
-            np.testing.assert_array_equal(axes[4 + i].images[0].get_array(), copy[..., 0])
+            np.testing.assert_array_equal(axes[4 + i].images[0].get_array(), np.clip(copy[..., 0], 0, 1))
 
 
 def test_theta_in_pixels_is_drawn_without_noisy_copies(runs, tmp_path, figure):
@@ -130,7 +130,7 @@ def test_a_noisy_copy_has_the_noise_of_its_basis():
     assert np.ptp(change) < 1e-6 < abs(change.mean())
     copies = [plots.noisy_copy(Gaussian(), image, np.full_like(theta, 0.9)) for _ in range(2)]
     np.testing.assert_array_equal(*copies)
-    assert copies[0].min() == 0 and copies[0].max() == 1
+    assert copies[0].min() < 0 and copies[0].max() > 1
 
 
 @pytest.mark.parametrize("name", ["pixels", "cosine", "karhunen-loeve"])

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ancer_jax import RunConfig, certify_dataset, report
+from ancer_jax import RunConfig, certify_dataset, from_function, report
 from ancer_jax.data import Dataset
 from ancer_jax.memory import Memory
 from ancer_jax.regions import Region
@@ -221,6 +221,16 @@ def test_a_class_that_the_memory_gave_has_no_bound_of_its_own(page):
 def test_runs_may_have_strange_names(page, tmp_path, name):
     report.write_page([dataclasses.replace(page[1][0], name=name)], tmp_path / "a.html", radii=[0.0])
     assert html.escape(name) in (tmp_path / "a.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_images_of_any_number_of_channels_are_shown(tmp_path, channels):
+    images = np.linspace(0, 1, 18 * channels, dtype=np.float32).reshape(2, 3, 3, channels)
+    dataset = Dataset("some", np.arange(2), images, np.zeros(2, np.int32), 2)
+    classifier = from_function(lambda variables, x: x.mean((1, 2))[:, [0, -1]], {}, num_classes=2)
+    certify_dataset(classifier, dataset, CONFIGS["fixed"], out=tmp_path / "run")
+    report.write_page([report.load_results(tmp_path / "run")], tmp_path / "a.html", radii=[0.0], datasets=[dataset])
+    assert (tmp_path / "a.html").read_text("utf-8").count('alt="image ') == 2
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):
