@@ -16,6 +16,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from ancer_jax._checks import check_type
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.search.config import THETA_MAX_FACTOR, AnisotropicConfig, IsotropicConfig, SearchConfig
 from ancer_jax.search.leakage import Probes, leakage_penalty
@@ -61,11 +62,11 @@ def optimize_isotropic(
 
     Raises:
       ValueError: outside jit, if the start is not positive and finite, or x is not finite; at trace time, if probes are
-        needed and missing.
+        needed and missing, or the config is that of another search.
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
-    _check_config(config, IsotropicConfig)
+    check_type("config", config, IsotropicConfig, "IsotropicConfig(steps=...)")
     check_start(smoothed.theta, x)
     return _isotropic(key, smoothed, jnp.asarray(x), config, probes)
 
@@ -99,7 +100,7 @@ def optimize_anisotropic(
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
-    _check_config(config, AnisotropicConfig)
+    check_type("config", config, AnisotropicConfig, "AnisotropicConfig(steps=...)")
     check_start(smoothed.theta, x)
     return _anisotropic(key, smoothed, jnp.asarray(x), config, probes)
 
@@ -110,11 +111,6 @@ def _anisotropic(key, smoothed: Smoothed, x: jax.Array, config: AnisotropicConfi
     key, smoothed = stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start)
     objective = lambda theta, gap: gap * (geometric_mean(theta) + config.kappa * theta.min())
     return _climb(key, smoothed, x, config, probes, objective, start, published=optax.adam(config.learning_rate))
-
-
-def _check_config(config: SearchConfig, wanted: type[SearchConfig]) -> None:
-    if not isinstance(config, wanted):
-        raise TypeError(f"config must be of type {wanted.__name__}, got {type(config).__name__}")
 
 
 def check_start(theta: ArrayLike, x: ArrayLike) -> None:
