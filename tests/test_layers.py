@@ -201,7 +201,9 @@ def test_the_examples_of_the_guides_run(page, tmp_path, monkeypatch):
 
 def _run_examples(text):
     examples = "\n".join(_blocks(text, "python"))
-    exec(compile(examples.replace("n=100_000", "n=2_000"), "examples", "exec"), {})
+    for large, small in (("n=100_000", "n=2_000"), ("max_images=1_000", "max_images=128")):
+        examples = examples.replace(large, small)
+    exec(compile(examples, "examples", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -41,12 +41,18 @@ def initial_state(training: Training, images: Any) -> tuple[Any, optax.OptState]
     The filter in front of the network, if there is one, is made from all of them.
     """
     key, _ = jax.random.split(root_key(training.config.seed))
-    variables = jax.jit(training.network.init)(key, images[:1])
+    variables = _initial_variables(key, images[:1], network=training.network)
     if training.config.front_basis is not None:
         front = wiener_front(images, training.config.thetas, training.config.front_basis)
         variables = {**variables, "front": {"mean": front.mean, "weights": front.weights}}
     state = variables, _optimizer(training).init(variables["params"])
     return replicate(jax.tree.map(np.asarray, state), training.mesh)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _initial_variables(key, images, *, network):
+    """`network.init`, compiled once for equal networks: `jax.jit` of a bound method would compile at every call."""
+    return network.init(key, images)
 
 
 @functools.partial(jax.jit, static_argnames="training")

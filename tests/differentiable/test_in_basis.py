@@ -104,6 +104,7 @@ def test_an_estimated_region_has_the_basis_of_the_noise(kind, basis):
 
 
 find = jax.jit(lambda smoothed, region, key: attack(key, smoothed, region, 1, steps=20, num_samples=100))
+rough = jax.jit(jax.vmap(lambda s, r, key: attack(key, s, r, 1, steps=5, num_samples=4), (None, None, 0)))
 STEEP = Smoothed(reference.linear(4 * W, 4 * B), Gaussian(BASIS), THETA32)
 
 
@@ -140,7 +141,6 @@ def test_an_attack_stays_inside_a_region_of_any_size_and_shape(basis, shape):
     basis = KarhunenLoeve.of(rng.random((40, *shape))) if basis is KarhunenLoeve else basis()
     w, center = rng.normal(size=int(np.prod(shape))), np.float32(rng.uniform(size=shape))
     classifier = reference.linear(w, 5.0)
-    rough = jax.jit(jax.vmap(lambda s, r, key: attack(key, s, r, 1, steps=5, num_samples=4), (None, None, 0)))
     for low, high in ((0.25, 0.25), (0.1, 1.6)):
         theta = np.exp(rng.uniform(np.log(low), np.log(high), shape)).astype(np.float32)
         theta.flat[:2] = low, high
@@ -167,8 +167,7 @@ def test_an_attack_stays_inside_where_one_theta_is_tiny(theta_min, gap):
     center = rng.uniform(size=shape).astype(np.float32)
     center[0, 0, 0] = 0
     region = Region(center, theta, np.float32(gap), 2, BASIS)
-    rough = jax.jit(jax.vmap(lambda region, key: attack(key, smoothed, region, 1, steps=5, num_samples=4), (None, 0)))
-    ys = np.asarray(rough(region, KEYS[:20]))
+    ys = np.asarray(rough(smoothed, region, KEYS[:20]))
     assert all(region.contains(y) for y in ys)
     if gap == 10 and theta_min == 1e-2:  # of small gaps rounding takes all
         assert not any(dataclasses.replace(region, gap=0.4 * gap).contains(y) for y in ys)

@@ -87,7 +87,8 @@ _SHORT |= {
 _SHORT["wrn_40_2"] = {"depth": 10, "widen_factor": 1}
 
 
-_SLOW = ("efficientnet_lite0", "imagenet_resnet50")  # they take long to compile
+# Two take long to compile; with so few blocks, the third is cifar_resnet20.
+_SLOW = ("efficientnet_lite0", "imagenet_resnet50", "cifar_resnet110")
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

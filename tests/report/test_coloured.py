@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIGS = {
     "pixels": RunConfig(method="universal", **SMALL),
     "universal": RunConfig(method="universal", basis=Cosine(), **SMALL),
-    "frequencies": RunConfig(method="ancer", theta=0.3, basis=Cosine(), **SMALL),
+    "frequencies": RunConfig(method="ancer", theta=0.3, basis=Cosine(), **SMALL | {"leakage": None}),
     "patterns": RunConfig(method="universal", basis=KarhunenLoeve.of(DATASET.images), **SMALL),
     "balls": RunConfig(theta=0.3, basis=Cosine(), **SMALL),
 }

@@ -12,7 +12,6 @@ from ancer_jax import (
     AnisotropicConfig,
     CertifyConfig,
     IsotropicConfig,
-    LeakageConfig,
     RunConfig,
     certify_dataset,
     from_function,
@@ -22,6 +21,8 @@ from ancer_jax.data import Dataset, take
 from ancer_jax.metrics import certified_accuracy
 from ancer_jax.report import plots
 from tests.report.examples import ANCER, FIXED, HEADER, MEMORY, from_text, grey, write_run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _axis():
@@ -206,7 +207,7 @@ def test_table_and_picture_count_the_same_thetas_at_the_bound_of_an_exact_run(tm
         isotropic=IsotropicConfig(steps=8, num_samples=4, theta_max=0.05),
         anisotropic=AnisotropicConfig(steps=8, num_samples=4, theta_max=0.1),
         guard_samples=100,
-        leakage=LeakageConfig(1, 4),
+        leakage=None,
         noise="splitting",
         exact=True,
         period=60,

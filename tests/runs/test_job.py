@@ -13,7 +13,7 @@ from ancer_jax.runs import votes
 from ancer_jax.runs.directory import read_run
 from ancer_jax.runs.job import Job
 from ancer_jax.smoothing.smoothed import Stage
-from tests.runs.points import ANCER, FIXED, POINTS, THETA
+from tests.runs.points import ANCER, FIXED, ISOTROPIC, POINTS, THETA
 from tests.toy import CLASSIFIER
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -40,7 +40,7 @@ def compilations():
         (FIXED, Execution(devices=1)),
         (FIXED, Execution(batch_size=9, chunk=30, devices=4)),
         (FIXED, Execution(chunk=30, devices=2, shard="draws")),
-        (ANCER, Execution(batch_size=9, chunk=30, devices=4)),
+        (ISOTROPIC, Execution(batch_size=9, chunk=30, devices=4)),
         (ANCER, Execution(chunk=30, devices=2, shard="draws")),
     ],
     ids=lambda value: value.method if isinstance(value, RunConfig) else f"{value.shard} over {value.devices}",
@@ -138,7 +138,8 @@ def test_a_run_that_is_started_again_has_the_same_bits(tmp_path, monkeypatch):
             raise InterruptedError
 
     def start(out):
-        config, execution = dataclasses.replace(ANCER, memory=False), Execution(devices=1, progress=stop)
+        config = dataclasses.replace(ANCER, memory=False, leakage=None)
+        execution = Execution(devices=1, progress=stop)
         certify_dataset(CLASSIFIER, odd, config, out=out, execution=execution)
         return read_run(out).columns("theta", "counts")
 

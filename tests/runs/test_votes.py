@@ -50,12 +50,12 @@ def expected(kind, noise, stage):
     return votes
 
 
+ON_TWO = [(1, 2), (7, 2), (7, 32), (7, (2, 8, 32)), (100, 6), (NUM_DRAWS, 6), (400, 2)]
+
+
 @pytest.mark.parametrize(
-    ("chunk", "items"),
-    [(1, 2), (7, 2), (7, 32), (7, (2, 8, 32)), (100, 6), (NUM_DRAWS, 6), (400, 2)],
-    ids=lambda value: str(value),
+    ("chunk", "items", "on"), [(1, 2, 1), (7, (2, 8, 32), 1), *((*sizes, 2) for sizes in ON_TWO)], ids=str
 )
-@pytest.mark.parametrize("on", [1, 2])
 def test_work_items_of_any_size_give_the_votes_of_class_counts(chunk, items, on):
     votes = counter(chunk=chunk, items=items, on=on)
     for stage in (Stage.SELECT, Stage.ESTIMATE):

@@ -156,7 +156,6 @@ def test_vmap_is_a_loop_over_inputs(search, Config):
             0.9,
         ),
         (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0), 1.5),
-        (optimize_anisotropic, AnisotropicConfig(60, leakage_weight=5.0, objective="log_volume"), 1.5),
     ],
 )
 def test_the_penalty_keeps_the_search_from_painting_the_class(search, config, growth):
@@ -179,7 +178,6 @@ def test_probes_change_nothing_without_a_weight(search, Config):
     config = dataclasses.replace(config, leakage_weight=1.0)
     with pytest.raises(ValueError, match=r"leakage_weight = 1.0 needs leakage probes, got None"):
         find()
-    assert (find(probes=paintable_probes())[0] != 0.25).any()
 
 
 def test_vmap_of_a_penalised_search_is_a_loop_over_inputs():

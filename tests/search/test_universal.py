@@ -58,4 +58,4 @@ def test_the_universal_theta_grows_where_the_classifier_does_not_look():
 def test_only_a_bound_keeps_the_universal_theta_from_growing_for_ever():
     """Strong noise makes the classifier constant: right on half of the images, with regions as large as the noise."""
     assert search(bowl(20.0), 1e4)[0].min() > 5
-    assert search(bowl(20.0), 0.5)[0].max() == pytest.approx(0.5)
+    assert search(bowl(20.0), 1.2)[0].max() == pytest.approx(1.2, rel=1e-5)  # the program of the test above

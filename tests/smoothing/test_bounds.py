@@ -250,9 +250,8 @@ def test_gradient_of_the_traced_twin_is_the_implicit_derivative(k, n):
 
 
 def test_gradients_are_finite_at_the_ends():
-    gradient = jax.jit(jax.vmap(jax.grad(bounds.clopper_pearson_lower_traced), in_axes=(0, None, None)))
-    ends = jnp.array([0.0, 0.1, 0.5, 1.0, 999.0, 999.5, 1000.0])
-    assert jnp.isfinite(gradient(ends, 1000.0, 1e-3)).all()
+    for successes in (0.0, 0.1, 0.5, 1.0, 999.0, 999.5, 1000.0):
+        assert np.isfinite(slopes_of_the_lower_bound(successes, 1000.0, 1e-3)).all()
 
 
 def test_traced_twin_gives_nothing_away_where_it_cannot_count():
@@ -294,11 +293,12 @@ def test_traced_twin_under_vmap_is_elementwise():
 
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
 def test_a_confidence_sequence_holds_after_every_draw(p):
-    rng, alpha, failures = np.random.default_rng(0), 0.05, 0
-    trials = np.arange(1, 2_001)
-    for _ in range(400):
-        count = (rng.random(2_000) < p).cumsum()
-        failures += bool((bounds.confidence_sequence_lower(count, trials, alpha) > p).any())
+    rng, alpha = np.random.default_rng(0), 0.05
+    counts = (rng.random((400, 2_000)) < p).cumsum(axis=1)
+    # Sequences meet: the bound of each pair of a count and its trials is computed once.
+    pairs, places = np.unique(counts * 2_001 + np.arange(1, 2_001), return_inverse=True)
+    above = bounds.confidence_sequence_lower(pairs // 2_001, pairs % 2_001, alpha) > p
+    failures = int(above[places.reshape(counts.shape)].any(axis=1).sum())
     assert failures > 0
     assert scipy.stats.binomtest(failures, 400, alpha, alternative="greater").pvalue >= 1e-4
 

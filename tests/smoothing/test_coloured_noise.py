@@ -97,9 +97,10 @@ def test_regions_of_linear_classifiers_are_inside_the_exact_half_spaces(basis, s
 @each
 def test_shares_of_votes_are_those_of_the_exact_law_and_of_no_other(basis, shape):
     (w, b, theta, x), gap = problems(basis, shape, 6, seed=1)
+    count = jax.jit(lambda smoothed, x: class_counts(KEY, smoothed, x, num_samples=20_000, chunk=2000))
     for i in range(6):
         smoothed = Smoothed(reference.linear(w[i], b[i]), Gaussian(basis), theta[i])
-        votes = int(class_counts(KEY, smoothed, x[i], num_samples=20_000, chunk=2000)[1])
+        votes = int(count(smoothed, x[i])[1])
         p = scipy.special.ndtr(gap[i])
         assert scipy.stats.binomtest(votes, 20_000, p).pvalue > 1e-4
     in_pixels = gap * np.linalg.norm(theta.reshape(6, -1) * (w @ matrix(basis, shape).T), axis=1)

@@ -54,21 +54,26 @@ def test_counts_are_those_of_draws_taken_one_by_one(noise, theta):
     assert counts.dtype == jnp.int32
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """The votes of 1,003 draws."""
+    return class_counts(KEY, SMOOTHED, X, num_samples=1003, chunk=64)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000, 1001, 5000])
-def test_chunk_changes_no_count(chunk):
+def test_chunk_changes_no_count(chunk, whole):
     counts = class_counts(KEY, SMOOTHED, X, num_samples=1003, chunk=chunk)
-    np.testing.assert_array_equal(counts, class_counts(KEY, SMOOTHED, X, num_samples=1003, chunk=64))
+    np.testing.assert_array_equal(counts, whole)
     assert counts.sum() == 1003
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_counts_of_ranges_add_up(chunk):
+def test_counts_of_ranges_add_up(chunk, whole):
     """Whether their ends are known at compile time or not, and however many steps too many are made."""
     between = jax.jit(
         lambda first, stop, steps: class_counts_between(KEY, SMOOTHED, X, (first, stop), steps=steps, chunk=chunk)
     )
     parts = [between(a, b, -(-(b - a) // chunk) + i) for i, (a, b) in enumerate([(0, 1), (1, 400), (400, 1003)])]
-    whole = class_counts(KEY, SMOOTHED, X, num_samples=1003, chunk=100)
     np.testing.assert_array_equal(sum(parts), whole)
     assert not between(5, 5, 3).any()
 
@@ -82,10 +87,10 @@ def test_a_chunk_that_would_miscount_ranges_is_refused(chunk):
 def test_batch_and_order_change_no_count():
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(5))
     xs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    count = lambda key, x: class_counts(key, SMOOTHED, x, num_samples=500, chunk=100)
-    alone = jnp.stack([count(key, x) for key, x in zip(keys, xs, strict=True)])
-    np.testing.assert_array_equal(jax.vmap(count)(keys, xs), alone)
-    np.testing.assert_array_equal(jax.vmap(count)(keys[::-1], xs[::-1]), alone[::-1])
+    count = jax.jit(lambda key, x: class_counts(key, SMOOTHED, x, num_samples=500, chunk=100))
+    alone, batch = jnp.stack([count(key, x) for key, x in zip(keys, xs, strict=True)]), jax.jit(jax.vmap(count))
+    np.testing.assert_array_equal(batch(keys, xs), alone)
+    np.testing.assert_array_equal(batch(keys[::-1], xs[::-1]), alone[::-1])
 
 
 def test_more_samples_contain_the_first_ones():
@@ -173,7 +178,7 @@ def test_probs_of_each_are_those_of_one_noisy_copy_of_each_image():
 
 
 def test_smoothed_probs_have_the_gradient_of_finite_differences():
-    value = lambda theta: smoothed_probs(KEY, SMOOTHED.with_theta(theta), X, num_samples=500)[1]
+    value = jax.jit(lambda theta: smoothed_probs(KEY, SMOOTHED.with_theta(theta), X, num_samples=500)[1])
     theta = jnp.array([0.5, 0.7, 0.4, 0.6])
     step = 1e-2 * jnp.eye(4)
     differences = [(value(theta + s) - value(theta - s)) / 2e-2 for s in step]
@@ -271,7 +276,7 @@ def test_a_smoothed_classifier_is_a_pytree_with_static_noise():
 @pytest.mark.parametrize("shape", [(3,), (3, 4)], ids=["scalars", "maps"])
 def test_a_smoothed_classifier_vmaps_over_theta(shape):
     thetas = np.random.default_rng(0).uniform(0.1, 1, shape).astype(np.float32)
-    count = lambda smoothed: class_counts(KEY, smoothed, X, num_samples=500, chunk=100)
+    count = jax.jit(lambda smoothed: class_counts(KEY, smoothed, X, num_samples=500, chunk=100))
     together = jax.vmap(lambda theta: count(SMOOTHED.with_theta(theta)))(thetas)
     alone = np.array([count(SMOOTHED.with_theta(theta)) for theta in thetas])
     np.testing.assert_array_equal(together, alone)
