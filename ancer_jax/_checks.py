@@ -43,8 +43,7 @@ def check_real(name: str, value: Any, interval: str) -> None:
 def check_type(name: str, value: Any, kind: type, hint: str) -> None:
     """Refuse what is not of a type, with a hint at what to do."""
     if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise ValueError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}: {hint}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}: {hint}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -43,7 +43,7 @@ def average_certified_radius(radius: Numbers, correct: Numbers) -> float:
 
 
 def round_down(value: SupportsFloat, digits: int) -> str:
-    """`value` as decimal text with `digits` decimals, rounded towards minus infinity, exactly.
+    """`float(value)`, or a fraction, as decimal text with `digits` decimals, rounded towards minus infinity, exactly.
 
     >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)
     ('1.24', '-0.01', '-inf')
@@ -58,7 +58,7 @@ def round_down(value: SupportsFloat, digits: int) -> str:
 
 
 def round_up(value: SupportsFloat, digits: int) -> str:
-    """`value` as decimal text with `digits` decimals, rounded towards plus infinity, exactly.
+    """`float(value)`, or a fraction, as decimal text with `digits` decimals, rounded towards plus infinity, exactly.
 
     >>> round_up(0.1201, 2), round_up(0.0, 2), round_up(float("nan"), 2)
     ('0.13', '0.00', 'nan')

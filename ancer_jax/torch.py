@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ancer_jax._checks import check_choice
-from ancer_jax._messages import first_line
+from ancer_jax._messages import type_and_line
 from ancer_jax.smoothing.classifier import Classifier, check_classifier, from_function, from_host
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def translate(
             found = np.asarray(jax.jit(Classifier.__call__)(classifier, inputs))
     except Exception as error:
         what = f"torchax cannot translate this {type(module).__name__} ({other})"
-        raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"{what}: {type_and_line(error)}") from error
     if not np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max():
         largest = f"differ by up to {np.abs(found - expected).max():.3g} from the module's"
         raise ValueError(f"logits of the translated {type(module).__name__} {largest} ({other})")
@@ -126,7 +126,7 @@ def _evaluation(module: "torch.nn.Module", device: "str | torch.device") -> "tor
         copied.eval()
     except Exception as error:
         raise ValueError(
-            f"the module cannot be copied to {device} in evaluation mode: {type(error).__name__}: {first_line(error)}"
+            f"the module cannot be copied to {device} in evaluation mode: {type_and_line(error)}"
         ) from error
     return copied
 
@@ -155,7 +155,7 @@ def _count_classes(logits: Callable[[ArrayLike], np.ndarray], example: np.ndarra
         shape = logits(example[None]).shape
     except Exception as error:
         what = f"the module does not work on an input of shape {list(example.shape)}"
-        raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"{what}: {type_and_line(error)}") from error
     if len(shape) != 2 or shape[0] != 1:
         raise ValueError(f"the module must return logits [n, K], got shape {list(shape)} for one input")
     return shape[1]

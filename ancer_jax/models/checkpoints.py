@@ -182,6 +182,8 @@ def read_description(description: Mapping[str, Any]) -> tuple[Checkpoint, dict[s
     info = {**description, **{name: tuple(description[name]) for name in ("image_shape", "classes")}}
     info["attributes"] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["attributes"].items()}
     digests = {"variables": info.pop("variables"), "theta_map": info.pop("theta_map", None)}
+    if digests["theta_map"] is None and info["history"].get("theta_map"):
+        raise ValueError("it was trained with a theta map, whose hash is missing")
     return Checkpoint(variables=None, **info), digests
 
 

@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from ancer_jax._checks import check_type
 from ancer_jax.differentiable.estimates import EstimateConfig, check_labels, estimated_region
 from ancer_jax.search.ascent import ascend, check_start
 from ancer_jax.search.config import THETA_MAX_FACTOR, UniversalConfig
@@ -47,11 +48,12 @@ def optimize_universal(
     Guarantee: none of size. Certificates with this theta are all of one smoothed classifier: they need no memory.
 
     Raises:
-      ValueError: if there is not a label for each image; outside jit, if one is not a class, images are not
-        finite, or the start is not positive and finite.
+      ValueError: if there is not a label for each image, or the config is of another type; outside jit, if a label is
+        not a class, images are not finite, or the start is not positive and finite.
     """
     if len(np.shape(labels)) != 1 or np.shape(labels) != np.shape(images)[:1]:
         raise ValueError(f"there must be a label for each image, got {np.shape(labels)} and {np.shape(images)}")
+    check_type("config", config, UniversalConfig, "UniversalConfig(steps=...)")
     check_labels(labels, smoothed.classifier)
     check_start(smoothed.theta, images)
     key = stage_key(key, Stage.UNIVERSAL)

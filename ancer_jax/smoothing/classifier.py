@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ancer_jax._checks import check_integer, check_type
-from ancer_jax._messages import first_line
+from ancer_jax._messages import type_and_line
 
 WRAP_IT = "wrap it with from_linen, from_nnx, from_function, from_host or ancer_jax.torch"
 # Compiler options, by platform, of a program that runs a few times only: without what takes long to optimise.
@@ -80,7 +80,7 @@ class Classifier:
         except (jax.errors.JaxRuntimeError, MemoryError):  # not of the shape
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = type_and_line(error)
             if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
                 reason += " (images are [height, width, channels] here)"
             with contextlib.suppress(Exception):

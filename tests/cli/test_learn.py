@@ -51,6 +51,12 @@ def test_from_the_theta_map_to_the_certificates(tmp_path, capsys):
     (tmp_path / "other.npz").rename(tmp_path / "net" / "theta_map.npz")
     changed = [*certify, "--method", "universal"]
     assert "net/theta_map.npz is not the theta map of the network" in error_line(capsys, changed)
+    stored = tmp_path / "net" / "network.json"
+    description = stored.read_text()
+    stored.write_text(description.replace(f'"{theta_map.digest}"', "null"))
+    fixed = [*certify, "--method", "fixed"]
+    assert "it was trained with a theta map, whose hash is missing" in error_line(capsys, fixed)
+    stored.write_text(description)
     (tmp_path / "net" / "theta_map.npz").unlink()
     assert "net/theta_map.npz: there is no such file" in error_line(capsys, changed)
     lines = pd.read_csv("run/results.tsv", sep="\t")

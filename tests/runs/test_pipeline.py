@@ -504,12 +504,15 @@ def test_an_enumerable_noise_refuses_inputs_of_which_it_says_nothing(tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((lambda x: x, DATASET, CONFIG), "classifier must be a Classifier, got function: wrap it with from_linen"),
+        (
+            (lambda x: x, DATASET, CONFIG),
+            "classifier must be of type Classifier, got function: wrap it with from_linen",
+        ),
         (
             (CLASSIFIER, DATASET.images, CONFIG),
-            "dataset must be a Dataset, got ndarray: make it by dataset_from_arrays",
+            "dataset must be of type Dataset, got ndarray: make it by dataset_from_arrays",
         ),
-        ((CLASSIFIER, DATASET, {"theta": 0.25}), "config must be a RunConfig, got dict"),
+        ((CLASSIFIER, DATASET, {"theta": 0.25}), "config must be of type RunConfig, got dict"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_refused_in_one_line(arguments, text, tmp_path):

@@ -125,7 +125,7 @@ def test_a_start_that_is_not_positive_and_finite_is_refused(search, Config, thet
 @BOTH_SEARCHES
 def test_the_config_of_the_other_search_is_refused(search, Config):
     (other,) = {IsotropicConfig, AnisotropicConfig} - {Config}
-    with pytest.raises(ValueError, match=f"config must be an {Config.__name__}, got {other.__name__}"):
+    with pytest.raises(ValueError, match=f"config must be of type {Config.__name__}, got {other.__name__}"):
         inspect.unwrap(search)(KEY, Smoothed(interval(1.0), Gaussian(), 0.5), ORIGIN, config=other())
 
 
