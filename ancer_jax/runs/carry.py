@@ -34,7 +34,7 @@ class CarryRunConfig:
       n: common draws for each image, for which both networks run (`CarryConfig` says what they cost in size).
       alpha: probability that the bound on lost votes fails, for each image; None is a tenth of the run's alpha.
       seed: seed of the common draws, in [0, 2^31). They are independent of those of the run, whatever its seed.
-      precision: of the changed network's matrix products, as in `RunConfig`. Those of the network before are computed
+      precision: of the changed network's matrix products, as in `RunConfig`. Those of the original network are computed
         with the precision of the run.
       memory: whether data-dependent certificates go through a memory of their own at the end, in order of ids.
 
@@ -67,7 +67,7 @@ def carry_run(
 
     Classes and thetas are those of the run; the votes that a class loses are counted on common draws (`carry`), and an
     abstention stays one. Data-dependent certificates then go through a memory of their own: the memory of the run holds
-    regions of the network before. Their leakage under the changed network is not measured.
+    regions of the original network. Their leakage under the changed network is not measured.
 
     Args:
       path: run directory, finished for these images.

@@ -1,4 +1,4 @@
-"""Certificates of a changed network, from those of the network before the change and few common draws.
+"""Certificates of a changed network, from those of the original network and few common draws.
 
 With the same draws for f and f', `P(f' = c) >= P(f = c) - P(f = c and f' != c)`. A certificate bounds the first
 probability on the right from below; the votes that f has for c and f' has not, among common draws, bound the second one
@@ -129,7 +129,7 @@ def certificate_from_lost_votes(
     """The host half of `carry`: certificates of a changed network from integer counts, in float64.
 
     Args:
-      certificate: [...] of the network before.
+      certificate: [...] of the original network.
       smoothed: its smoothed classifier, whose noise is used, which must be the one that was certified; center and theta
         are those of the certificate.
       lost: int [...], how many votes its class loses among `config.n` common draws.
@@ -168,7 +168,7 @@ def carried_bound_and_gap(
     """`p_lower` less the Clopper-Pearson upper bound of the lost votes, and its gap: float64 [...], never too large.
 
     Args:
-      p_lower: [...] lower bound of the class's probability under the network before.
+      p_lower: [...] lower bound of the class's probability under the original network.
       lost: integers [...], in [0, draws].
       draws: integers [...]; without any draw nothing is known, and both results are 0.
       alpha, noise: error probability of the upper bound, and the noise law.
