@@ -149,7 +149,10 @@ def _arrays(opened, names) -> dict[str, np.ndarray]:
         raise ValueError("truncated, or not an npz file")
     opened.seek(0)
     with np.load(opened, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in (arrays.files if names is None else names)}
+        found = {name: arrays[name] for name in (arrays.files if names is None else names)}
+    if other := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:  # bytes of another file
+        raise ValueError(f"not an array: {', '.join(other)}")
+    return found
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ _OF_SEARCHES = (
     *("preset", "iso_steps", "iso_lr", "iso_samples", "ancer_steps", "ancer_lr", "ancer_samples", "kappa", "objective"),
     *("theta_max", "guard", "guard_samples", "leakage_probes", "leakage_samples", "leakage_weight", "leakage_limit"),
 )
+_OF_ANCER = ("ancer_steps", "ancer_lr", "ancer_samples", "kappa", "guard")
 # Flags that have an effect with --carry.
 _OF_CARRYING = (
     *("data", "split", "crop", "classifier", "carry", "carry_from", "carry_n", "carry_alpha", "skip", "max", "seed"),
@@ -349,6 +350,7 @@ class Certify:
             (self.carry is not None, {*names} - {*_OF_CARRYING}, "--carry takes certificates as they are:"),
             (self.carry is None, {"carry_from", "carry_n", "carry_alpha"}, "without --carry,"),
             (fixed, _OF_SEARCHES, f"--method {self.method} searches no theta:"),
+            (self.method == "isotropic", _OF_ANCER, "--method isotropic searches no anisotropic theta:"),
             (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
             (not self.exact, {"period"}, "without --exact,"),
         ):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
+from ancer_jax._checks import check_type
 from ancer_jax.regions.pairs import is_superset
 from ancer_jax.regions.region import Region
 from ancer_jax.search.config import GuardConfig
@@ -42,8 +43,9 @@ def guarded_choice(
       theta [*d], and whether it is the candidate.
 
     Raises:
-      ValueError: at trace time, if a limit lacks probes.
+      ValueError: at trace time, if a limit lacks probes, or `config` is no `GuardConfig`.
     """
+    check_type("config", config, GuardConfig, "GuardConfig(criterion=...)")
     if config.leakage_limit is not None and probes is None:
         raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
     x = jnp.asarray(x)

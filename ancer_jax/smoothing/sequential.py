@@ -93,6 +93,7 @@ def certify_sequentially(
     check_integer("chunk", chunk)
     check_random(smoothed.noise)
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
+    check_type("sequential", sequential, SequentialConfig, "SequentialConfig(radii=...) or (tolerance=...)")
     warn_if_undecidable(config, smoothed.noise)
 
     def counts(stage, first, stop):

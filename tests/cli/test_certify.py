@@ -14,7 +14,7 @@ from ancer_jax.data import BUNDLED_SUBSET, load_dataset
 from ancer_jax.report import NOT_RECONCILED
 from ancer_jax.runs import read_run
 from ancer_jax.search import AnisotropicConfig, IsotropicConfig
-from tests.cli.commands import SEARCH, SMALL, error_line, settings_of, toy
+from tests.cli.commands import SEARCH, SEARCH_ALONE, SMALL, error_line, settings_of, toy
 
 pytestmark = pytest.mark.usefixtures("here", "quick_compilation")
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("here", "quick_compilation")
 @pytest.mark.parametrize(("norm", "method", "theta"), [("l2", "ancer", 0.25), ("l1", "fixed", 0.5)])
 def test_certify_on_the_bundled_images(here, capsys, norm, method, theta):
     flags = ["certify", "--norm", norm, "--method", method, "--n", "100", "--skip", "100", "--max", "3"]
-    cli.main([*flags, *SMALL, *(SEARCH if method != "fixed" else ())])
+    cli.main([*flags, *SMALL, *SEARCH[method]])
     printed = capsys.readouterr()
     out = here / "runs" / f"{norm}-{method}-{theta:g}"
     table = pd.read_csv(out / "results.tsv", sep="\t")
@@ -244,6 +244,8 @@ def test_flags_of_searches_are_refused_where_theta_is_not_searched(here, capsys,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--ancer-steps", "3"), "--method isotropic searches no anisotropic theta: --ancer-steps must"),
+        (("--guard", "superset", "--kappa", "1"), "theta: --kappa, --guard must"),
         (("--no-leakage", "--leakage-probes", "7"), "with --no-leakage, --leakage-probes must"),
         (("--period", "17"), "without --exact, --period must"),
         (("--crop", "imagenet"), "crop is for folders of pictures and TFDS, and toy.npz is neither"),
@@ -385,13 +387,13 @@ def test_alphas_that_do_not_go_together_are_one_line(here, capsys, flags, messag
 
 
 def test_without_memory_the_label_says_so(here, capsys):
-    cli.main(toy(*SEARCH[:-4], "--no-memory", "--no-leakage", method="isotropic"))
+    cli.main(toy(*SEARCH_ALONE["isotropic"], "--no-memory", "--no-leakage", method="isotropic"))
     printed = capsys.readouterr().out
     assert NOT_RECONCILED in printed
     assert "Memory (before" not in printed and "| not measured |" in printed
     assert not (here / "run" / "memory.npz").exists() and not (here / "run" / "results.tsv").exists()
     # The memory is no setting of the run: it can be had later.
-    cli.main(toy(*SEARCH[:-4], "--no-leakage", method="isotropic"))
+    cli.main(toy(*SEARCH_ALONE["isotropic"], "--no-leakage", method="isotropic"))
     assert NOT_RECONCILED not in capsys.readouterr().out
     assert (here / "run" / "results.tsv").exists()
 

@@ -10,7 +10,7 @@ from ancer_jax import cli, report
 from ancer_jax.data import load_dataset
 from ancer_jax.report import NOT_RECONCILED, UNKNOWN
 from ancer_jax.search import ThetaMap
-from tests.cli.commands import SEARCH, error_line, toy
+from tests.cli.commands import SEARCH, SEARCH_ALONE, error_line, toy
 
 pytestmark = pytest.mark.usefixtures("here", "quick_compilation")
 
@@ -65,7 +65,7 @@ def test_report_of_something_else_is_one_line(here, capsys, arguments, message):
 
 
 def test_report_shows_what_the_order_of_the_memory_does(here, capsys):
-    cli.main(toy(*SEARCH, method="isotropic"))
+    cli.main(toy(*SEARCH["isotropic"], method="isotropic"))
     cli.main(toy("--out", "fixed"))
     capsys.readouterr()
     cli.main(["report", "run", "fixed", "--orders", "3", "--leakage-limit", "0.25"])
@@ -109,7 +109,7 @@ def test_report_of_nothing_exits_with_2(capsys):
 
 def test_theta_maps_are_beside_the_images_of_the_data_set_that_is_named(here, capsys):
     """And runs of one name do not overwrite each other's."""
-    cli.main(toy("--out", "a/run", *SEARCH[:-4], "--no-leakage", method="ancer"))
+    cli.main(toy("--out", "a/run", *SEARCH_ALONE["ancer"], "--no-leakage", method="ancer"))
     shutil.copytree("a", "b")
     capsys.readouterr()
     cli.main(["report", "a/run", "b/run", "--out", "pictures", "--data", "toy.npz"])

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import importlib.resources
 import struct
+import zipfile
 
 import jax.numpy as jnp
 import jaxtyping
@@ -135,6 +136,14 @@ def test_truncated_npz_is_refused_by_name(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"a\.npz: not a readable npz file"):
         load_dataset(str(path))
+
+
+def test_npz_with_another_file_in_place_of_an_array_is_refused(tmp_path):
+    path = _npz(tmp_path / "a.npz", labels=np.array([0, 1]))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("images", b"not an array")
+    with pytest.raises(ValueError, match=r"a\.npz: not a readable npz file \(not an array: images\)"):
+        load_dataset(path)
 
 
 def test_damaged_compressed_npz_is_refused_by_name(tmp_path):

@@ -1,9 +1,11 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ancer_jax import Gaussian, GuardConfig, Smoothed, guarded_choice
+from ancer_jax import CertifyConfig, Gaussian, GuardConfig, Smoothed, guarded_choice
 from ancer_jax.search import guard
 from ancer_jax.smoothing.smoothed import Stage, stage_key
 from tests import reference
@@ -31,6 +33,13 @@ def test_the_wide_theta_is_taken_if_its_region_is_better():
     assert not choose(one_sided, 0.5, [0.2, 2.0], "superset")
     assert not choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "volume")
     assert choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "off")
+
+
+def test_another_config_is_refused():
+    smoothed = Smoothed(interval(1.0, 1.0), Gaussian(), 0.4)
+    unchecked = inspect.unwrap(guarded_choice)
+    with pytest.raises(ValueError, match="config must be of type GuardConfig, got CertifyConfig"):
+        unchecked(KEY, smoothed, np.zeros(2, np.float32), np.float32(1), config=CertifyConfig())  # pyright: ignore
 
 
 def test_the_wide_theta_must_keep_the_class():
