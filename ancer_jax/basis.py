@@ -23,6 +23,7 @@ import numpy as np
 import scipy.fft
 from jax.typing import ArrayLike
 
+from ancer_jax._checks import check_real
 from ancer_jax._numerics import Values
 
 BasisName = Literal["pixels", "cosine", "karhunen-loeve"]
@@ -257,6 +258,12 @@ def make_basis(name: BasisName, images: ArrayLike) -> Basis:
     return KarhunenLoeve.of(images) if name == KarhunenLoeve.name else read_basis({"name": name})
 
 
+def check_instance(basis: Basis) -> None:
+    """Refuse what is not a basis."""
+    if not isinstance(basis, Basis):
+        raise ValueError(f"basis must be a basis such as Cosine(), got {basis!r}")
+
+
 def check_basis(basis: Basis) -> None:
     """Refuse what is not one of the bases here: another one could not be read back, and its rounding is not known."""
     if not isinstance(basis, Basis) or read_basis(basis.describe()) != basis:
@@ -267,6 +274,16 @@ def least_theta(sigma: float, basis: Basis) -> float:
     """The smallest theta with which regions contain those of white noise sigma for the same votes: sigma, or in another
     basis than the pixels, where gaps are smaller by 2^-14 of themselves (`Gaussian`), `(1 + 2^-13) sigma`."""
     return sigma if basis == Pixels() else sigma * (1 + 2**-13)
+
+
+def check_theta_range(sigma: float, theta_max: float, basis: Basis) -> float:
+    """`least_theta`; ValueError if sigma and `theta_max` are not numbers with that between them."""
+    check_instance(basis)
+    check_real("sigma", sigma, "(0, inf)")
+    check_real("theta_max", theta_max, "(0, inf)")
+    if theta_max < (least := least_theta(sigma, basis)):
+        raise ValueError(f"theta_max must be at least {least:.6g} with sigma {sigma:g}, got {theta_max:g}")
+    return least
 
 
 def check_thetas(smallest: ArrayLike, largest: ArrayLike) -> None:
@@ -283,13 +300,16 @@ def spectrum(images: ArrayLike, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
     """Mean image, float32 [*d], and standard deviation of each coefficient, float64 [*d], of images [m, *d].
 
     Raises:
-      ValueError: if there are no images, or they are not of the shape of the basis.
+      ValueError: if there are no images, or they are not finite or not of the shape of the basis.
     """
+    check_instance(basis)
     images = np.asarray(images)
     mean, squares = np.zeros(images.shape[1:]), np.zeros(images.shape[1:])
     for part in _parts(images):
         mean += part.sum(axis=0, dtype=np.float64) / len(images)
         squares += (np.asarray(basis.coefficients(part), np.float64) ** 2).sum(axis=0) / len(images)
+    if not np.isfinite(squares).all():
+        raise ValueError("images must be finite")
     deviations = np.sqrt(np.maximum(squares - np.asarray(basis.coefficients(mean)) ** 2, 0.0))
     return mean.astype(np.float32), deviations
 

@@ -113,7 +113,7 @@ class Memory:
           The memory with one more answer, and the answer.
 
         Guarantee: the invariants at the head of this module. A region that must shrink falls short of the largest one
-        allowed by less than 1e-6 of its size, plus rounding: 1e-13 of the other region for each thousand coordinates,
+        allowed by less than 1e-6 of its size, plus rounding: 1e-12 of the other region for each thousand coordinates,
         more in another basis than the pixels.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import inspect
 import json
 import math
 
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ancer_jax import Memory, RunConfig, save_memory
-from ancer_jax.basis import MOST_UNEQUAL, Cosine, KarhunenLoeve, Pixels, make_basis, read_basis, spectrum
+from ancer_jax.basis import (
+    MOST_UNEQUAL,
+    Cosine,
+    KarhunenLoeve,
+    Pixels,
+    check_instance,
+    make_basis,
+    read_basis,
+    spectrum,
+)
 from ancer_jax.search import ThetaMap
 from ancer_jax.smoothing import Gaussian
 
@@ -427,3 +437,9 @@ def test_a_basis_that_could_not_be_read_back_is_refused(basis, tmp_path):
     if isinstance(basis, Turned):
         with pytest.raises(ValueError, match="basis must be Pixels"):
             save_memory(Memory.empty(2, basis), tmp_path / "memory.npz")
+
+
+@pytest.mark.parametrize("value", ["cosine", Cosine, None])
+def test_what_is_not_a_basis_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"basis must be a basis such as Cosine\(\), got "):
+        inspect.unwrap(check_instance)(value)

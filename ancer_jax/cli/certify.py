@@ -279,6 +279,7 @@ class Certify:
         if self.theta_map is None and self.method != "universal":
             what = f"{self.classifier} was trained with a theta map, not one sigma"
             raise ValueError(f"{what}: give --method universal (or --sigma, for other noise)")
+        theta_map.check_norm(self.norm, self.theta_map or self.classifier)
         if self.sigma_convention != "theta":
             raise ValueError("a theta map holds theta itself: --sigma-convention does not go with it")
         if self.basis not in (None, theta_map.basis.name):

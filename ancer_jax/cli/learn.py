@@ -1,8 +1,11 @@
 """`ancer-jax learn-theta`: one theta map for all inputs, from training images."""
 
+import contextlib
 import dataclasses
 import functools
+import signal
 import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,8 @@ import tqdm
 from etils import epath
 
 from ancer_jax import report
-from ancer_jax._checks import check_integer, check_real
-from ancer_jax.basis import BasisName, Pixels, check_thetas, least_theta, make_basis
+from ancer_jax._checks import check_integer
+from ancer_jax.basis import BasisName, Pixels, check_theta_range, check_thetas, least_theta, make_basis
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select
 from ancer_jax.data.pictures import Crop
@@ -31,6 +34,17 @@ from ancer_jax.smoothing.registry import make_noise
 from ancer_jax.smoothing.smoothed import Smoothed
 
 _OF_ASCENT = ("batch_size", "samples", "lr")
+
+
+@contextlib.contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process by itself. Python's handler would wait until the whole ascent, one program, is over;
+    and nothing could be continued."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +106,10 @@ class LearnTheta:
             if isinstance(trained, ThetaMap):
                 raise ValueError(f"{self.classifier} was trained with a theta map, not one sigma: give --sigma")
             if checkpoint is not None:
-                check_fit(self.classifier, checkpoint, dataset)
+                try:
+                    check_fit(self.classifier, checkpoint, dataset)
+                except ValueError as error:
+                    raise ValueError(f"{error}{'' if self.steps else '; or give --sigma'}") from None
             sigma = trained
         images = dataset.some_images()
         theta_map = given or self._start(images, sigma)
@@ -112,8 +129,9 @@ class LearnTheta:
         theta_map = dataclasses.replace(theta_map, history=history)
         save_theta_map(theta_map, out)
         picture = out.with_suffix(".png")
-        front = wiener_front(images, theta_map.theta, theta_map.basis) if self.norm == "l2" else None
-        report.plot_theta_map(theta_map, images[:4], picture, front=front)
+        filters = self.norm == "l2" and theta_map.basis != Pixels()
+        front = wiener_front(images, theta_map.theta, theta_map.basis) if filters else None
+        report.plot_theta_map(theta_map, images[:4], picture, front=front, noise=None if filters else noise)
         print(f"{out}: {theta_map}\npicture: {picture}")
 
     def _refuse_flags_without_effect(self) -> None:
@@ -144,10 +162,11 @@ class LearnTheta:
         if self.start in ("spectral", "flat"):
             return None
         if not epath.Path(self.start).exists():
-            raise ValueError(f"--start is spectral, flat, or the file of a theta map, got {self.start!r}")
+            raise ValueError(f"--start is spectral, flat, or the file of a theta map; no file is named {self.start!r}")
         if not self.steps:
             raise ValueError(f"--start {self.start} is a file, from which an ascent starts: give --steps")
         theta_map = load_theta_map(self.start)
+        theta_map.check_norm(self.norm, "--start")
         if self.basis not in (None, theta_map.basis.name):
             raise ValueError(f"{self.start} is in the basis {theta_map.basis.name}, not {self.basis}")
         return theta_map
@@ -166,9 +185,7 @@ class LearnTheta:
         if start.theta.shape != shape:
             size, found = (" x ".join(map(str, sizes)) for sizes in (shape, start.theta.shape))
             raise ValueError(f"{self.start} is a theta map for images {found}, the data are {size}")
-        check_real("sigma", sigma, "(0, inf)")
-        least = least_theta(sigma, start.basis)
-        check_real("theta_max", self.theta_max, f"[{least}, inf)")
+        least = check_theta_range(sigma, self.theta_max, start.basis)
         low, high = float(start.theta.min()), float(start.theta.max())
         if low < np.float32(least) or high > np.float32(self.theta_max):
             bounds = f"{least:.7g} (--sigma {sigma:g}) and --theta-max {self.theta_max:g}"
@@ -180,7 +197,7 @@ class LearnTheta:
         """Theta at the end of the ascent, with a progress bar."""
         bounds = {"theta_min": least_theta(sigma, smoothed.noise.basis), "theta_max": self.theta_max}
         config = UniversalConfig(self.steps, self.batch_size, self.samples, self.lr, **bounds)
-        with tqdm.tqdm(total=self.steps, unit="step", desc="compiling") as bar:
+        with _stopped_at_once(), tqdm.tqdm(total=self.steps, unit="step", desc="compiling") as bar:
 
             def progress(step, objective) -> None:
                 bar.set_description_str("theta", refresh=False)
@@ -193,5 +210,8 @@ class LearnTheta:
             jax.effects_barrier()
         tenth = max(1, self.steps // 10)
         first, last = (float(np.mean(part)) for part in (trace[:tenth], trace[-tenth:]))
+        if not np.any(np.asarray(trace) > 0):
+            why = "under this noise it classifies none of the images well enough to estimate a region"
+            raise ValueError(f"there is nothing to ascend with {self.classifier}: {why}")
         print(f"estimated ACR-tilde: {first:.3f} in the first {tenth} steps, {last:.3f} in the last {tenth}")
         return np.asarray(theta)

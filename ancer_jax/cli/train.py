@@ -142,7 +142,9 @@ class Train:
             return None
         if self.sigma is not None:
             raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
-        return load_theta_map(self.theta_map)
+        theta_map = load_theta_map(self.theta_map)
+        theta_map.check_norm(self.norm, self.theta_map)
+        return theta_map
 
     def _config(self, theta_map: ThetaMap | None = None) -> TrainConfig:
         """The method's preset with the settings that were asked for."""

@@ -50,10 +50,14 @@ def wiener_front(images: Float[ArrayLike, "m *d"], theta: Float[ArrayLike, "..."
       basis: of the coefficients, in which the noise is independent.
 
     Raises:
-      ValueError: as in `spectrum`.
+      ValueError: if theta is not positive and finite, or of another shape; as in `spectrum`.
     """
     mean, deviations = spectrum(images, basis)
-    power, noise = deviations**2, np.asarray(theta, np.float64) ** 2
+    theta = np.asarray(theta, np.float64)
+    if theta.shape not in ((), mean.shape) or not (np.isfinite(theta) & (theta > 0)).all():
+        what = f"of shape {list(theta.shape)}, {theta.min()} to {theta.max()}"
+        raise ValueError(f"theta must be positive, finite, and one number or {list(mean.shape)}, got one {what}")
+    power, noise = deviations**2, theta**2
     return Front(mean, (power / (power + noise)).astype(np.float32), basis)
 
 

@@ -66,7 +66,8 @@ def _check_pair(a: Region, b: Region) -> None:
     if a.norm != b.norm:
         raise ValueError(f"regions of different norms cannot be compared: {a.norm} and {b.norm}")
     if a.basis != b.basis:
-        raise ValueError(f"regions of different bases cannot be compared: {a.basis} and {b.basis}")
+        hint = "a ball is one in every basis: dataclasses.replace(region, basis=...) gives it that of the other one"
+        raise ValueError(f"regions of different bases cannot be compared: {a.basis} and {b.basis} ({hint})")
 
 
 def _pair(a: Region, b: Region, *, at_least: bool = False):

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 from ancer_jax._numerics import Leaf, Values, array_library, geometric_mean, rounding
@@ -77,8 +78,10 @@ class Region:
         return d * log_gap + unit_ball + xnp.sum(xnp.log(theta), axis=axes)
 
     def contains(self, point: ArrayLike) -> Values:
-        """Whether `point` [*d] lies in the region, boundary included: bool [...]."""
+        """Whether `point` [*d] lies in the region, boundary included: bool [...]; ValueError for another shape."""
         xnp, center, theta, gap, axes = parts_of(self)
+        if np.shape(point) != center.shape[gap.ndim :]:
+            raise ValueError(f"point must be {list(center.shape[gap.ndim :])}, got {list(np.shape(point))}")
         scaled = xnp.abs(self.basis.coefficients(xnp.asarray(point, dtype=float) - center) / theta)
         powers = xnp.sum(scaled**self.norm, axis=axes)
         return (xnp.sqrt(powers) if self.norm == 2 else powers) <= gap

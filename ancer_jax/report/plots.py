@@ -88,16 +88,22 @@ def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, colu
 
 
 def plot_theta_map(
-    theta_map: ThetaMap, images: Float[ArrayLike, "m *d"], path: epath.PathLike, *, front: Front | None = None
+    theta_map: ThetaMap,
+    images: Float[ArrayLike, "m *d"],
+    path: epath.PathLike,
+    *,
+    front: Front | None = None,
+    noise: Noise | None = None,
 ) -> None:
     """A theta map, and images with noise of it, as PNG: below each image a noisy copy of it, what a filter makes of
     this copy, and a copy with white noise of the smallest theta.
 
     Args:
-      theta_map: of images [height, width, channels], for Gaussian noise.
+      theta_map: of images [height, width, channels].
       images: [m, *d] in [0, 1]; the first four are drawn.
       path: PNG file.
       front: the filter (`wiener_front`), if there is one.
+      noise: in the basis of the map; by default Gaussian.
 
     Raises:
       ValueError: if there are no images, or they are not of the shape of theta.
@@ -116,9 +122,9 @@ def plot_theta_map(
     _draw_coefficients(left, theta_map, maps)
     axes, least = right.subplots(rows, len(images), squeeze=False), theta.min()
     for column, image in zip(axes.T, images, strict=True):
-        noisy = noisy_copy(Gaussian(theta_map.basis), image, theta)
+        noisy = noisy_copy(noise or Gaussian(theta_map.basis), image, theta)
         filtered = [] if front is None else [np.asarray(front(noisy[None])[0])]
-        white = noisy_copy(Gaussian(), image, np.full_like(theta, least))
+        white = noisy_copy(noise or Gaussian(), image, np.full_like(theta, least))
         for axis, shown in zip(column, (image, noisy, *filtered, white), strict=True):
             _draw_image(axis, shown)
     after = [] if front is None else ["the same,\nfiltered"]

@@ -140,6 +140,7 @@ def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tup
         theta_map = theta_map.theta
     elif theta_map is not None and config.basis != Pixels():
         theta_map = ThetaMap(np.asarray(theta_map), config.basis).theta  # refuses thetas that differ too much
+    config.basis.coefficients(np.zeros(shape))  # refuses other images than those of the basis
     theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
     if theta_map is not None and theta.shape != shape:
         raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.basis import Basis, Pixels, check_basis, check_thetas, least_theta, read_basis, spectrum
+from ancer_jax.basis import Basis, Pixels, check_basis, check_theta_range, check_thetas, read_basis, spectrum
 from ancer_jax.storage import read_array, read_arrays, write_file
 
 _FLOAT32 = np.finfo(np.float32)
@@ -30,8 +30,8 @@ class ThetaMap:
       history: how it was made, as JSON values; two maps that differ in it alone are equal.
 
     Raises:
-      ValueError: if a theta is not positive and finite as float32, or, in another basis than the pixels, the largest is
-        more than 32 times the smallest.
+      ValueError: if a theta is not positive and finite as float32, or, in another basis than the pixels, theta is not
+        of the shape of its images, or the largest is more than 32 times the smallest.
     """
 
     theta: np.ndarray
@@ -45,6 +45,7 @@ class ThetaMap:
             raise ValueError(f"theta of a map must be positive and finite, got {theta.min()} to {theta.max()}")
         check_basis(self.basis)
         if self.basis != Pixels():
+            self.basis.coefficients(np.zeros(theta.shape))  # refuses other shapes
             check_thetas(theta.min(), theta.max())
         theta = np.array(theta, np.float32)  # a copy, which nobody changes
         theta.flags.writeable = False
@@ -55,6 +56,11 @@ class ThetaMap:
         """Hash of theta and basis."""
         described = json.dumps([self.theta.shape, self.basis.describe()], sort_keys=True)
         return hashlib.sha256(described.encode() + self.theta.tobytes()).hexdigest()
+
+    def check_norm(self, norm: str, where: str) -> None:
+        """ValueError if `where` gave a map that was learned for the noise of another norm than this."""
+        if (own := self.history.get("norm", norm)) != norm:
+            raise ValueError(f"{where} is a theta map of {own} noise, not {norm}: the units of theta differ")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ThetaMap) and self.digest == other.digest
@@ -90,9 +96,7 @@ def spectral_theta(
     Raises:
       ValueError: if theta_max is below the smallest theta, or a setting is not positive; as in `spectrum`.
     """
-    check_real("sigma", sigma, "(0, inf)")
-    least = least_theta(sigma, basis)
-    check_real("theta_max", theta_max, f"[{least}, inf)")
+    least = check_theta_range(sigma, theta_max, basis)
     check_real("power", power, "[0, inf)")
     deviations = np.maximum(spectrum(images, basis)[1], np.finfo(np.float64).tiny)
     with np.errstate(over="ignore"):

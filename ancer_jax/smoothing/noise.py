@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from ancer_jax._numerics import Values, array_library
-from ancer_jax.basis import MOST_UNEQUAL, Basis, Pixels, check_thetas
+from ancer_jax.basis import MOST_UNEQUAL, Basis, Pixels, check_instance, check_thetas
 from ancer_jax.regions.region import Region, parts_of
 
 # Monte Carlo means of a softmax are clipped to this range before the normal quantile (the settings of ANCER's code).
@@ -136,7 +136,7 @@ class Gaussian(AdditiveNoise):
     B preserves l2 distances, and so the radius is `min(theta) * gap` in any basis.
 
     Attributes:
-      basis: orthonormal basis (`ancer_jax.basis`).
+      basis: orthonormal basis (`ancer_jax.basis`); anything else is a ValueError.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), theorem 1; anisotropic: Eiras et al. 2022 (arXiv 2107.04570);
       noise of a few directions only, in an orthonormal basis: Pfrommer et al. 2023 (arXiv 2309.13794).
@@ -144,6 +144,9 @@ class Gaussian(AdditiveNoise):
 
     norm: ClassVar[int] = 2
     basis: Basis = Pixels()  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def __post_init__(self):
+        check_instance(self.basis)
 
     def sample(self, key: Key[Array, ""], theta: Float[Array, "*d"]) -> Float[Array, "*d"]:
         """One draw of `theta * N(0, I)`, from coefficients to inputs."""

@@ -265,8 +265,9 @@ BENCHMARK = Benchmark(
     small_is_judged=False,
     outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
     figures={
+        "cifar10": lambda: _table("coloured_noise"),
+        "cifar10-coloured": lambda: _sizes("coloured_noise", "cosine, learned"),
+        "cifar10-white": lambda: _sizes("coloured_noise", "white"),
         "fashion": lambda: _table("coloured_noise-fashion"),
-        "fashion-coloured": lambda: _sizes("coloured_noise-fashion", "cosine, learned"),
-        "fashion-white": lambda: _sizes("coloured_noise-fashion", "white"),
     },
 )

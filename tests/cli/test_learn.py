@@ -116,7 +116,7 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
     [
         (["--norm", "l1", "--basis", "cosine"], "noise for l1 is in pixels: Cosine() does not preserve l1 distances"),
         (["--out", "map.npy"], "--out is the file of a theta map, NAME.npz"),
-        (["--theta-max", "0.1"], "theta_max must be in [0.250030517578125, inf)"),
+        (["--theta-max", "0.1"], "theta_max must be at least 0.250031 with sigma 0.25, got 0.1"),
         (["--theta-max", "9", "--start", "flat"], "thetas may differ by a factor of 32 at most"),
         (["--sigma", "-1"], "sigma must be"),
         (["--data", "nowhere"], "nowhere"),
@@ -125,8 +125,33 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
         (["--lr", "5", "--samples", "9"], "without --steps, --samples, --lr must not be given"),
         (["--power", "9", "--start", "flat"], "without --start spectral, --power must not be given"),
         (["--steps", "2", "--seed", "-1"], "seed must be in 0..2147483647, got -1"),
-        (["--start", "spectrum"], "--start is spectral, flat, or the file of a theta map, got 'spectrum'"),
+        (["--start", "spectrum"], "spectral, flat, or the file of a theta map; no file is named 'spectrum'"),
     ],
 )
 def test_bad_input_gets_one_line(flags, message, capsys):
     assert message in error_line(capsys, [*LEARN, *flags])
+
+
+def test_a_map_of_the_noise_of_another_norm_is_refused(tmp_path, capsys):
+    cli.main([*LEARN, "--norm", "l1", "--sigma", "0.5", "--max", "50"])
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    refused = "is a theta map of l1 noise, not l2: the units of theta differ"
+    for command in (
+        ["certify", "--method", "universal", "--theta-map", "map.npz", "--max", "1", "--out", "run"],
+        ["train", "--theta-map", "map.npz", "--out", "net"],
+        ["learn-theta", "--start", "map.npz", "--steps", "1", "--theta-max", "1", "--out", "next.npz"],
+    ):
+        assert refused in error_line(capsys, command)
+
+
+def test_an_ascent_that_finds_no_region_is_an_error(tmp_path, capsys):
+    (tmp_path / "plugin.py").write_text(
+        "import jax.numpy as jnp\nfrom ancer_jax import from_function\n"
+        "def undecided():\n    return from_function(lambda _, x: jnp.zeros((len(x), 10)), (), num_classes=10)\n"
+    )
+    ascent = ["--sigma", "0.25", "--max", "20", "--steps", "2", "--samples", "8", "--batch-size", "2"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*LEARN, *ascent, "--classifier", "plugin:undecided"])
+    assert stop.value.code == 2
+    assert "error: there is nothing to ascend with plugin:undecided" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "map.npz").exists()

@@ -76,3 +76,17 @@ def test_a_network_with_a_front_is_stored_with_it(tmp_path):
     logits = load_network(tmp_path / "net").classifier(x)
     np.testing.assert_array_equal(logits, network.apply(variables, x))
     np.testing.assert_allclose(logits, network.network.apply(inner, front(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("theta", "text"),
+    [
+        (np.nan, "nan to nan"),
+        (-1.0, r"-1.0 to -1.0"),
+        (np.ones((4, 5)), r"one number or \[4, 5, 1\], got one of shape"),
+    ],
+)
+def test_thetas_that_make_no_sense_are_refused(theta, text):
+    images = np.random.default_rng(0).random((3, 4, 5, 1))
+    with pytest.raises(ValueError, match=text):
+        wiener_front(images, theta, Cosine())

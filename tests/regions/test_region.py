@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ancer_jax.basis import Cosine, Pixels
 from ancer_jax.regions import Region, is_superset
 
 thetas = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0.01, 10))
@@ -174,6 +175,14 @@ def test_shapes_that_do_not_fit_are_refused_when_a_size_is_asked_for(center, the
     for ask in (*(lambda name=name: getattr(a, name) for name in SIZES), lambda: a.contains(np.zeros(3))):
         with pytest.raises(ValueError, match=f"center, theta and gap do not fit together: their shapes are {shapes}"):
             ask()
+
+
+@pytest.mark.parametrize("basis", [Pixels(), Cosine()])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5, 1), ()])
+def test_a_point_of_another_shape_is_refused(basis, shape):
+    region = Region(np.zeros((4, 5, 1)), 1.0, 1.0, 2, basis)
+    with pytest.raises(ValueError, match=r"point must be \[4, 5, 1\], got \["):
+        region.contains(np.zeros(shape))
 
 
 def test_a_norm_that_is_not_2_or_1_is_refused():

@@ -197,6 +197,7 @@ def test_different_bases_are_refused(question):
                         ask(a, b)
     same = dataclasses.replace(regions[2], basis=KarhunenLoeve(*bases[2].matrices(shape)))
     question(regions[2], same)
+    assert is_superset(regions[1], dataclasses.replace(regions[0], basis=Cosine()))
 
 
 @each

@@ -85,7 +85,7 @@ def test_without_power_theta_is_sigma_everywhere(basis, sigma):
     np.testing.assert_array_equal(theta, np.float32(least_theta(sigma, basis)))
     least = least_theta(sigma, basis)
     np.testing.assert_array_equal(spectral_theta(IMAGES, basis, sigma, theta_max=least).theta, np.float32(least))
-    with pytest.raises(ValueError, match="theta_max must be in"):
+    with pytest.raises(ValueError, match="theta_max must be at least"):
         spectral_theta(IMAGES, basis, sigma, theta_max=np.nextafter(least, 0))
 
 
@@ -94,10 +94,11 @@ def test_without_power_theta_is_sigma_everywhere(basis, sigma):
     [
         ({"sigma": 0.0}, "sigma must be in"),
         ({"sigma": float("nan")}, "sigma must be in"),
-        ({"theta_max": 0.1}, r"theta_max must be in \[0\.20002441\d*, inf\), got 0\.1"),
+        ({"theta_max": 0.1}, r"theta_max must be at least 0\.200024 with sigma 0\.2, got 0\.1"),
         ({"theta_max": float("inf")}, "theta_max must be in"),
         ({"power": -1.0}, "power must be in"),
         ({"images": IMAGES[:0]}, "images must be"),
+        ({"images": IMAGES * np.nan}, "images must be finite"),
         ({"images": IMAGES[..., :2]}, "the cosine basis is of images"),
     ],
 )
@@ -135,6 +136,11 @@ def test_a_theta_that_is_not_positive_and_finite_as_float32_is_refused(value):
     theta[1, 2, 0] = value
     with pytest.raises(ValueError, match="theta of a map must be positive and finite, got"):
         ThetaMap(theta)
+
+
+def test_a_theta_of_another_shape_than_the_images_of_the_basis_is_refused():
+    with pytest.raises(ValueError, match="the cosine basis is of images"):
+        ThetaMap(np.ones((2, 2, 2)), Cosine())
 
 
 def test_a_theta_map_of_nothing_is_refused():
