@@ -78,7 +78,8 @@ class LearnTheta:
     power: float = 1.0
     """For --start spectral: theta is sigma * (sigma / standard deviation of the coefficient)^power."""
     steps: int = 0
-    """Steps of the ascent from there; 0: the start is the map, and needs no classifier if --sigma is given."""
+    """Steps of the ascent from there; 0: the start is the map, and needs no classifier if --sigma is given. An ascent
+    that is stopped cannot be continued."""
     classifier: str = "bundled"
     """Base classifier, as in certify."""
     batch_size: int = UniversalConfig.batch_size
@@ -129,9 +130,9 @@ class LearnTheta:
         theta_map = dataclasses.replace(theta_map, history=history)
         save_theta_map(theta_map, out)
         picture = out.with_suffix(".png")
-        filters = self.norm == "l2" and theta_map.basis != Pixels()
-        front = wiener_front(images, theta_map.theta, theta_map.basis) if filters else None
-        report.plot_theta_map(theta_map, images[:4], picture, front=front, noise=None if filters else noise)
+        coloured = theta_map.basis != Pixels()
+        front = wiener_front(images, theta_map.theta, theta_map.basis) if coloured else None
+        report.plot_theta_map(theta_map, images[:4], picture, front=front, noise=noise)
         print(f"{out}: {theta_map}\npicture: {picture}")
 
     def _refuse_flags_without_effect(self) -> None:

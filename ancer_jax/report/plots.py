@@ -121,10 +121,11 @@ def plot_theta_map(
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
     _draw_coefficients(left, theta_map, maps)
     axes, least = right.subplots(rows, len(images), squeeze=False), theta.min()
+    noise = noise or Gaussian(theta_map.basis)
     for column, image in zip(axes.T, images, strict=True):
-        noisy = noisy_copy(noise or Gaussian(theta_map.basis), image, theta)
+        noisy = noisy_copy(noise, image, theta)
         filtered = [] if front is None else [np.asarray(front(noisy[None])[0])]
-        white = noisy_copy(noise or Gaussian(), image, np.full_like(theta, least))
+        white = noisy_copy(noise, image, np.full_like(theta, least))
         for axis, shown in zip(column, (image, noisy, *filtered, white), strict=True):
             _draw_image(axis, shown)
     after = [] if front is None else ["the same,\nfiltered"]
