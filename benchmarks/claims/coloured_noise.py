@@ -266,7 +266,7 @@ BENCHMARK = Benchmark(
     outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
     figures={
         "cifar10": lambda: _table("coloured_noise"),
-        "cifar10-coloured": lambda: _sizes("coloured_noise", "cosine, learned"),
+        "cifar10-coloured": lambda: _sizes("coloured_noise", "cosine"),
         "cifar10-white": lambda: _sizes("coloured_noise", "white"),
         "fashion": lambda: _table("coloured_noise-fashion"),
     },
