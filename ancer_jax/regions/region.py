@@ -78,9 +78,12 @@ class Region:
         return d * log_gap + unit_ball + xnp.sum(xnp.log(theta), axis=axes)
 
     def contains(self, point: ArrayLike) -> Values:
-        """Whether `point` [*d] lies in the region, boundary included: bool [...]; ValueError for another shape."""
+        """Whether `point`, [*d] for all regions or [..., *d], one for each, lies in the region: bool [...].
+
+        The boundary is included. A point of another shape is a ValueError.
+        """
         xnp, center, theta, gap, axes = parts_of(self)
-        if np.shape(point) != center.shape[gap.ndim :]:
+        if np.shape(point) not in (center.shape, center.shape[gap.ndim :]):
             raise ValueError(f"point must be {list(center.shape[gap.ndim :])}, got {list(np.shape(point))}")
         scaled = xnp.abs(self.basis.coefficients(xnp.asarray(point, dtype=float) - center) / theta)
         powers = xnp.sum(scaled**self.norm, axis=axes)

@@ -157,6 +157,7 @@ def test_contains_answers_for_each_of_many_regions(norm, scalar):
         inside = [bool(one_of(regions, i).contains(point)) for i in range(40)]
         np.testing.assert_array_equal(regions.contains(point), inside)
     assert regions.contains(regions.center[0])[0]
+    assert regions.contains(regions.center).all()
 
 
 @pytest.mark.parametrize(
