@@ -1,5 +1,7 @@
 """`ancer-jax learn-theta`, and what train and certify do with its theta map."""
 
+import signal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,6 +144,21 @@ def test_a_map_of_the_noise_of_another_norm_is_refused(tmp_path, capsys):
         ["learn-theta", "--start", "map.npz", "--steps", "1", "--theta-max", "1", "--out", "next.npz"],
     ):
         assert refused in error_line(capsys, command)
+
+
+def test_an_ascent_can_be_stopped_at_any_time(monkeypatch, capsys):
+    """Its program returns to Python at its end only, so that Python's own handler would come too late."""
+    before, during = signal.getsignal(signal.SIGINT), []
+
+    def ascent(*_, **__):
+        during.append(signal.getsignal(signal.SIGINT))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli.learn, "optimize_universal", ascent)
+    with pytest.raises(SystemExit):
+        cli.main([*LEARN, "--steps", "1", "--max", "20"])
+    assert during == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_an_ascent_that_finds_no_region_is_an_error(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ancer_jax import Gaussian, RunConfig, certify_dataset, report
+from ancer_jax import Gaussian, RunConfig, Uniform, certify_dataset, report
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels, make_basis
 from ancer_jax.data import Dataset, take
 from ancer_jax.report import plots
@@ -156,6 +156,16 @@ def test_a_theta_map_is_drawn_with_images_under_its_noise(tmp_path, figure, name
     labels = ["image", "noise of\nthe map", "white noise,\ntheta 0.1"]
     assert [axis.get_ylabel() for axis in right.axes[::4]] == labels and len(right.axes) == 12
     assert ("top left" in figure[-1].get_supxlabel().replace("\n", " ")) == (name != "pixels")
+
+
+def test_a_theta_map_of_other_noise_is_drawn_with_that_noise(tmp_path, figure):
+    images = np.random.default_rng(0).uniform(0, 1, (1, 4, 5, 1)).astype(np.float32)
+    theta = np.linspace(0.1, 0.2, 20).reshape(4, 5, 1).astype(np.float32)
+    report.plot_theta_map(ThetaMap(theta), images, tmp_path / "a.png", noise=Uniform())
+    noisy, white = (axis.images[0].get_array() for axis in figure[-1].subfigs[1].axes[1:])
+    for shown, drawn in ((noisy, theta), (white, np.full_like(theta, 0.1))):
+        np.testing.assert_array_equal(shown, plots.drawable(plots.noisy_copy(Uniform(), images[0], drawn)))
+        assert not np.array_equal(shown, plots.drawable(plots.noisy_copy(Gaussian(), images[0], drawn)))
 
 
 def test_a_theta_map_and_images_of_another_shape_are_refused(tmp_path):

@@ -164,6 +164,14 @@ def test_a_theta_map_that_does_not_fit_is_refused(tmp_path, method, theta_map, t
     assert not (tmp_path / "a").exists()
 
 
+def test_images_that_the_basis_is_not_of_are_refused_before_there_is_a_run(tmp_path):
+    two_channels = dataclasses.replace(DATASET, images=np.repeat(DATASET.images, 2, axis=-1))
+    config = dataclasses.replace(CONFIG, method="fixed", basis=Cosine())
+    with pytest.raises(ValueError, match="the cosine basis is of images"):
+        certify_dataset(CLASSIFIER, two_channels, config, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     ("execution", "text"),
     [
