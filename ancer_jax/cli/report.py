@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import tyro
 from etils import epath
 
@@ -13,7 +12,6 @@ from ancer_jax import report
 from ancer_jax._checks import check_real
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset
 from ancer_jax.data.pictures import Crop
-from ancer_jax.search import ThetaMap
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RadiiFlag = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="RADIUS,RADIUS,...")]
@@ -108,17 +106,5 @@ def _draw(results: list[report.Results], dataset: Dataset, folder: epath.Path) -
         elif maps:
             path = folder / f"theta_{r.run.path.name}.png"
             path = folder / f"theta_{r.run.path.name}_{i}.png" if path in drawn else path
-            drawn += [path] * _draw_thetas(r, dataset, path)
+            drawn += [path] * report.plot_theta(r, dataset, path)
     return drawn, missing
-
-
-def _draw_thetas(results: report.Results, dataset: Dataset, path: epath.Path) -> bool:
-    """Draw the theta maps of a run; False if there are none."""
-    config, ids = results.config, results["idx"].tolist()
-    if config is None or config.method != "universal" or config.norm != "l2":
-        return report.plot_theta(results, dataset, path)
-    (theta,) = results.thetas(ids[:1]).values()
-    rows = np.flatnonzero(np.isin(dataset.ids, ids))[:4]
-    if len(rows):
-        report.plot_theta_map(ThetaMap(theta, config.basis), dataset.images[rows], path)
-    return bool(len(rows))

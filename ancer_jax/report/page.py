@@ -138,15 +138,18 @@ def _groups(results: Results) -> list[tuple[str, list[int]]]:
 def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """What the page shows of the regions of a run."""
     dataset = next((d for d in datasets if run.matches(d)), None)
+    figure = None if dataset is None else plots.universal_figure(results, dataset)
     groups, ids = _groups(results), results["idx"]
     thetas = results.thetas({int(ids[row]) for _, rows in groups for row in rows})
-    shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3]
+    shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3 and not figure]
     scale, logarithmic = plots.color_scale(shown or [np.ones(1)])
     by, axes = notes.THETA_BY[run.config.basis.name]
-    cards = {row: _card(results, row, thetas[int(ids[row])], scale, dataset) for _, rows in groups for row in rows}
+    drawn = scale if shown else None
+    cards = {row: _card(results, row, thetas[int(ids[row])], drawn, dataset) for _, rows in groups for row in rows}
     return {
         "name": mark(results),
         "note": "; ".join(notes.legend_of_marks([results])),
+        "map": figure and _uri("png", plots.png(figure)),
         "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
         "logarithmic": logarithmic,
@@ -159,7 +162,9 @@ def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[st
 
 
 def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset | None) -> dict[str, Any]:
-    """One image's region: pictures of the image, its theta and coloured noise ("" for none), and lines of text."""
+    """One image's region: pictures of the image, of its theta on a scale and of coloured noise ("" for none), and
+    lines of text.
+    """
     line, own = ({name: column[row] for name, column in part.items()} for part in (results.columns, results.own))
     i, label, answer = (int(line[name]) for name in ("idx", "label", "predict"))
     image = noisy = ""
@@ -186,7 +191,7 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         lines.append(before + f", answer {int(own['predict'])}" * bool(overruled))
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
-    heat_map = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if theta.ndim == 3 else ""
+    heat_map = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if scale else ""
     return {"title": f"#{i}", "image": image, "theta": heat_map, "noisy": noisy, "lines": lines}
 
 

@@ -48,19 +48,23 @@ def plot_certified_accuracy(results: list[Results], path: epath.PathLike) -> Non
 
 
 def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
-    """The theta maps of a run's first images below the images, as PNG; of coloured noise, with a noisy copy below them.
+    """The theta maps of a run as PNG: of its first images, below them, with a noisy copy where the noise is coloured.
+    Of a theta map of all images, the picture is that of `plot_theta_map`.
 
     Args:
       results: of a run directory whose theta has one value per coordinate.
       dataset: the data set of the run, or a part of it.
       path: PNG file.
-      columns: how many images.
+      columns: how many images, if each has its theta.
 
     Returns:
       False, with nothing drawn, if theta is one number per image, or `dataset` has no image of the run.
     """
     if results.run is None or not results.run.matches(dataset):
         return False
+    if figure := universal_figure(results, dataset):
+        _save(figure, path)
+        return True
     config = results.run.config
     rows = np.flatnonzero(np.isin(results["idx"], dataset.ids))[:columns]
     thetas = list(results.thetas(results["idx"][rows].tolist()).values())
@@ -78,8 +82,7 @@ def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, colu
         if coloured:
             _draw_image(column[2], noisy_copy(config.certified_noise, image, theta), "a noisy copy")
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.8, label=f"{by} (image units)")
-    theirs = "each image has its own theta" if results.data_dependent else "all images have the same theta"
-    caption = f"{theirs}; answers and gaps are those before memory"
+    caption = "each image has its own theta; answers and gaps are those before memory"
     if coloured:
         caption = _wrapped(width, f"{by}, mean over channels", where, caption)
     figure.supxlabel(caption, fontsize=8)
@@ -96,7 +99,7 @@ def plot_theta_map(
     noise: Noise | None = None,
 ) -> None:
     """A theta map, and images with noise of it, as PNG: below each image a noisy copy of it, what a filter makes of
-    this copy, and a copy with white noise of the smallest theta.
+    this copy, and a copy with white noise of the smallest theta. The first image is grey, so that the noise is seen.
 
     Args:
       theta_map: of images [height, width, channels].
@@ -108,12 +111,32 @@ def plot_theta_map(
     Raises:
       ValueError: if there are no images, or they are not of the shape of theta.
     """
+    _save(_map_figure(theta_map, images, front, noise or Gaussian(theta_map.basis)), path)
+
+
+def universal_figure(results: Results, dataset: Dataset):
+    """The picture of the theta map of a run that has one for all images, with images of `dataset`; None if it has none,
+    or `dataset` none of its images.
+    """
+    if results.config is None or results.config.method != "universal" or not results.run.matches(dataset):
+        return None
+    ids = results["idx"].tolist()
+    images = dataset.images[np.flatnonzero(np.isin(dataset.ids, ids))[:4]]
+    (theta,) = results.thetas(ids[:1]).values()
+    if theta.ndim != 3 or not len(images):
+        return None
+    return _map_figure(ThetaMap(theta, results.config.basis), images, None, results.config.certified_noise)
+
+
+def _map_figure(theta_map: ThetaMap, images: ArrayLike, front: Front | None, noise: Noise):
+    """The figure of `plot_theta_map`."""
     images, theta = np.asarray(images)[:4], theta_map.theta
     if theta.ndim != 3 or not len(images) or images.shape[1:] != theta.shape:
         shapes = f"{list(images.shape)} for a theta of shape {list(theta.shape)}"
         raise ValueError(f"images must be [m, height, width, channels] as theta is, got shape {shapes}")
     from matplotlib.figure import Figure
 
+    images = np.concatenate([np.full_like(images[:1], 0.5), images])
     maps = [theta.mean(axis=-1)] if theta_map.basis == Pixels() else list(np.moveaxis(theta, -1, 0))
     widths = 4.4 if len(maps) == 1 else 3.4, 0.6 + 1.8 * len(images)
     rows = 3 if front is None else 4
@@ -121,7 +144,6 @@ def plot_theta_map(
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
     _draw_coefficients(left, theta_map, maps)
     axes, least = right.subplots(rows, len(images), squeeze=False), theta.min()
-    noise = noise or Gaussian(theta_map.basis)
     for column, image in zip(axes.T, images, strict=True):
         noisy = noisy_copy(noise, image, theta)
         filtered = [] if front is None else [np.asarray(front(noisy[None])[0])]
@@ -133,7 +155,7 @@ def plot_theta_map(
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label, fontsize=9)
     figure.supxlabel(_wrapped(sum(widths), str(theta_map), THETA_BY[theta_map.basis.name][1]), fontsize=8)
-    _save(figure, path)
+    return figure
 
 
 def plot_training(history: dict[str, np.ndarray], path: epath.PathLike) -> None:
@@ -226,6 +248,13 @@ def svg(results: list[Results], draw: Callable[..., None], *arguments: str) -> s
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ancer-jax"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+def png(figure) -> bytes:
+    """A figure of matplotlib as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
 
 
 def line_styles(results: list[Results]) -> list[dict[str, Any]]:
@@ -338,5 +367,4 @@ def _figure(rows, columns, size, **options):
 
 
 def _save(figure, path):
-    with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    epath.Path(path).write_bytes(png(figure))
