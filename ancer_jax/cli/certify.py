@@ -16,7 +16,7 @@ from etils import epath
 from ancer_jax import devices
 from ancer_jax._checks import check_real
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.basis import Basis, read_basis
+from ancer_jax.basis import Basis, BasisName, KarhunenLoeve, read_basis
 from ancer_jax.cli.report import RADII, RadiiFlag, parse_radii, print_table
 from ancer_jax.cli.runtime import Runtime, advance, leave
 from ancer_jax.data import BUNDLED_SUBSET, Dataset, load_dataset, select, shard
@@ -74,9 +74,10 @@ class Certify:
     method: Method = "ancer"
     """fixed: one theta for all; universal: one per pixel, or coefficient, the same for all images (--theta-map);
     isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
-    basis: Literal["pixels", "cosine"] | None = None
-    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta. Default: that
-    of --theta-map, or pixels."""
+    basis: BasisName | None = None
+    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta; pixels,
+    cosine or karhunen-loeve (of the training images of --data, as in learn-theta). Default: that of --theta-map, or
+    pixels."""
     sigma: tuple[float, ...] | None = None
     """Noise theta in image units, pixels in [0, 1]: the fixed one, or where the search starts. Standard deviation for
     l2, half-width of the uniform noise for l1, half the distance of cuts for splitting. Several make a run each, in
@@ -271,8 +272,14 @@ class Certify:
             raise ValueError("--theta-map holds theta itself: --sigma does not go with it")
         theta_map = load_theta_map(self.theta_map)
         if epath.Path(self.theta_map).suffix == ".npy" and self.basis is not None:
-            return ThetaMap(theta_map.theta, read_basis({"name": self.basis}))
+            return ThetaMap(theta_map.theta, self._basis())
         return theta_map
+
+    def _basis(self) -> Basis:
+        """The basis of --basis."""
+        if self.basis == KarhunenLoeve.name:
+            return KarhunenLoeve.of(load_dataset(self.data, split="train", crop=self.crop).some_images())
+        return read_basis({"name": self.basis or "pixels"})
 
     def _check_theta_map(self, theta_map: ThetaMap) -> None:
         """ValueError if the map that was given, or that of training, does not go with the other flags."""
@@ -290,7 +297,7 @@ class Certify:
         self, classifier: Classifier, dataset: Dataset, sigma: float, out: str, theta_map: ThetaMap | None = None
     ) -> None:
         """One run, with a progress bar."""
-        basis = read_basis({"name": self.basis or "pixels"}) if theta_map is None else theta_map.basis
+        basis = self._basis() if theta_map is None else theta_map.basis
         config = self._config(sigma, basis, len(dataset))
         if self.alpha_run is not None:
             self._refuse_other_images(out, dataset)

@@ -8,6 +8,7 @@ import pytest
 
 from ancer_jax import Gaussian, cli
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels
+from ancer_jax.data import BUNDLED_SUBSET, load_dataset
 from ancer_jax.models import WithFront, load_network
 from ancer_jax.models.bundled import COLOURED
 from ancer_jax.runs import read_run
@@ -172,3 +173,15 @@ def test_an_ascent_that_finds_no_region_is_an_error(tmp_path, capsys):
     assert stop.value.code == 2
     assert "error: there is nothing to ascend with plugin:undecided" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "map.npz").exists()
+
+
+def test_certify_takes_the_basis_of_the_training_images(capsys):
+    images = load_dataset(BUNDLED_SUBSET, split="train").images
+    flags = ["--basis", "karhunen-loeve", "--max", "2", "--n", "50", "--classifier", "bundled"]
+    cli.main(["certify", "--method", "fixed", *flags, "--out", "run"])
+    assert read_run("run").config.basis == KarhunenLoeve.of(images)
+    np.save("theta.npy", np.full((28, 28, 1), 0.3, np.float32))
+    cli.main(["certify", "--method", "universal", "--theta-map", "theta.npy", *flags, "--out", "mapped"])
+    assert read_run("mapped").config.basis == KarhunenLoeve.of(images)
+    capsys.readouterr()
+    assert "noise for l1 is in pixels" in error_line(capsys, ["certify", "--norm", "l1", *flags, "--out", "l1"])
