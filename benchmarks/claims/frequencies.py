@@ -144,11 +144,11 @@ def attack_frequencies(
 ) -> Iterator[dict[str, Any]]:
     """A row for each frequency."""
     region, labels = certificates.region, np.asarray(certificates.prediction)
-    images, gap = np.asarray(region.center), np.asarray(region.gap)
+    images = np.asarray(region.center)
     for frequency in options.frequencies:
         one = direction(frequency)
-        scaled = smoothed.noise.basis.coefficients(one) / np.asarray(smoothed.theta, np.float64)
-        certified = gap / np.linalg.norm(scaled)
+        certified = np.asarray(region.reach(one))
+        theta = float(1 / np.linalg.norm(smoothed.noise.basis.coefficients(one) / np.asarray(smoothed.theta)))
         both = np.repeat([one, -one], len(images), axis=0).astype(np.float32)
         rays = Rays(np.tile(images, (2, 1, 1, 1)), both, np.tile(labels, 2), np.tile(certified, 2))
         for points in np.split(rays.points(0.999 * rays.certified), 2):
@@ -157,7 +157,7 @@ def attack_frequencies(
         inside, outside = jax.random.split(key)
         found = distances_of_change(outside, smoothed, rays, options.draws)
         plus, minus = ([None if np.isinf(at) else float(at) for at in half] for half in np.split(found, 2))
-        row = {"frequency": frequency, "theta": float(1 / np.linalg.norm(scaled)), "certified": certified.tolist()}
+        row = {"frequency": frequency, "theta": theta, "certified": certified.tolist()}
         wrong = violations(inside, smoothed, rays, options.draws)
         yield row | {"plus": plus, "minus": minus, "measured": len(wrong), "violations": int(wrong.sum())}
 

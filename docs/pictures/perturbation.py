@@ -32,14 +32,6 @@ def frequencies(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(Cosine().inputs(high)), np.asarray(Cosine().inputs(low))
 
 
-def largest(region: aj.Region, direction: np.ndarray) -> np.ndarray:
-    """The largest multiple of a unit vector that stays inside the region."""
-    scaled = region.basis.coefficients(direction) / np.asarray(region.theta)
-    perturbation = 0.9999 * np.asarray(region.gap) / np.linalg.norm(scaled) * direction
-    assert region.contains(region.center + perturbation)
-    return perturbation
-
-
 def draw(axis: Any, values: np.ndarray, title: str, limits: tuple[float, float]) -> None:
     """One picture."""
     axis.imshow(values[..., 0], cmap="gray", vmin=limits[0], vmax=limits[1])
@@ -52,9 +44,9 @@ def draw_group(figure: Any, images: list[tuple[int, np.ndarray]], smoothed: aj.S
     for (i, image), (left, right) in zip(images, figure.subplots(len(images), 2), strict=True):
         key = jax.random.fold_in(jax.random.key(SEED), i)
         certificate = aj.certify(key, smoothed, image, config=CONFIG)
-        perturbation = largest(certificate.region, direction)
-        length = round_down(np.linalg.norm(perturbation), 2)
-        draw(left, perturbation, f"perturbation\nl2 length {length}", (-0.25, 0.25))
+        length = certificate.region.reach(direction)
+        perturbation = length * direction
+        draw(left, perturbation, f"perturbation\nl2 length {round_down(length, 2)}", (-0.25, 0.25))
         name = CLASSES[int(certificate.prediction)]
         draw(right, image + perturbation, f"image + perturbation\ncertified: {name}", (-0.25, 1.25))
 

@@ -52,6 +52,43 @@ def test_volume_in_the_plane(norm, unit):
     assert inside * 9 == pytest.approx(math.exp(a.log_volume), rel=0.05)
 
 
+@given(thetas, st.floats(0.01, 5), norms, st.integers(0, 99), st.sampled_from([1e-200, 1e-20, 1.0, 1e150]))
+def test_reach_is_where_a_direction_leaves_the_region(theta, gap, norm, seed, length):
+    direction = np.random.default_rng(seed).normal(size=theta.shape) * length
+    a = region(theta, gap, norm)
+    for sign in (1, -1):
+        t = a.reach(sign * direction)
+        assert a.contains(t * direction) and a.contains(-t * direction)
+        assert not a.contains(t * (1 + 1e-12) * direction)
+
+
+@both_norms
+def test_the_reach_of_the_narrowest_and_the_widest_coordinate(norm):
+    a = region(np.array([[0.5, 2.0], [1.0, 3.0]]), 0.7, norm)
+    unit = np.eye(4).reshape(4, 2, 2)
+    found = [float(a.reach(one)) for one in unit]
+    assert found == pytest.approx([0.35, 1.4, 0.7, 2.1], rel=1e-12) and found[0] <= a.radius
+    assert a.reach(np.zeros((2, 2))) == np.inf
+    assert np.isnan(a.reach(np.full((2, 2), np.nan)))
+    assert region(np.ones(2), 0.0, norm).reach(np.ones(2)) == 0
+
+
+@both_norms
+def test_the_reach_of_many_regions_and_in_compiled_functions(norm):
+    rng = np.random.default_rng(0)
+    many = Region(rng.normal(size=(5, 2, 3)), rng.uniform(0.1, 2, (5, 2, 3)), rng.uniform(0, 2, 5), norm)
+    directions = rng.normal(size=(5, 2, 3))
+    for given_ in (directions, directions[0]):
+        one_each = np.broadcast_to(given_, directions.shape)
+        expected = [float(one_of(many, i).reach(one_each[i])) for i in range(5)]
+        np.testing.assert_allclose(many.reach(given_), expected, rtol=1e-12)
+        traced = np.asarray(jax.jit(lambda a, d: a.reach(d))(many, given_))
+        assert np.all(traced <= expected)
+        np.testing.assert_allclose(traced, expected, rtol=1e-4)
+    slope = jax.grad(lambda gap: Region(np.zeros(2), np.ones(2), gap, norm).reach(np.ones(2)))(1.0)
+    assert slope == pytest.approx(2 ** (-1 / norm), rel=1e-3)
+
+
 def test_a_scalar_theta_counts_in_every_coordinate():
     center = np.zeros((3, 4))
     per_coordinate = Region(center, np.full((3, 4), 0.25), 2.0, 2)
@@ -173,7 +210,7 @@ def test_contains_answers_for_each_of_many_regions(norm, scalar):
 def test_shapes_that_do_not_fit_are_refused_when_a_size_is_asked_for(center, theta, gap):
     a = Region(center, theta, gap, 2)
     shapes = ", ".join(rf"\[{', '.join(map(str, np.shape(value)))}\]" for value in (center, theta, gap))
-    for ask in (*(lambda name=name: getattr(a, name) for name in SIZES), lambda: a.contains(np.zeros(3))):
+    for ask in (*(lambda name=name: getattr(a, name) for name in SIZES), lambda: a.contains(np.zeros(3)), lambda: a.reach(np.zeros(3))):
         with pytest.raises(ValueError, match=f"center, theta and gap do not fit together: their shapes are {shapes}"):
             ask()
 
@@ -184,6 +221,8 @@ def test_a_point_of_another_shape_is_refused(basis, shape):
     region = Region(np.zeros((4, 5, 1)), 1.0, 1.0, 2, basis)
     with pytest.raises(ValueError, match=r"point must be \[4, 5, 1\], got \["):
         region.contains(np.zeros(shape))
+    with pytest.raises(ValueError, match=r"direction must be \[4, 5, 1\], got \["):
+        region.reach(np.zeros(shape))
 
 
 def test_a_norm_that_is_not_2_or_1_is_refused():
