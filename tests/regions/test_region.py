@@ -210,7 +210,8 @@ def test_contains_answers_for_each_of_many_regions(norm, scalar):
 def test_shapes_that_do_not_fit_are_refused_when_a_size_is_asked_for(center, theta, gap):
     a = Region(center, theta, gap, 2)
     shapes = ", ".join(rf"\[{', '.join(map(str, np.shape(value)))}\]" for value in (center, theta, gap))
-    for ask in (*(lambda name=name: getattr(a, name) for name in SIZES), lambda: a.contains(np.zeros(3)), lambda: a.reach(np.zeros(3))):
+    of_a_point = (lambda: a.contains(np.zeros(3)), lambda: a.reach(np.zeros(3)))
+    for ask in (*(lambda name=name: getattr(a, name) for name in SIZES), *of_a_point):
         with pytest.raises(ValueError, match=f"center, theta and gap do not fit together: their shapes are {shapes}"):
             ask()
 

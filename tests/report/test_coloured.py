@@ -116,7 +116,8 @@ def test_the_page_shows_theta_by_frequency_and_noisy_copies(runs, tmp_path):
     _, parts = page([*runs.values()], tmp_path / "b.html", datasets=())
     assert not any("noisy copy" in part or "theta map of" in part for part in parts.values())
     for name, by in BY.items():
-        assert f"beside it, {by} (mean over channels)" in parts[name] and parts[name].count('alt="theta of image #') == 5
+        assert f"beside it, {by} (mean over channels)" in parts[name]
+        assert parts[name].count('alt="theta of image #') == 5
 
 
 def test_the_page_says_which_basis_each_run_has(runs, tmp_path):
