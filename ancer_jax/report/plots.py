@@ -118,14 +118,15 @@ def universal_figure(results: Results, dataset: Dataset):
     """The picture of the theta map of a run that has one for all images, with images of `dataset`; None if it has none,
     or `dataset` none of its images.
     """
-    if results.config is None or results.config.method != "universal" or not results.run.matches(dataset):
+    run = results.run
+    if run is None or run.config.method != "universal" or not run.matches(dataset):
         return None
     ids = results["idx"].tolist()
     images = dataset.images[np.flatnonzero(np.isin(dataset.ids, ids))[:4]]
     (theta,) = results.thetas(ids[:1]).values()
     if theta.ndim != 3 or not len(images):
         return None
-    return _map_figure(ThetaMap(theta, results.config.basis), images, None, results.config.certified_noise)
+    return _map_figure(ThetaMap(theta, run.config.basis), images, None, run.config.certified_noise)
 
 
 def _map_figure(theta_map: ThetaMap, images: ArrayLike, front: Front | None, noise: Noise):
