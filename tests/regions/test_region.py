@@ -1,6 +1,8 @@
 """Regions: membership and sizes, of one region and of many with leading axes."""
 
+import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,7 @@ def test_the_reach_of_the_narrowest_and_the_widest_coordinate(norm):
     unit = np.eye(4).reshape(4, 2, 2)
     found = [float(a.reach(one)) for one in unit]
     assert found == pytest.approx([0.35, 1.4, 0.7, 2.1], rel=1e-12) and found[0] <= a.radius
-    assert a.reach(np.zeros((2, 2))) == np.inf
+    assert 1e300 < a.reach(np.zeros((2, 2))) < np.inf
     assert np.isnan(a.reach(np.full((2, 2), np.nan)))
     assert region(np.ones(2), 0.0, norm).reach(np.ones(2)) == 0
 
@@ -85,8 +87,27 @@ def test_the_reach_of_many_regions_and_in_compiled_functions(norm):
         traced = np.asarray(jax.jit(lambda a, d: a.reach(d))(many, given_))
         assert np.all(traced <= expected)
         np.testing.assert_allclose(traced, expected, rtol=1e-4)
-    slope = jax.grad(lambda gap: Region(np.zeros(2), np.ones(2), gap, norm).reach(np.ones(2)))(1.0)
+    one = Region(np.zeros(2), np.ones(2), 1.0, norm)
+    slope = jax.grad(lambda gap: dataclasses.replace(one, gap=gap).reach(np.ones(2)))(1.0)
     assert slope == pytest.approx(2 ** (-1 / norm), rel=1e-3)
+    np.testing.assert_allclose(jax.vmap(one.reach)(np.eye(2, dtype=np.float32)), 1, rtol=1e-4)
+    expected = {1: [-1 / 49, -1 / 49], 2: [-3 / 125, -4 / 125]}[norm]  # of 1 / 7 and 1 / 5
+    np.testing.assert_allclose(jax.grad(one.reach)(np.float32([3, 4])), expected, rtol=1e-3)
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-300, 300)] * 2), min_size=1, max_size=4), st.floats(-300, 300), norms, st.booleans()
+)
+def test_the_reach_of_extreme_regions_is_never_too_large(powers, gap, norm, traced):
+    dtype, scale = (np.float32, 10) if traced else (np.float64, 1)
+    theta, direction = (10.0 ** (np.array(powers).T / scale)).astype(dtype)
+    gap = dtype(10.0 ** (gap / scale))
+    a = region(theta, gap, norm)
+    with np.errstate(all="ignore"):
+        t = float(jax.jit(Region.reach)(a, direction) if traced else a.reach(direction))
+    # (t |direction| / theta)^norm summed, exactly
+    scaled = [Fraction(t) * Fraction(float(x)) / Fraction(float(y)) for x, y in zip(direction, theta, strict=True)]
+    assert sum(x**norm for x in scaled) <= Fraction(float(gap)) ** norm
 
 
 def test_a_scalar_theta_counts_in_every_coordinate():

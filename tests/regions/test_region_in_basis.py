@@ -81,6 +81,7 @@ def test_contains_is_the_scaled_norm_of_the_coefficients(basis, shape, scalar):
             inside = np.linalg.norm(coefficients / a.theta) <= a.gap
             assert a.contains(point) == inside == (share < 1)
         assert 1 - 1e-9 < a.reach(surface.reshape(shape)) <= 1
+    assert 0.9 < float(jax.jit(Region.reach)(a, np.float32(surface).reshape(shape))) < 1
 
 
 @each
