@@ -97,8 +97,8 @@ class Region:
         shape is a ValueError.
 
         >>> region = Region(center=[0.0, 0.0], theta=[1.0, 4.0], gap=0.5, norm=2)
-        >>> [round(float(region.reach(direction)), 9) for direction in np.eye(2)]
-        [0.5, 2.0]
+        >>> tuple(round(float(region.reach(direction)), 9) for direction in np.eye(2))
+        (0.5, 2.0)
         """
         xnp, along = self._one_for_each("direction", direction)
         _, _, theta, gap, axes = parts_of(self)
