@@ -92,9 +92,9 @@ class Region:
         """How many times `direction` the region allows: t [...] for which `center + t * direction` is on its boundary.
 
         `direction` is [*d] for all regions or [..., *d], one for each. All points from `center - t * direction` to
-        `center + t * direction` lie in the region, but for the rounding of these points. t is rounded down (in float32,
-        under jit, by several per cent in a basis) and finite: huge where `direction` is zero. A direction of another
-        shape is a ValueError.
+        `center + t * direction` lie in the region, but for the rounding of these points. t is finite: a huge number
+        where `direction` is zero. It is rounded down; in float32 (under jit) and in another basis than the pixels by
+        some per cent, of large images by a third or more. A direction of another shape is a ValueError.
 
         >>> region = Region(center=[0.0, 0.0], theta=[1.0, 4.0], gap=0.5, norm=2)
         >>> tuple(round(float(region.reach(direction)), 9) for direction in np.eye(2))

@@ -4,8 +4,7 @@ Reports microseconds per row of the forward pass, and of the gradient with respe
 needs. Both run inside a `lax.scan` of 100 rows, as they do in certification and search: with XLA's own convolutions,
 with ours, and with ours and the rows sharded over one device for each core (`devices.use_all_cores`). The three
 alternate in one process. Values must agree, and gradients of at least nine images in ten: where an activation is
-within rounding of the kink of a ReLU, gradients may fall on either side of it (those of XLA's own convolutions do so
-against float64).
+within rounding of the kink of a ReLU, gradients may fall on either side of it.
 """
 
 import argparse
