@@ -15,7 +15,8 @@ from etils import epath
 from ancer_jax.basis import Basis, KarhunenLoeve, Pixels
 from ancer_jax.data import Dataset
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report import notes, plots, tables
+from ancer_jax.report import curves, notes, tables, theta_maps
+from ancer_jax.report.figures import png
 from ancer_jax.report.notes import alpha_of, mark
 from ancer_jax.report.results import LEAKAGE_LIMIT, Results
 from ancer_jax.runs import Run
@@ -60,7 +61,7 @@ def write_page(
         facts=_facts(results),
         notes=notes.caveats(results, leakage_limit) + notes.notes(results),
         curves=_curves(results),
-        bounds=_svg(bounded, plots.draw_p_lower) if bounded else "",
+        bounds=_svg(bounded, curves.draw_p_lower) if bounded else "",
         cost=_cost(results),
         regions=[_regions(r, r.run, datasets) for r in results if r.run],
         settings=_settings({mark(r): r.run for r in results if r.run}),
@@ -82,7 +83,7 @@ def _uri(kind: str, content: bytes) -> str:
 
 
 def _svg(results: list[Results], draw, *arguments: str) -> str:
-    return _uri("svg+xml", plots.svg(results, draw, *arguments).encode())
+    return _uri("svg+xml", curves.svg(results, draw, *arguments).encode())
 
 
 def _facts(results: list[Results]) -> str:
@@ -97,7 +98,7 @@ def _facts(results: list[Results]) -> str:
 def _curves(results: list[Results]) -> list[tuple[str, str]]:
     """Curves by radius and, if it differs from the radius, by proxy radius, each with the name of its axis."""
     both = [("radius", "radius"), ("radius_proxy", "proxy radius")][: 1 if all(r.only_balls for r in results) else 2]
-    return [(_svg(results, plots.draw_accuracy, column), name) for column, name in both]
+    return [(_svg(results, curves.draw_accuracy, column), name) for column, name in both]
 
 
 def _cost(results: list[Results]) -> dict[str, Any] | None:
@@ -113,7 +114,7 @@ def _cost(results: list[Results]) -> dict[str, Any] | None:
         rows.append(row | acr)
     names = {"seconds": "seconds", "passes": "passes through the network, forward and backward,"}
     known = {cost: [r for r in results if getattr(r, cost)] for cost in names}
-    figures = [(_svg(known[cost], plots.draw_cost, cost), name) for cost, name in names.items() if known[cost]]
+    figures = [(_svg(known[cost], curves.draw_cost, cost), name) for cost, name in names.items() if known[cost]]
     return {"table": _table(rows), "figures": figures}
 
 
@@ -138,19 +139,19 @@ def _groups(results: Results) -> list[tuple[str, list[int]]]:
 def _regions(results: Results, run: Run, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """What the page shows of the regions of a run."""
     dataset = next((d for d in datasets if run.matches(d)), None)
-    figure = None if dataset is None else plots.universal_figure(results, dataset)
+    figure = None if dataset is None else theta_maps.universal_figure(results, dataset)
     groups, ids = _groups(results), results["idx"]
     thetas = results.thetas({int(ids[row]) for _, rows in groups for row in rows})
     shown = [theta.mean(axis=-1) for theta in thetas.values() if theta.ndim == 3 and not figure]
-    scale, logarithmic = plots.color_scale(shown or [np.ones(1)])
+    scale, logarithmic = theta_maps.color_scale(shown or [np.ones(1)])
     by, axes = notes.THETA_BY[run.config.basis.name]
     drawn = scale if shown else None
     cards = {row: _card(results, row, thetas[int(ids[row])], drawn, dataset) for _, rows in groups for row in rows}
     return {
         "name": mark(results),
         "note": "; ".join(notes.legend_of_marks([results])),
-        "map": figure and _uri("png", plots.png(figure)),
-        "bar": _picture(plots.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
+        "map": figure and _uri("png", png(figure)),
+        "bar": _picture(theta_maps.heat_map(scale.inverse(np.linspace(0, 1, 64))[None], scale)) if shown else "",
         "scale": [f"{value:.3g}" for value in (scale.vmin, scale.vmax)],
         "logarithmic": logarithmic,
         "by": by.removeprefix("theta").strip(),
@@ -172,7 +173,7 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         pixels = dataset.images[np.searchsorted(dataset.ids, i)]
         image = _picture_of(pixels)
         if theta.ndim == 3 and results.config and results.config.basis != Pixels():
-            noisy = _picture_of(plots.noisy_copy(results.config.certified_noise, pixels, theta))
+            noisy = _picture_of(theta_maps.noisy_copy(results.config.certified_noise, pixels, theta))
     spread = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (theta.min(), theta.max())))
     said = "abstains" if answer == ABSTAIN else f"answers {answer}" + ("" if answer == label else " (wrong)")
     overruled = own["predict"] != answer  # p_lower is of the image's own class
@@ -191,12 +192,12 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         lines.append(before + f", answer {int(own['predict'])}" * bool(overruled))
     if line.get("answered_by", -1) >= 0:
         lines.append(f"inside the region of #{int(line['answered_by'])}")
-    heat_map = _picture(plots.heat_map(theta.mean(axis=-1), scale)) if scale else ""
+    heat_map = _picture(theta_maps.heat_map(theta.mean(axis=-1), scale)) if scale else ""
     return {"title": f"#{i}", "image": image, "theta": heat_map, "noisy": noisy, "lines": lines}
 
 
 def _picture_of(image: np.ndarray) -> str:
-    return _picture((plots.drawable(image) * 255).astype(np.uint8))
+    return _picture((theta_maps.drawable(image) * 255).astype(np.uint8))
 
 
 def _picture(pixels: np.ndarray) -> str:

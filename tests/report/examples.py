@@ -1,6 +1,7 @@
 """What the tests of the report share: tables written by hand, a small run directory, and cells of printed tables."""
 
 import numpy as np
+import PIL.Image
 
 from ancer_jax import report
 from ancer_jax.data import Dataset
@@ -87,3 +88,10 @@ def write_run(path, method, theta, *, ids=(0, 20, 40), norm="l2", alpha=0.001, d
 def cells(table, line):
     """The cells in a line of a printed table."""
     return [cell.strip() for cell in table.splitlines()[line].strip("|").split("|")]
+
+
+def png_size(path):
+    """Width and height of a PNG file that can be read whole."""
+    with PIL.Image.open(path, formats=["PNG"]) as picture:
+        picture.load()
+        return picture.size

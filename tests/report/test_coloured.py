@@ -3,14 +3,14 @@
 import re
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from ancer_jax import Gaussian, RunConfig, Uniform, certify_dataset, report
 from ancer_jax.basis import Cosine, KarhunenLoeve, Pixels, make_basis
 from ancer_jax.data import Dataset, take
-from ancer_jax.report import plots
+from ancer_jax.report import theta_maps
 from ancer_jax.search import ThetaMap
+from tests.report.examples import png_size
 from tests.report.test_cost import SMALL
 from tests.toy import CLASSIFIER, DATASET
 
@@ -41,16 +41,9 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def figure(monkeypatch):
     """The figures that are saved, the last one last."""
-    saved, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    saved, save = [], theta_maps.save
+    monkeypatch.setattr(theta_maps, "save", lambda figure, path: (saved.append(figure), save(figure, path)))
     return saved
-
-
-def size(path):
-    """Width and height of a PNG file."""
-    with PIL.Image.open(path, formats=["PNG"]) as picture:
-        picture.load()
-        return picture.size
 
 
 def page(results, path, datasets=(DATASET,)):
@@ -63,7 +56,7 @@ def page(results, path, datasets=(DATASET,)):
 
 def test_every_image_has_its_theta_by_frequency_and_a_noisy_copy(runs, tmp_path, figure):
     assert report.plot_theta(runs["frequencies"], take(DATASET, [1, 3]), tmp_path / "a.png")
-    assert size(tmp_path / "a.png") == (630, 900)
+    assert png_size(tmp_path / "a.png") == (630, 900)
     *axes, bar = figure[-1].axes
     assert [axis.get_title() for axis in axes[4:]] == ["a noisy copy"] * 2
     assert bar.get_ylabel() == "theta by frequency (image units)"
@@ -72,13 +65,13 @@ def test_every_image_has_its_theta_by_frequency_and_a_noisy_copy(runs, tmp_path,
     assert caption.endswith("Each image has its own theta; answers and gaps are those before memory.")
     for i, theta in enumerate(runs["frequencies"].thetas(DATASET.ids[[1, 3]].tolist()).values()):
         np.testing.assert_array_equal(axes[2 + i].images[0].get_array(), theta[..., 0])
-        copy = plots.noisy_copy(CONFIGS["frequencies"].certified_noise, DATASET.images[[1, 3][i]], theta)
+        copy = theta_maps.noisy_copy(CONFIGS["frequencies"].certified_noise, DATASET.images[[1, 3][i]], theta)
         np.testing.assert_array_equal(axes[4 + i].images[0].get_array(), np.clip(copy[..., 0], 0, 1))
 
 
 def test_theta_in_pixels_is_drawn_without_noisy_copies(runs, tmp_path, figure):
     assert report.plot_theta(runs["searched"], take(DATASET, [1, 3]), tmp_path / "a.png")
-    assert size(tmp_path / "a.png") == (630, 570)
+    assert png_size(tmp_path / "a.png") == (630, 570)
     assert figure[-1].axes[-1].get_ylabel() == "theta (image units)"
     caption = "each image has its own theta; answers and gaps are those before memory"
     assert figure[-1].get_supxlabel() == caption
@@ -94,10 +87,10 @@ def test_one_theta_of_all_images_is_drawn_once_with_images_under_its_noise(runs,
     images = [np.full_like(DATASET.images[0], 0.5), *DATASET.images[[1, 3]]]
     noise = CONFIGS[name].certified_noise
     for i, image in enumerate(images):
-        expected = (image, plots.noisy_copy(noise, image, theta))
+        expected = (image, theta_maps.noisy_copy(noise, image, theta))
         for row, shown in enumerate(expected):
             drawn = right.axes[3 * row + i].images[0].get_array()
-            np.testing.assert_array_equal(drawn, plots.drawable(shown))
+            np.testing.assert_array_equal(drawn, theta_maps.drawable(shown))
 
 
 def test_the_page_shows_theta_by_frequency_and_noisy_copies(runs, tmp_path):
@@ -147,9 +140,9 @@ def test_nothing_is_said_of_a_basis_where_all_noise_is_in_pixels(runs, tmp_path)
 def test_a_noisy_copy_has_the_noise_of_its_basis():
     theta, image = np.full((4, 5, 3), 1e-9, np.float32), np.full((4, 5, 3), 0.5, np.float32)
     theta[0, 0, 0] = 0.3  # brightness of the whole image
-    change = plots.noisy_copy(Gaussian(Cosine()), image, theta) - image
+    change = theta_maps.noisy_copy(Gaussian(Cosine()), image, theta) - image
     assert np.ptp(change) < 1e-6 < abs(change.mean())
-    copies = [plots.noisy_copy(Gaussian(), image, np.full_like(theta, 0.9)) for _ in range(2)]
+    copies = [theta_maps.noisy_copy(Gaussian(), image, np.full_like(theta, 0.9)) for _ in range(2)]
     np.testing.assert_array_equal(*copies)
     assert copies[0].min() < 0 and copies[0].max() > 1
 
@@ -161,7 +154,7 @@ def test_a_theta_map_is_drawn_with_images_under_its_noise(tmp_path, figure, name
     theta = np.linspace(0.1, largest, 20 * channels).reshape(4, 5, channels)
     report.plot_theta_map(ThetaMap(theta, make_basis(name, images)), images, tmp_path / "a.png")
     maps = 3 if channels == 3 and name != "pixels" else 1
-    assert size(tmp_path / "a.png") == (150 * (9.6 + (4.4 if maps == 1 else 3.4)), 900)
+    assert png_size(tmp_path / "a.png") == (150 * (9.6 + (4.4 if maps == 1 else 3.4)), 900)
     left, right = figure[-1].subfigs
     *drawn, bar = left.axes
     colours = ["brightness", "red against blue", "green against both"]
@@ -186,8 +179,8 @@ def test_a_theta_map_of_other_noise_is_drawn_with_that_noise(tmp_path, figure):
     report.plot_theta_map(ThetaMap(theta), images, tmp_path / "a.png", noise=Uniform())
     noisy, white = (axis.images[0].get_array() for axis in figure[-1].subfigs[1].axes[3::2])
     for shown, drawn in ((noisy, theta), (white, np.full_like(theta, 0.1))):
-        np.testing.assert_array_equal(shown, plots.drawable(plots.noisy_copy(Uniform(), images[0], drawn)))
-        assert not np.array_equal(shown, plots.drawable(plots.noisy_copy(Gaussian(), images[0], drawn)))
+        np.testing.assert_array_equal(shown, theta_maps.drawable(theta_maps.noisy_copy(Uniform(), images[0], drawn)))
+        assert not np.array_equal(shown, theta_maps.drawable(theta_maps.noisy_copy(Gaussian(), images[0], drawn)))
 
 
 def test_a_theta_map_and_images_of_another_shape_are_refused(tmp_path):
