@@ -214,30 +214,39 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
 
 
 def _table(output: str) -> str:
-    """All rows of one data set."""
-    found, table = load(output)["results"], []
-    white = {r["sigma"]: r for r in found["rows"] if r["row"] == "white"}
-    for r in found["rows"]:
-        if r["row"] == ANCER:
-            name, kept = f"{ANCER}, {r['images']} images", r["without leaky"]
-            first = [f"{r['sigma']:g}", name, f"{4 * r['sigma']:g}", "", figures.share(r["accuracy"], r["images"])]
-            table.append([*first, round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3), ""])
-            sizes = (round_down(kept[column], 3) for column in ("radius", "radius_proxy"))
-            table.append([first[0], f"{name}, without leaky thetas", first[2], "", "", *sizes, ""])
+    """All rows of one data set; where ANCER was run, the rows that it is compared with again, on its images."""
+    table: list[list[str]] = []
+    rows = {(r["row"], r["sigma"]): r for r in load(output)["results"]["rows"]}
+    for (name, sigma), r in rows.items():
+        if name == ANCER:
+            some = f", {r['images']} images"
+            for other in (rows[compared, sigma] for compared in ("white", *JUDGED) if (compared, sigma) in rows):
+                table.append([*_first(other, other["row"] + some), *_means(other["on the images of ANCER"]), ""])
+            first, kept = [f"{sigma:g}", name + some, f"{4 * sigma:g}", ""], r["without leaky"]
+            table.append([*first, *_means(r), ""])
+            first[1] += ", without leaky thetas"
+            table.append([*first, "", *(round_down(kept[column], 3) for column in ("radius", "radius_proxy")), ""])
             continue
-        cells = [f"{r['sigma']:g}", r["row"], f"{r['theta_max']:g}", f"{r['geometric mean'] / r['sigma']:.2f}"]
-        cells += [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
-        contain = "{} of {}".format(r["contain white's"], r["correct with white"])
-        table.append([*cells, "" if r is white[r["sigma"]] else contain])
+        contain = "" if name == "white" else "{} of {}".format(r["contain white's"], r["correct with white"])
+        table.append([*_first(r, name), *_means(r), contain])
     header = ["sigma", "noise", "theta_max", "geometric mean / sigma", "accuracy", "ACR", "ACR-tilde"]
     return markdown([*header, "contains white's"], table)
+
+
+def _first(r: dict[str, Any], name: str) -> list[str]:
+    """The cells of a row that describe its noise."""
+    return [f"{r['sigma']:g}", name, f"{r['theta_max']:g}", f"{r['geometric mean'] / r['sigma']:.2f}"]
+
+
+def _means(r: dict[str, Any]) -> list[str]:
+    """The cells of accuracy, ACR and ACR-tilde."""
+    return [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
 
 
 def _sizes(output: str, name: str) -> str:
     """The figures of a row, of the smallest sigma."""
     r = next(r for r in load(output)["results"]["rows"] if r["row"] == name)
-    accuracy = figures.share(r["accuracy"], r["images"])
-    return f"accuracy {accuracy}, ACR {round_down(r['ACR'], 3)}, ACR-tilde {round_down(r['ACR-tilde'], 3)}"
+    return "accuracy {}, ACR {}, ACR-tilde {}".format(*_means(r))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
