@@ -160,7 +160,7 @@ class Memory:
                     near = may_meet[j, :row].nonzero()[0], may_lie_in[j, :row].nonzero()[0]
                     prediction, gap, inside[start + j] = _answer(like, columns, row, *near)
                     columns["prediction"][row], columns["gap"][row] = prediction, gap
-                    columns["reach"][row] = gap * columns["theta"][row].max().astype(np.float64)
+                    columns["outer_radius"][row] = gap * columns["theta"][row].max().astype(np.float64)
                 progress(len(block["gap"]))
         memory = Memory(self.norm, self.basis, np.shape(region.center)[1:], self.size + count, columns)
         gap, prediction = (memory._column(name)[self.size :].copy() for name in ("gap", "prediction"))
@@ -183,7 +183,7 @@ class Memory:
             return int(fallback(x))
         near = _near(row, self._columns, self.size)[1][0].nonzero()[0]
         with float64_on_the_host():
-            inside = near[_ask(_holds, point, self._columns, near)]
+            inside = near[_compare(_contains_center, point, self._columns, near)]
         return int(self.predictions[inside[0]]) if inside.size else int(fallback(x))
 
 
@@ -210,9 +210,10 @@ _claiming = threading.Lock()
 
 
 class _Columns(dict[str, np.ndarray]):
-    """Arrays by name, with spare rows at their ends. Written rows never change, so that Memories may share them.
+    """Arrays by name, with spare rows at their ends. Memories may share them: rows that a Memory counts never change.
 
-    Rows are claimed before they are written: of two threads that insert into one Memory, one gets a copy.
+    Rows are claimed before they are written (of two threads that insert into one Memory, one gets a copy), and only
+    the insertion that claimed them writes to them.
     """
 
     used = 0
@@ -271,9 +272,8 @@ def _checked(memory: Memory, regions: Region, predictions: ArrayLike) -> dict[st
     center, theta = (_lossless(value.reshape(count, -1 if count else 1)) for value in (center, theta))
     square = np.einsum("ij,ij->i", center, center, dtype=np.float64)
     gap = gap.astype(np.float64)
-    reach = gap * theta.max(axis=1, initial=0).astype(np.float64)
-    prediction = prediction.astype(np.int64)
-    return {"center": center, "theta": theta, "gap": gap, "prediction": prediction, "square": square, "reach": reach}
+    columns = {"center": center, "theta": theta, "gap": gap, "prediction": prediction.astype(np.int64)}
+    return columns | {"square": square, "outer_radius": gap * theta.max(axis=1, initial=0).astype(np.float64)}
 
 
 def _lossless(values: np.ndarray) -> np.ndarray:
@@ -299,7 +299,7 @@ def _near(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], end: int)
     Both regions lie in l2 balls around their centers (for norm 1, too), with the largest semi-axis as radius. Squared
     distances come from a float32 matrix product, less a bound of its error (the second part: of what underflows).
     """
-    stored = {name: columns[name][:end] for name in ("center", "square", "reach")}
+    stored = {name: columns[name][:end] for name in ("center", "square", "outer_radius")}
     length_a, length_b = np.sqrt(rows["square"])[:, None], np.sqrt(stored["square"])
     with np.errstate(over="ignore", invalid="ignore"):
         a, b = (value["center"].astype(np.float32, copy=False) for value in (rows, stored))
@@ -307,10 +307,10 @@ def _near(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], end: int)
         error = rounding(a.shape[1], np.float32) * (length_a + length_b) ** 2
         error += 4 * a.shape[1] * _FLOAT32.tiny * (1 + length_a + length_b)
         square = rows["square"][:, None] + stored["square"] - 2 * product - error
-        reach = rows["reach"][:, None]
         known = np.isfinite(product)
         beyond = lambda distance: known & (square > distance**2)
-        return ~beyond(reach + stored["reach"]), ~beyond(stored["reach"])
+        own, others = rows["outer_radius"][:, None], stored["outer_radius"]
+        return ~beyond(own + others), ~beyond(others)
 
 
 def _answer(
@@ -319,43 +319,43 @@ def _answer(
     """(class, gap, place of a stored region that contains it or -1) for the input in `row`."""
     region, prediction, gap = _region(like, columns, row), columns["prediction"][row], columns["gap"][row]
     meets = may_meet[columns["prediction"][may_meet] != prediction]
-    gaps = _ask(_clear, region, columns, meets)
+    gaps = _compare(_disjoint_gap, region, columns, meets)
     # A gap of 0: the stored region was not proven to exclude the center. Only such a region can contain it.
     doubtful = meets[gaps == 0]
-    others = doubtful[_ask(_holds, region, columns, doubtful)]
+    others = doubtful[_compare(_contains_center, region, columns, doubtful)]
     if others.size:
-        inner = _ask(largest_inside, region, columns, others)
+        inner = _compare(largest_inside, region, columns, others)
         place = others[inner.argmax()]
         return int(columns["prediction"][place]), float(min(gap, inner.max())), int(place)
     own = may_lie_in[columns["prediction"][may_lie_in] == prediction]
-    own = own[_ask(_holds, region, columns, own)]
+    own = own[_compare(_contains_center, region, columns, own)]
     return int(prediction), float(min(gap, gaps.min(initial=np.inf))), int(own[0]) if own.size else -1
 
 
-def _holds(region: Region, stored: Region) -> Values:
+def _contains_center(region: Region, stored: Region) -> Values:
     """Whether the stored region contains the center of the region, or rounding leaves it open."""
     margin = 1 + rounding_of_contains(stored)
     return dataclasses.replace(stored, gap=stored.gap * margin).contains(region.center)
 
 
-def _clear(region: Region, stored: Region) -> Values:
+def _disjoint_gap(region: Region, stored: Region) -> Values:
     """A gap with which the region is disjoint from the stored one: the largest, or at least its own."""
     return largest_outside(region, stored, enough=region.gap)
 
 
-@functools.partial(jax.jit, static_argnames="question")
-def _ask_padded(question: Callable[[Region, Region], Values], region: Region, stored: Region):
-    return jax.lax.map(lambda one: question(region, one), stored, batch_size=8)
+@functools.partial(jax.jit, static_argnames="comparison")
+def _compare_padded(comparison: Callable[[Region, Region], Values], region: Region, stored: Region):
+    return jax.lax.map(lambda one: comparison(region, one), stored, batch_size=8)
 
 
-def _ask(
-    question: Callable[[Region, Region], Values], region: Region, columns: dict[str, np.ndarray], places: np.ndarray
+def _compare(
+    comparison: Callable[[Region, Region], Values], region: Region, columns: dict[str, np.ndarray], places: np.ndarray
 ) -> np.ndarray:
-    """`question(region, stored)` for the stored regions at `places`."""
-    answers = [np.zeros(0, bool if question is _holds else np.float64)]
+    """`comparison(region, stored)` for the stored regions at `places`."""
+    found = [np.zeros(0, bool if comparison is _contains_center else np.float64)]
     for start in range(0, places.size, _PAIRS[-1]):
         some = places[start : start + _PAIRS[-1]]
         padded = np.resize(some, next(size for size in _PAIRS if size >= some.size))
         stored = _region(region, columns, padded)
-        answers.append(np.asarray(_ask_padded(question, region, stored))[: some.size])
-    return np.concatenate(answers)
+        found.append(np.asarray(_compare_padded(comparison, region, stored))[: some.size])
+    return np.concatenate(found)

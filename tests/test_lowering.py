@@ -107,11 +107,11 @@ def test_the_programs_of_a_run(run, dtype):
     job = make_job(classifier(dtype=dtype), config, THETA, Execution(chunk=4), devices.device_mesh(2))
     job = job.with_probes(DATASET)
     ids, theta = np.arange(4, dtype=np.uint32), np.full(IMAGES.shape, 0.25, np.float32)
-    counter = job.counter(ids, IMAGES, theta)
+    counter = job.vote_counter(ids, IMAGES, theta)
     items = np.zeros((counter.sizes[-1], 3), np.int32)
     programs = [
-        job.search(ids, IMAGES),
-        job.measure_leakage(IMAGES, theta, LABELS),
+        job.search_program(ids, IMAGES),
+        job.leakage_program(IMAGES, theta, LABELS),
         counter.program(Stage.ESTIMATE, items, 1),
     ]
     for program in programs:

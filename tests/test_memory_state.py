@@ -274,7 +274,7 @@ def test_the_filter_drops_no_pair_that_meets(kind, d):
             )
             for centers, gap in ((b, reach), (a, own))
         )
-        own, reach = (np.longdouble(value["reach"]) for value in (rows, stored))
+        own, reach = (np.longdouble(value["outer_radius"]) for value in (rows, stored))
         may_meet, may_lie_in = module._near(rows, stored, 60)
         assert may_meet[square <= (own[:, None] + reach) ** 2].all()
         assert may_lie_in[square <= reach**2].all()

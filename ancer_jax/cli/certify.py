@@ -135,7 +135,8 @@ class Certify:
     theta_max: float | None = None
     """Limit of theta in both searches; default 4 * sigma; inf for none, which lets the noise run away."""
     guard: Guard = "volume"
-    """Keep the isotropic theta unless the anisotropic one has the larger volume / contains its region; off: never."""
+    """When the anisotropic theta replaces the isotropic one. volume: if its region is larger; superset: if its region
+    contains the other; off: always."""
     guard_samples: int = RunConfig.guard_samples
     """Draws for that choice, for each theta; none of them certifies."""
     memory: bool = True
@@ -255,9 +256,9 @@ class Certify:
                 warnings.warn(trained, stacklevel=1)
             if self.noise is None and checkpoint.norm == self.norm:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
-        law = "splitting-" * (command.noise == "splitting") + "exact-" * self.exact
-        law += f"{self.basis}-" * (self.basis not in (None, "pixels"))
-        out = out or f"runs/{self.norm}-{law}{self.method}-{sigma:g}"
+        law = [command.noise if command.noise == "splitting" else None, "exact" if self.exact else None]
+        law.append(None if self.basis == "pixels" else self.basis)
+        out = out or "runs/" + "-".join([self.norm, *filter(None, law), self.method, f"{sigma:g}"])
         command.certify(classifier, dataset, sigma, out, theta_map)
         self._print_rest(out, dataset)
         return out

@@ -50,7 +50,8 @@ class Train:
     """Noise theta, in units of [0, 1] pixels: standard deviation of Gaussian noise, half-width of uniform noise, half
     the distance between cuts of splitting noise. Default: 0.25."""
     theta_map: str | None = None
-    """Instead of --sigma: file of a theta map (of learn-theta), under whose noise the network is trained."""
+    """Instead of --sigma: a theta map (of learn-theta), or an .npy file of theta for each pixel, under whose noise the
+    network is trained."""
     front: FrontName = "none"
     """wiener: a fixed linear filter in front of the network, Wiener's for the training images and Gaussian noise, in
     the basis of --theta-map or, for noise that is independent in pixels, in the cosine basis."""

@@ -33,7 +33,7 @@ def _ellipsoid_dual_jvp(margin, primals, tangents):
 
 def _climb(e, w, start, enough, margin):
     """(value, lambda) of `ellipsoid_dual`."""
-    tiny = 8 * jnp.finfo(e.dtype).eps
+    few_eps = 8 * jnp.finfo(e.dtype).eps
     scale = w.max()  # without units, lambda w neither overflows nor vanishes
     w, start = w / scale, start * scale
 
@@ -44,15 +44,19 @@ def _climb(e, w, start, enough, margin):
     def climb(state):
         i, lam, move, _, _ = state
         lam = lam + move
-        r = 1 / (1 + lam * w - jnp.where(lam < 0, tiny, 0.0))
+        r = 1 / (1 + lam * w - jnp.where(lam < 0, few_eps, 0.0))
         total = jnp.sum(e * r) * (1 - margin * jnp.sign(lam))
-        value, move = (lam * (total - 1) - jnp.abs(lam) * tiny) / scale, step(lam, r)
+        value, move = (lam * (total - 1) - jnp.abs(lam) * few_eps) / scale, step(lam, r)
         return i + 1, lam, move, value, (value >= enough**2) | (move <= 1e-6 * jnp.abs(lam))
+
+    def unfinished(state):
+        i, _, _, _, done = state
+        return (i < 60) & ~done
 
     zero = jnp.zeros((), e.dtype)
     move = jnp.where(start < 0, zero, step(start, 1.0))
-    state = jax.lax.while_loop(lambda s: (s[0] < 60) & ~s[4], climb, (0, start, move, zero, False))
-    return state[3], state[1] / scale
+    _, lam, _, value, _ = jax.lax.while_loop(unfinished, climb, (0, start, move, zero, False))
+    return value, lam / scale
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -22,9 +22,8 @@ from ancer_jax.regions.region import Region, parts_of, rounding_of_contains
 def is_superset(a: Region, b: Region) -> Values:
     """Whether region `a` contains region `b` of the same norm, basis and center (bool []); one region each.
 
-    True if `gap_a * theta_a >= gap_b * theta_b` in every coordinate; the products are rounded, so that regions of equal
-    size but for the last digit count as containing each other. Centers that differ give False: the comparison says
-    nothing about them.
+    True if `gap_a * theta_a >= gap_b * theta_b` in every coordinate. The products are rounded: where they differ by no
+    more than that, either answer may come out. Centers that differ give False: the comparison says nothing about them.
 
     Raises:
       ValueError: if norms or bases differ, or a region is a batch.
@@ -91,9 +90,9 @@ def separation(a: Region, b: Region) -> Values:
     """How clearly two regions of one norm and basis are separated ([]): above 1 they are disjoint; up to rounding, only
     then.
 
-    `max_{0<t<1} s(t)`, where with semi-axes `alpha = gap_a theta_a`, `beta = gap_b theta_b` and
-    `d = |B(center_a - center_b)|`, p = 2: `s(t) = sum d^2 / (alpha^2 / t + beta^2 / (1 - t))`; p = 1:
-    `s(t) = sum min(t / alpha, (1 - t) / beta) d`. Infinite for two points that differ.
+    `max_{0<t<1} s(t)`, where with semi-axes `u = gap_a theta_a`, `v = gap_b theta_b` and
+    `d = |B(center_a - center_b)|`, p = 2: `s(t) = sum d^2 / (u^2 / t + v^2 / (1 - t))`; p = 1:
+    `s(t) = sum min(t / u, (1 - t) / v) d`. Infinite for two points that differ.
 
     Guarantee: never above the exact value.
 
@@ -102,16 +101,16 @@ def separation(a: Region, b: Region) -> Values:
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     distance = jnp.where(d > 0, d, 1.0)
-    alpha, beta = theta_a / distance * a.gap, theta_b / distance * b.gap  # in units of d, so that squares do not vanish
+    u, v = theta_a / distance * a.gap, theta_b / distance * b.gap  # in units of d, so that squares do not vanish
 
     def total(values):
         return jnp.sum(jnp.where(d > 0, values, 0.0))
 
     def slope(tau):  # of s at t = tau / (1 + tau), times a positive number
         if a.norm == 2:
-            q = alpha**2 + beta**2 * tau
-            return total((alpha + beta * tau) / q * ((alpha - beta * tau) / q))
-        return total(jnp.where(beta * tau < alpha, 1 / alpha, -1 / beta))
+            q = u**2 + v**2 * tau
+            return total((u + v * tau) / q * ((u - v * tau) / q))
+        return total(jnp.where(v * tau < u, 1 / u, -1 / v))
 
     def halve(_, ends):
         low, high = ends
@@ -119,13 +118,13 @@ def separation(a: Region, b: Region) -> Values:
         rising = slope(jnp.exp(middle)) > 0
         return jnp.where(rising, middle, low), jnp.where(rising, high, middle)
 
-    ratio = jnp.log(jnp.where(alpha + beta > 0, alpha / beta, 1.0))
+    ratio = jnp.log(jnp.where(u + v > 0, u / v, 1.0))
     ends = jnp.clip(ratio.min(), -80.0, 80.0), jnp.clip(ratio.max(), -80.0, 80.0)
     tau = jnp.exp(jax.lax.fori_loop(0, 60, halve, ends)[0])
     if a.norm == 2:
-        s = total((tau / (1 + tau)) / (alpha**2 + beta**2 * tau))
+        s = total((tau / (1 + tau)) / (u**2 + v**2 * tau))
     else:
-        s = total(jnp.minimum(tau / alpha, 1 / beta)) / (1 + tau)
+        s = total(jnp.minimum(tau / u, 1 / v)) / (1 + tau)
     return s * (1 - margin)
 
 
@@ -147,7 +146,7 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
 
     Args:
       a, b: regions of one norm and shape.
-      enough: an answer of at least this may be given early, below the largest.
+      enough: stop early at an answer of at least this, even if it is not the largest.
 
     Guarantee: below the exact value by 2^-32 of it and rounding, never above; 0 if the center of a lies in b, or
     where numbers overflow. Differentiable under jit and grad. Errors as in `separation`.
@@ -182,7 +181,8 @@ def largest_inside(a: Region, b: Region) -> Values:
     beta = theta_b * jnp.where(b.gap > 0, b.gap, 1.0)
     if a.norm == 2:
         e, w = (d / beta) ** 2, (theta_a / beta) ** 2
-        # Left of the maximum: the smallest rho at which the term of one coordinate alone reaches 1, clear of the pole.
+        # With lambda = -rho this is `ellipsoid_dual`. Its start, left of the maximum, is a rho that is larger than the
+        # best: the smallest at which the term of one coordinate of h alone reaches 1, clear of the pole.
         pole = (1 - float(jnp.finfo(e.dtype).eps) ** 0.5) / w.max()
         start = jnp.minimum(((1 - jnp.sqrt(e)) / w).min(), pole)
         dual = ellipsoid_dual(e, w, -jnp.maximum(start, 0.0), jnp.inf, margin)

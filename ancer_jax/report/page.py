@@ -107,7 +107,7 @@ def _cost(results: list[Results]) -> dict[str, Any] | None:
         return None
     rows = []
     for r in results:
-        forward, backward, leakage = (f"{count:,.0f}" for count in r.passes) if r.passes else "---"
+        forward, backward, leakage = (f"{count:,.0f}" for count in r.passes) if r.passes else ["-"] * 3
         row = {"run": mark(r), "s/image": "-" if r.seconds is None else f"{r.seconds:.3g}"}
         row |= {"forward passes": forward, "backward passes": backward, "for leakage": leakage}
         acr = {"ACR": round_down(r.acr("radius"), 3), "ACR-tilde": round_down(r.acr("radius_proxy"), 3)}
@@ -185,7 +185,7 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         f"p_lower {round_down(line['p_lower'], 4)}" + f" of {int(own['predict'])}, its own answer" * bool(overruled),
         f"theta {spread}",
     ]
-    if results.data_dependent and line["leakage"] == line["leakage"]:
+    if results.data_dependent and not np.isnan(line["leakage"]):
         lines.append(f"leakage {round_up(line['leakage'], 3)}, soft {round_up(line['soft_leakage'], 3)}")
     if line.get("changed") == 1:
         before = f"before memory: proxy radius {round_down(own['radius_proxy'], 3)}"

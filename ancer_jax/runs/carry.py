@@ -159,7 +159,7 @@ def _describe(run: Run, there: Mapping[str, Any], config: CarryRunConfig) -> dic
     """The settings of carrying: those of the run by their hash, its network, and what is drawn now."""
     alpha = run.config.certify.alpha / 10 if config.alpha is None else config.alpha
     known = {name: there[name] for name in ("classifier", "precision")}
-    return {"run": run.key, **known, **dataclasses.asdict(CarryConfig(config.n, alpha)), "seed": config.seed}
+    return {"run": run.settings_hash, **known, **dataclasses.asdict(CarryConfig(config.n, alpha)), "seed": config.seed}
 
 
 def _carry_missing(before: Run, run: Run, job: Job, dataset: Dataset, execution: Execution) -> None:
@@ -187,7 +187,7 @@ def _carry_batch(
     how, classes = run.carried, certified["predictions"]
     assert how is not None
     answered = np.flatnonzero(batch["mask"] & (classes != ABSTAIN))
-    counter = job.counter(batch["id"].astype(np.uint32), batch["image"], certified["theta"])
+    counter = job.vote_counter(batch["id"].astype(np.uint32), batch["image"], certified["theta"])
     lost, draws = np.zeros((2, len(classes)), np.int64)
     launches = counter.launch(Stage.CARRY, answered, 0, how.n)
     lost[answered] = counter.collect(launches)[answered, classes[answered]]

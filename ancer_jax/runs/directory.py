@@ -65,7 +65,7 @@ class Run:
     still_held: Callable[[], None] = lambda: None
 
     @functools.cached_property
-    def key(self) -> str:
+    def settings_hash(self) -> str:
         """Hash of the settings; every shard carries it."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
@@ -126,14 +126,14 @@ class Run:
           ValueError: if a shard is truncated, renamed, doubled, changed, or belongs to another run.
         """
         names = tuple(dict.fromkeys(("ids", *names)))
-        checked = ("gap", "p_lower", "predictions", "counts", "n", *self._integers()) if "gap" in names else ()
+        checked = ("gap", "p_lower", "predictions", "counts", "n", *self._evidence_names()) if "gap" in names else ()
         seen, read = set(), tuple(dict.fromkeys((*names, *checked)))
         for file in self.files() if files is None else files:
             try:
                 shard = read_arrays(file, (*read, "key"))
             except ValueError as error:
                 raise ValueError(f"{file}: truncated or not a shard ({error}); delete it to compute it again") from None
-            if str(shard.pop("key")) != self.key:
+            if str(shard.pop("key")) != self.settings_hash:
                 raise ValueError(f"{file}: this shard belongs to a run with other settings")
             ids = [int(i) for i in shard["ids"]]
             if ids[0] != int(file.stem) or seen & {*ids} or any(len(shard[name]) != len(ids) for name in read):
@@ -143,7 +143,7 @@ class Run:
             seen |= {*ids}
             yield {name: shard[name] for name in names}
 
-    def _integers(self) -> tuple[str, ...]:
+    def _evidence_names(self) -> tuple[str, ...]:
         """Names of the arrays from which `p_lower` and gap follow (`bound_and_gap`)."""
         return _EVIDENCE if self.carried is None else (*_EVIDENCE, *_CARRIED)
 
@@ -160,8 +160,10 @@ class Run:
         """
         self.still_held()
         buffer = io.BytesIO()
-        named: dict[str, Any] = {name: arrays[name] for name in dict.fromkeys((*_ARRAYS, *self._integers(), "passes"))}
-        np.savez(buffer, key=np.array(self.key), made_with=np.array(json.dumps(dict(self.made_with))), **named)
+        names = dict.fromkeys((*_ARRAYS, *self._evidence_names(), "passes"))
+        named: dict[str, Any] = {name: arrays[name] for name in names}
+        named |= {"key": np.array(self.settings_hash), "made_with": np.array(json.dumps(dict(self.made_with)))}
+        np.savez(buffer, **named)
         write_file(self.path / "shards" / f"{int(arrays['ids'][0])}.npz", buffer.getvalue(), self.process)
 
     def made_with_all(self) -> dict[str, str]:
@@ -238,7 +240,7 @@ class Run:
     def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
         """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
         self.still_held()
-        made_from = np.array(self._made_from(self._digests(), len(ids)))
+        made_from = np.array(self._memory_hash(self._digests(), len(ids)))
         save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, made_from=made_from)
 
     def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
@@ -264,11 +266,11 @@ class Run:
             arrays = read_arrays(self.path / MEMORY, (*names, "ids", "made_from"))
         except (FileNotFoundError, ValueError):
             return None
-        return arrays if str(arrays["made_from"]) == self._made_from(digests, len(arrays["ids"])) else None
+        return arrays if str(arrays["made_from"]) == self._memory_hash(digests, len(arrays["ids"])) else None
 
-    def _made_from(self, digests: Sequence[bytes], count: int) -> str:
+    def _memory_hash(self, digests: Sequence[bytes], count: int) -> str:
         """Hash of this run's settings and of the certificates of its first `count` inputs."""
-        return hashlib.sha256(b"".join([f"memory 3 {self.key}".encode(), *digests[:count]])).hexdigest()
+        return hashlib.sha256(b"".join([f"memory 3 {self.settings_hash}".encode(), *digests[:count]])).hexdigest()
 
     def set_memory_aside(self) -> tuple[epath.Path, epath.Path] | None:
         """Rename a memory that is not, or no longer, this run's; its name and the new one, or None if there is none."""
@@ -296,7 +298,8 @@ def bound_and_gap(
 def _follows_from_counts(shard: Mapping[str, np.ndarray], config: RunConfig, carried: CarryConfig | None) -> bool:
     """Whether `p_lower`, gap and abstentions of a shard are those of the votes stored in it, up to rounding."""
     evidence, certify = Evidence(*(shard[name] for name in _EVIDENCE)), config.certify
-    alpha, others = 0.0 if config.enumerable else certify.alpha_of_bound, evidence.n - evidence.votes
+    alpha = 0.0 if config.enumerable else certify.alpha_of_bound
+    others = evidence.n - evidence.votes
     sound = (shard["predictions"] >= ABSTAIN) & (evidence.runner_up >= 0) & (evidence.runner_up <= others)
     if not config.enumerable and certify.bound == "two-class":
         sound &= evidence.runner_up == others
@@ -354,7 +357,7 @@ def open_run(
         settings, config_file = plain(settings), path / "config.json"
         run = Run(path, settings, made_with, process, still_held)
         if config_file not in list_folder(path):
-            document = {"hash": run.key, "settings": settings}
+            document = {"hash": run.settings_hash, "settings": settings}
             write_file(config_file, (json.dumps(document, indent=2) + "\n").encode(), process)
         there = read_settings(path)
         refuse_other_version(path, there)

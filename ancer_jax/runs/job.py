@@ -116,8 +116,10 @@ class Job:
         indices = np.flatnonzero(batch["mask"])
         noise.check_inputs(batch["image"], batch["id"])
         ids, images = batch["id"].astype(np.uint32), batch["image"]
-        theta = np.asarray(self.search(ids, images).run()) if config.data_dependent else self.thetas(len(ids))
-        counter = self.counter(ids, images, theta)
+        theta = self.starting_thetas(len(ids))
+        if config.data_dependent:
+            theta = np.asarray(self.search_program(ids, images).run())
+        counter = self.vote_counter(ids, images, theta)
         if noise.enumerable:
             selection, estimation = counter.launch(Stage.ESTIMATE, indices, 0, _num_draws(noise, theta)[indices]), []
         else:
@@ -126,7 +128,7 @@ class Job:
         leaked = LeakageCounts(*(np.zeros(len(ids), np.int32) for _ in LeakageCounts._fields))
         if self.probes is not None:
             predictions = counter.collect(selection).argmax(axis=1).astype(np.int32)
-            leaked = self.measure_leakage(images, theta, predictions).run()
+            leaked = self.leakage_program(images, theta, predictions).run()
         return Pending(batch, indices, theta, leaked, counter, selection, estimation)
 
     def collect(self, pending: Pending) -> Collected:
@@ -188,16 +190,16 @@ class Job:
         found = ProbeSets(probes(in_search), probes(held_out) if len(held_out) else None)
         return dataclasses.replace(self, probes=found)
 
-    def thetas(self, count: int) -> np.ndarray:
+    def starting_thetas(self, count: int) -> np.ndarray:
         """The starting theta, once for each of `count` images."""
         return np.repeat(self.start[None], count, axis=0)
 
-    def search(self, ids: np.ndarray, images: np.ndarray) -> Program:
+    def search_program(self, ids: np.ndarray, images: np.ndarray) -> Program:
         """The program that finds the theta of each image."""
         in_search = None if self.probes is None else self.probes.in_search
-        return self._program(_find_theta, (ids, images, self.thetas(len(ids))), in_search)
+        return self._program(_find_theta, (ids, images, self.starting_thetas(len(ids))), in_search)
 
-    def measure_leakage(self, images: np.ndarray, theta: np.ndarray, predictions: np.ndarray) -> Program:
+    def leakage_program(self, images: np.ndarray, theta: np.ndarray, predictions: np.ndarray) -> Program:
         """The program that counts for the leakage of each image, of its theta and class."""
         return self._program(_measure_leakage, (images, theta, predictions), self.probes)
 
@@ -209,7 +211,7 @@ class Job:
         static = {"config": self.config, "shard": self.shard, "chunk": self.chunk, "mesh": self.mesh}
         return Program(function, (*place(of_images, self.mesh), classifier, probes), static)
 
-    def counter(self, ids: np.ndarray, images: np.ndarray, theta: np.ndarray) -> VoteCounter:
+    def vote_counter(self, ids: np.ndarray, images: np.ndarray, theta: np.ndarray) -> VoteCounter:
         """The vote counter of a batch."""
         config, chunk, per_image = self.config, self.chunk, 1
         if config.sampling is not None and chunk > UNIT:
@@ -227,7 +229,9 @@ class Job:
 
 
 def make_job(classifier: Classifier, config: RunConfig, start: np.ndarray, execution: Execution, mesh: Mesh) -> Job:
-    """The job of a run, with the chunk that is asked for or usual; `Job.with_probes` is needed to measure leakage."""
+    """The job of a run, with the chunk that is asked for, or a usual one until `choose_batch` has chosen; to measure
+    leakage it needs `Job.with_probes`.
+    """
     chunk = execution.chunk or usual_chunk(mesh, usual_images(mesh) * mesh.size)
     return Job(classifier, config, start, None, mesh, execution.shard, chunk)
 

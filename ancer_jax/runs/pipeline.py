@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import time
 import warnings
 
@@ -159,16 +158,24 @@ def _certify_missing(run: Run, job: Job, dataset: Dataset, execution: Execution)
     if mine is None:
         return
     job, batch_size = choose_batch(job.with_probes(dataset.whole), mine, execution)
-    ended, pending = time.perf_counter(), None
-    for batch in itertools.chain(batches(take(mine, missing), batch_size), [None]):
-        # Before the previous batch is collected, so that the devices stay busy. A classifier outside of JAX keeps none
-        # busy meanwhile.
-        launched = None if batch is None or job.classifier.on_host else job.launch(batch)
+    began, pending = time.perf_counter(), None
+
+    def store(pending: Pending) -> None:
+        nonlocal began
+        _store(run, pending, job.collect(pending), began)
+        began = time.perf_counter()
+        execution.progress("certified", len(pending.indices))
+
+    for batch in batches(take(mine, missing), batch_size):
+        launched = job.launch(batch)
+        if job.classifier.on_host:
+            store(launched)  # its votes are there already
+            continue
         if pending is not None:
-            _store(run, pending, job.collect(pending), ended)
-            ended = time.perf_counter()
-            execution.progress("certified", len(pending.indices))
-        pending = job.launch(batch) if batch is not None and launched is None else launched
+            store(pending)  # only now, so that the devices stay busy
+        pending = launched
+    if pending is not None:
+        store(pending)
 
 
 def missing_images(run: Run, dataset: Dataset, execution: Execution) -> tuple[Dataset | None, np.ndarray]:

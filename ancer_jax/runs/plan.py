@@ -60,12 +60,12 @@ def _shrunk(size: int, needed: int, budget: int) -> int:
 def needed_memory(job: Job, image: np.ndarray, batch: int) -> tuple[int, int]:
     """Bytes on one device for the search for theta, and for votes and leakage, of a batch of images like `image`."""
     ids, images = np.zeros(batch, np.uint32), np.repeat(image, batch, axis=0)
-    theta, search, leakage = job.thetas(batch), 0, 0
+    theta, search, leakage = job.starting_thetas(batch), 0, 0
     if job.config.data_dependent:
-        search, found = job.search(ids, images).plan()
+        search, found = job.search_program(ids, images).plan()
         theta = np.zeros(found.shape, found.dtype)
     if job.probes is not None:
-        leakage, _ = job.measure_leakage(images, theta, np.zeros(batch, np.int32)).plan()
-    counter = job.counter(ids, images, theta)
+        leakage, _ = job.leakage_program(images, theta, np.zeros(batch, np.int32)).plan()
+    counter = job.vote_counter(ids, images, theta)
     count, _ = counter.program(Stage.SELECT, np.zeros((counter.sizes[-1], 3), np.int32), 1).plan()
     return search, max(leakage, count)

@@ -31,7 +31,8 @@ class Program(NamedTuple):
     def plan(self) -> tuple[int, Any]:
         """Bytes on one device that the program takes, and shapes and types of its results."""
         lowered = self.function.lower(*self.arguments, **self.static)
-        # A GPU autotunes for minutes, and this program may turn out too large. Others run what is compiled here.
+        # A GPU autotunes for minutes, and this program may turn out too large. On other platforms, what is compiled is
+        # kept for `run`.
         on_gpu = devices.platform(self.static["mesh"]) == "gpu"
         sizes = lowered.compile({"xla_gpu_autotune_level": "0"} if on_gpu else None).memory_analysis()
         needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes

@@ -37,7 +37,7 @@ class Probes:
 
 
 class ProbeSets(NamedTuple):
-    """The leakage probes of a run: those of `leakage` and of searches, and others that no search sees, if there are."""
+    """The leakage probes of a run: those of `leakage` and of searches, and others that no search sees, if any."""
 
     in_search: Probes
     held_out: Probes | None

@@ -292,8 +292,10 @@ def _checked(successes: ArrayLike, trials: ArrayLike, alpha: ArrayLike) -> tuple
     successes, trials = _integers("successes", successes), _integers("trials", trials)
     if (trials < 1).any():
         raise ValueError(f"trials must be at least 1, got {trials.min()}")
-    if ((successes < 0) | (successes > trials)).any():
-        raise ValueError(f"successes must be in 0..{trials.min()}, got {successes.min()} to {successes.max()}")
+    wrong = (successes < 0) | (successes > trials)
+    if wrong.any():
+        first, among = (np.broadcast_to(values, wrong.shape)[wrong][0] for values in (successes, trials))
+        raise ValueError(f"successes must be in 0..{among}, got {first}")
     values = np.asarray(alpha)
     if values.dtype.kind != "f":
         raise ValueError(f"alpha must be a real number below 1, got {alpha!r}")

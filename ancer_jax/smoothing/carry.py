@@ -18,10 +18,10 @@ from ancer_jax._checks import check_integer, check_real, check_type
 from ancer_jax._numerics import HostValues
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import ABSTAIN, Certificate
-from ancer_jax.smoothing.certify import check_example, in_callers_numbers
+from ancer_jax.smoothing.certify import check_example, undo_float32_rounding
 from ancer_jax.smoothing.classifier import WRAP_IT, Classifier, from_host
 from ancer_jax.smoothing.noise import Noise
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, counts_now, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, count_range, stage_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def carry(
         selected = int(certificate.prediction)
         check_integer("the certified class", selected, 0, smoothed.classifier.num_classes - 1)
         compared = dataclasses.replace(of_region, classifier=losing_classifier(smoothed.classifier, changed))
-        lost = counts_now(stage_key(key, Stage.CARRY), compared, x, (0, config.n), chunk=chunk)[selected]
+        lost = count_range(stage_key(key, Stage.CARRY), compared, x, (0, config.n), chunk=chunk)[selected]
     return certificate_from_lost_votes(certificate, smoothed, np.asarray(lost), config=config)
 
 
@@ -159,7 +159,7 @@ def certificate_from_lost_votes(
     prediction = np.where(gap > 0, certificate.prediction, ABSTAIN)[()]
     counted = noise.region(np.asarray(x), np.asarray(as_float32.theta), gap[()])
     carried = dataclasses.replace(certificate, prediction=prediction, region=counted, p_lower=p_lower[()])
-    return in_callers_numbers(carried, smoothed, region.center)
+    return undo_float32_rounding(carried, smoothed, region.center)
 
 
 def carried_bound_and_gap(

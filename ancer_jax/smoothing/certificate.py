@@ -111,7 +111,8 @@ class Certificate(WithRegion):
 
 
 class Evidence(NamedTuple):
-    """The integers from which a certificate follows, [...] each: what a run stores beside its gaps, to check them.
+    """The counts, and the alpha of the bound, from which a certificate follows, [...] each. A run stores them to check
+    its gaps.
 
     Attributes:
       votes, n: votes for the class, and number of draws, that give the bound: all n draws or, of sequential sampling,
@@ -130,7 +131,7 @@ class Evidence(NamedTuple):
         """`p_lower` and gap, float64 [...]."""
         if noise.enumerable:
             return self.votes / self.n, np.asarray(noise.exact_gap(self.votes, self.runner_up, self.n))
-        if (self.runner_up == self.n - self.votes).all():
+        if (self.runner_up == self.n - self.votes).all():  # the second bound of `separate_bounds` would change nothing
             p_lower = bounds.clopper_pearson_lower(self.votes, self.n, self.alpha)
             return p_lower, np.asarray(noise.gap(p_lower))
         p_lower, p_b_upper = bounds.separate_bounds(self.votes, self.runner_up, self.n, self.alpha)
@@ -159,14 +160,20 @@ def votes_of(counts: Any, selected: Any, num_draws: Any, bound: Bound) -> tuple[
 
 
 def random_evidence(votes: ArrayLike, config: CertifyConfig, runner_up: ArrayLike | None = None) -> Evidence:
-    """The evidence of votes [...] among `config.n` random draws; without those for the runner-up, of all others."""
+    """The evidence of votes [...] among `config.n` random draws.
+
+    `runner_up` may be left out with the two-class bound: every other vote counts as one for the runner-up.
+    """
     votes = np.asarray(votes)
     n, alpha = np.full(votes.shape, config.n), np.full(votes.shape, config.alpha_of_bound)
     return Evidence(votes, n, alpha, n - votes if runner_up is None else np.asarray(runner_up))
 
 
 def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostValues, Evidence]:
-    """The top class, ties to the lowest, and the evidence of the votes of all draws there are, integers [..., K]."""
+    """The top class (of a tie, the lowest) and its evidence, from the votes of all draws that exist.
+
+    `counts`, integers [..., K], has the votes for each class; `num_draws` [...] is how many draws there are.
+    """
     counts, num_draws = np.asarray(counts), np.asarray(num_draws)
     second, top = np.moveaxis(np.partition(counts, -2, axis=-1)[..., -2:], -1, 0)
     return counts.argmax(axis=-1), Evidence(top, num_draws, np.zeros(num_draws.shape), second)

@@ -25,9 +25,10 @@ from ancer_jax.smoothing.certificate import (
     votes_of,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, counts_now, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, count_range, stage_key
 
 _FLOAT32 = np.finfo(np.float32)
+_CHUNK = 1000  # draws at a time, where nothing is asked for
 
 
 def count_votes(
@@ -96,7 +97,7 @@ def certify(
     x: Float[ArrayLike, "*d"],
     *,
     config: CertifyConfig = CertifyConfig(),
-    chunk: int = 1000,
+    chunk: int = _CHUNK,
 ) -> Certificate:
     """Certify the smoothed classifier at `x`.
 
@@ -122,6 +123,7 @@ def certify(
     Raises:
       ValueError: if theta or x is not finite, theta is not positive, shapes do not fit, the noise is enumerable, or
         `chunk` is not an integer.
+      TypeError: if theta or x is traced.
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
@@ -134,12 +136,12 @@ def certify(
 def _certify(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, config: CertifyConfig, chunk: int) -> Certificate:
     as_float32, x32 = check_example(smoothed, x)
     check_random(smoothed.noise)
-    counts = lambda stage, n: np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (0, n), chunk=chunk))
+    counts = lambda stage, n: np.asarray(count_range(stage_key(key, stage), as_float32, x32, (0, n), chunk=chunk))
     selected = counts(Stage.SELECT, config.n0).argmax()
     votes, runner_up = votes_of(counts(Stage.ESTIMATE, config.n), selected, config.n, config.bound)
     evidence = random_evidence(votes, config, runner_up)
     certificate = certificate_from_evidence(selected, evidence, as_float32, x32)
-    return in_callers_numbers(certificate, smoothed, x)
+    return undo_float32_rounding(certificate, smoothed, x)
 
 
 def certify_batch(
@@ -149,7 +151,7 @@ def certify_batch(
     *,
     ids: Int[ArrayLike, " m"] | Sequence[int] | None = None,
     config: CertifyConfig = CertifyConfig(),
-    chunk: int = 1000,
+    chunk: int = _CHUNK,
 ) -> Certificate:
     """`certify` at many inputs, from one key: a `Certificate` with a row for each input.
 
@@ -198,21 +200,22 @@ def _examples(
     return list(zip(keys, map(smoothed.with_theta, thetas), xs, strict=True))
 
 
-def in_callers_numbers(certificate: Certificate, smoothed: Smoothed, x: ArrayLike) -> Certificate:
-    """The certificate of the caller's x and theta, from one that was made for them in float32.
+def undo_float32_rounding(certificate: Certificate, smoothed: Smoothed, x: ArrayLike) -> Certificate:
+    """The certificate of the caller's x and theta, from one that was made for them as float32.
 
     Rounding shifts and stretches the caller's region: its gap is reduced until it provably lies inside the region that
     was certified. Abstains if that gap is 0.
     """
     region = certificate.region
-    center, center32, axes, axes32 = (
+    center, center32, theta, theta32 = (
         np.asarray(value, np.float64) for value in (x, region.center, smoothed.theta, region.theta)
     )
     moved = center - center32
-    shift = np.linalg.norm(np.ravel(region.basis.coefficients(moved) / axes32), ord=region.norm)
+    shift = np.linalg.norm(np.ravel(region.basis.coefficients(moved) / theta32), ord=region.norm)
     error = region.basis.rounding(moved.shape, np.float64) * np.linalg.norm(moved)
-    shift += error * np.linalg.norm(1 / np.broadcast_to(axes32, moved.shape))
-    stretch = np.maximum(1.0, np.max(axes / axes32))
+    shift += error * np.linalg.norm(1 / np.broadcast_to(theta32, moved.shape))
+    stretch = np.maximum(1.0, np.max(theta / theta32))
+    # 1e-9 is far above the rounding of these sums in float64.
     gap = np.maximum(np.asarray(region.gap) - shift * (1 + 1e-9), 0.0) / stretch
     region = smoothed.noise.region(np.asarray(x), np.asarray(smoothed.theta), gap)
     prediction = np.where(gap > 0, np.asarray(certificate.prediction), ABSTAIN)[()]
@@ -226,7 +229,7 @@ def predict(
     *,
     n: int = 1000,
     alpha: float = 0.001,
-    chunk: int = 1000,
+    chunk: int = _CHUNK,
 ) -> int:
     """The smoothed classifier's class at `x`, or `ABSTAIN` where the n draws do not decide it.
 
@@ -260,7 +263,7 @@ def _predict(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, n: int, alph
     smoothed, x = check_example(smoothed, x)
     key = stage_key(key, Stage.PREDICT)
     check_random(smoothed.noise)
-    counts = np.asarray(counts_now(key, smoothed, x, (0, n), chunk=chunk))
+    counts = np.asarray(count_range(key, smoothed, x, (0, n), chunk=chunk))
     top, second = np.argsort(-counts, kind="stable")[:2]
     return int(top) if bounds.binomial_test(counts[top], counts[second]) <= alpha else ABSTAIN
 
@@ -274,9 +277,12 @@ def predict_batch(
     n: int = 1000,
     alpha: float = 0.001,
 ) -> Int[np.ndarray, " m"]:
-    """`predict` at many inputs, from one key: int64 [m]. Arguments and errors as in `certify_batch`."""
+    """`predict` at many inputs, from one key: int64 [m].
+
+    `key`, `smoothed`, `xs`, `ids` and errors as in `certify_batch`; `n` and `alpha` as in `predict`.
+    """
     _check_prediction(n, alpha)
-    return np.array([_predict(*example, n, alpha, 1000) for example in _examples(key, smoothed, ids, xs)])
+    return np.array([_predict(*example, n, alpha, _CHUNK) for example in _examples(key, smoothed, ids, xs)])
 
 
 def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array]:

@@ -2,7 +2,7 @@
 
 If the smoothed classifier `g_theta(x) = argmax_c P(f(noisy copy of x) = c)` gives its top class with probability at
 least `p_lower`, then it is constant on `{y : ||B(y - x) / theta||_norm <= gap(p_lower)}`, where B gives coefficients in
-the basis of the noise: of all noise but `Gaussian(basis)`, the pixels themselves.
+the basis of the noise: for all noise but `Gaussian(basis)` these are the pixels.
 """
 
 import abc
@@ -127,7 +127,7 @@ class Gaussian(AdditiveNoise):
     standard deviation.
 
     `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds; in another basis than
-    the pixels less 2^-14 of that. The matrices of a basis are rounded to float32 where noise is drawn, so that the
+    the pixels times `1 - 2^-14`. The matrices of a basis are rounded to float32 where noise is drawn, so that the
     noise has a slightly skewed basis: this covers images of up to 224 x 224 x 3 and thetas that differ by a factor of
     up to 32. `region` refuses others, and `admissible` lowers them.
 

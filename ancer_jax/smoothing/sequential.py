@@ -25,9 +25,9 @@ from ancer_jax.smoothing.certificate import (
     certificate_from_evidence,
     votes_of,
 )
-from ancer_jax.smoothing.certify import check_example, in_callers_numbers, warn_if_undecidable
+from ancer_jax.smoothing.certify import check_example, undo_float32_rounding, warn_if_undecidable
 from ancer_jax.smoothing.noise import Noise
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, counts_now, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, count_range, stage_key
 
 # Sizes of looks are multiples of UNIT, each half as large again as the last one.
 UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
@@ -35,9 +35,9 @@ UNIT, _GROWTH, _MOST_LOOKS = 100, 1.5, 64
 # run that goes on to n draws loses little against a fixed n; with a tolerance the first, whose size the pilot chose.
 _LAST_SHARE, _PLANNED_SHARE = 0.1, 0.9
 # What only a rate of votes this many standard deviations above the observed one would reach is given up.
-_FUTILITY_Z = 2.6
+_OPTIMISM_Z = 2.6
 # The pilot takes n / 100 draws, and up to n / 25 where fewer than 10 draws vote for the class, or fewer than 10 do not.
-_LEAST_PILOT, _MOST_PILOT, _RARE = 100, 25, 10
+_PILOT_DIVISOR, _LARGEST_PILOT_DIVISOR, _RARE = 100, 25, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def certify_sequentially(
 ) -> Certificate:
     """`certify` with as many of the `config.n` draws as `sequential` asks for; the certificate's `n` says how many.
 
-    Arguments, guarantee and errors as in `certify`.
+    Arguments, guarantee and errors as in `certify`; `chunk` has another default, as most inputs need few draws.
     """
     as_float32, x32 = check_example(smoothed, x)
     check_integer("chunk", chunk)
@@ -97,7 +97,7 @@ def certify_sequentially(
     warn_if_undecidable(config, smoothed.noise)
 
     def counts(stage, first, stop):
-        return np.asarray(counts_now(stage_key(key, stage), as_float32, x32, (first, stop), chunk=chunk))
+        return np.asarray(count_range(stage_key(key, stage), as_float32, x32, (first, stop), chunk=chunk))
 
     def votes_in(stage, indices, first, stop):
         return counts(stage, int(first[0]), int(stop[0]))[None]
@@ -108,7 +108,7 @@ def certify_sequentially(
         votes_in, np.array([selected]), scales, noise=smoothed.noise, config=config, sequential=sequential
     )
     one = jax.tree.map(lambda column: column[0], found)
-    return in_callers_numbers(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
+    return undo_float32_rounding(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
 
 
 class SequentialVotes(NamedTuple):
@@ -167,19 +167,16 @@ def sample_until_decided(
     check_random(noise)
     check_divisible(config)
     batch, n, tolerance = len(selected), config.n, sequential.tolerance
-    going, pilot = np.arange(batch), np.zeros(batch, np.int64)
+    going, pilot_draws, goals = np.arange(batch), np.zeros(batch, np.int64), _goals(sequential, scales)
     if tolerance is None:
         sizes, alphas, last_alpha = _looks(np.full(batch, UNIT), config, planned=False)
     else:
-        seen = _pilot(votes_in, selected, config)
-        first, pilot = _planned_size(seen, noise, config, tolerance), seen.n
+        pilot = _pilot(votes_in, selected, config)
+        first, pilot_draws = _planned_size(pilot, noise, config, tolerance), pilot.n
         sizes, alphas, last_alpha = _looks(first, config, planned=True)
-        going = going[_futility_gap(seen, noise, config, config.alpha_of_bound) > 0]
-    goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(batch, -1)
-    # A little larger, so that the table, which rounds down, shows a radius that was reached; with 1e-12, radius 0 is
-    # reached only by a region.
-    goals = np.maximum(goals * (1 + 1e-9), 1e-12)
-    count, drawn, p_lower, gap = (np.zeros(batch, kind) for kind in (np.int64, np.int64, float, float))
+        # Inputs without hope take no draws: they end with n = 0, and a look without votes as their evidence.
+        going = going[_optimistic_gap(pilot, noise, config, config.alpha_of_bound) > 0]
+    count, drawn, best_p_lower, best_gap = (np.zeros(batch, kind) for kind in (np.int64, np.int64, float, float))
     best = Evidence(np.zeros(batch, np.int64), sizes[:, 0].copy(), alphas[:, 0].copy(), sizes[:, 0].copy())
     look, counts = 0, np.int64(0)  # of the inputs that go on, [m, K]
     while going.size:
@@ -188,21 +185,29 @@ def sample_until_decided(
         votes, runner_up = votes_of(counts, selected[going], size, config.bound)
         seen = Evidence(votes, size, alphas[going, look], runner_up)
         count[going], drawn[going] = votes, size
-        bound, size_now = seen.bound_and_gap(noise)
-        better = (size_now > gap[going]) | ((size_now == gap[going]) & (bound > p_lower[going]))
-        for column, value in zip((*best, p_lower, gap), (*seen, bound, size_now), strict=True):
+        p_lower, gap = seen.bound_and_gap(noise)
+        better = (gap > best_gap[going]) | ((gap == best_gap[going]) & (p_lower > best_p_lower[going]))
+        for column, value in zip((*best, best_p_lower, best_gap), (*seen, p_lower, gap), strict=True):
             column[going[better]] = value[better]
-        reached = gap[going]
-        futility = _futility_gap(seen, noise, config, last_alpha[going], counted=True)
+        reached = best_gap[going]
+        optimistic = _optimistic_gap(seen, noise, config, last_alpha[going], counted=True)
         if tolerance is None:
-            enough = ((reached[:, None] >= goals[going]) | (futility[:, None] < goals[going])).all(axis=1)
+            enough = ((reached[:, None] >= goals[going]) | (optimistic[:, None] < goals[going])).all(axis=1)
         else:
             expected = np.rint(votes / size * n), np.rint(runner_up / size * n)
-            whole = _gap(*expected, n, config.alpha_of_bound, noise, config.bound)
-            enough = (futility == 0) | ((reached > 0) & (reached >= (1 - tolerance) * whole))
+            gap_of_n = _gap(*expected, n, config.alpha_of_bound, noise, config.bound)
+            enough = (optimistic == 0) | ((reached > 0) & (reached >= (1 - tolerance) * gap_of_n))
         more = ~enough & (size < n)
         going, counts, look = going[more], counts[more], look + 1
-    return SequentialVotes(best, count, drawn, pilot)
+    return SequentialVotes(best, count, drawn, pilot_draws)
+
+
+def _goals(sequential: SequentialConfig, scales: np.ndarray) -> np.ndarray:
+    """The gaps that are to be decided, [batch, goals]: none for a tolerance."""
+    goals = (np.array(sequential.radii or [])[:, None] / scales[:, None]).reshape(len(scales), -1)
+    # A little larger, so that the table, which rounds down, shows a radius that was reached; with 1e-12, radius 0 is
+    # reached only by a region.
+    return np.maximum(goals * (1 + 1e-9), 1e-12)
 
 
 def _looks(first: np.ndarray, config: CertifyConfig, *, planned: bool):
@@ -219,7 +224,7 @@ def _looks(first: np.ndarray, config: CertifyConfig, *, planned: bool):
 
 def _pilot(votes_in, selected: np.ndarray, config: CertifyConfig) -> Evidence:
     """Votes and draws of the pilot, which bound nothing; more draws where one of the two outcomes is rare."""
-    batch, target, limit = len(selected), max(1, config.n // _LEAST_PILOT), max(1, config.n // _MOST_PILOT)
+    batch, target, limit = len(selected), max(1, config.n // _PILOT_DIVISOR), max(1, config.n // _LARGEST_PILOT_DIVISOR)
     going, (votes, trials, runner_up) = np.arange(batch), np.zeros((3, batch), np.int64)
     counts = np.int64(0)  # of the inputs that go on, [m, K]
     while going.size:
@@ -240,9 +245,9 @@ def _gap(votes, runner_up, size, alpha, noise: Noise, bound: Bound) -> np.ndarra
     return Evidence(votes, size, alpha, runner_up).bound_and_gap(noise)[1]
 
 
-def _planned_size(seen: Evidence, noise: Noise, config: CertifyConfig, tolerance: float) -> np.ndarray:
+def _planned_size(pilot: Evidence, noise: Noise, config: CertifyConfig, tolerance: float) -> np.ndarray:
     """How many draws will come near enough to what n draws give, if they vote as the pilot did."""
-    rate, second = seen.votes / seen.n, seen.runner_up / seen.n
+    rate, second = pilot.votes / pilot.n, pilot.runner_up / pilot.n
 
     def gap(size, alpha):
         return _gap(np.floor(rate * size), np.ceil(second * size), size, alpha, noise, config.bound)
@@ -256,7 +261,7 @@ def _planned_size(seen: Evidence, noise: Noise, config: CertifyConfig, tolerance
     return 1.05 * high  # the pilot may be a little off
 
 
-def _futility_gap(seen: Evidence, noise: Noise, config: CertifyConfig, alpha, *, counted: bool = False) -> np.ndarray:
+def _optimistic_gap(seen: Evidence, noise: Noise, config: CertifyConfig, alpha, *, counted: bool = False) -> np.ndarray:
     """The optimistic gap at n draws: the draws to come vote 2.6 standard deviations above the rate that was seen for
     the class, and as far below it for the runner-up.
 
@@ -271,5 +276,5 @@ def _futility_gap(seen: Evidence, noise: Noise, config: CertifyConfig, alpha, *,
         excess = deviations * np.sqrt(rest * rate * (1 - rate) * (1 + rest / trials))
         return votes * counted + rest * rate + excess
 
-    votes = np.minimum(np.ceil(expected(seen.votes, _FUTILITY_Z)), n)
-    return _gap(votes, np.floor(expected(seen.runner_up, -_FUTILITY_Z)), n, alpha, noise, config.bound)
+    votes = np.minimum(np.ceil(expected(seen.votes, _OPTIMISM_Z)), n)
+    return _gap(votes, np.floor(expected(seen.runner_up, -_OPTIMISM_Z)), n, alpha, noise, config.bound)

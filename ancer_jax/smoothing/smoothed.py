@@ -59,7 +59,8 @@ class Stage(enum.IntEnum):
     """What draws are for; each stage's draws are independent of the others'.
 
     All but the first three are larger than any id of an input: ids are below 2^31. A batch folds the ids of its inputs
-    into its own key, so a search may have the key of a batch, too.
+    into its own key, so a search may have the key of a batch, too. The first three are used with the key of one input,
+    which is never that of a batch.
     """
 
     SELECT = 0
@@ -153,7 +154,7 @@ def class_counts_between(
     steps: Int[ArrayLike, ""],
     chunk: int,
 ) -> Int[Array, " K"]:
-    """`class_counts` of a range of draws alone, of enumerable noise, too: counts of ranges add up to their union's.
+    """Like `class_counts`, but of a range of draws, and of enumerable noise, too. Counts of disjoint ranges add up.
 
     Args:
       key, smoothed, x, chunk: as in `class_counts`.
@@ -195,15 +196,14 @@ def _counts_on_host(key, smoothed: Smoothed, x: jax.Array, draws: tuple[Any, Any
 _compiled_counts_between = jax.jit(class_counts_between, static_argnames="chunk")
 
 
-def counts_now(
+def count_range(
     key: Key[Array, ""], smoothed: Smoothed, x: Float[Array, "*d"], draws: tuple[int, int], *, chunk: int
 ) -> Int[Array, " K"]:
     """`class_counts_between` outside of a traced program: one is compiled for each chunk, noise and shape of x."""
-    (first, stop), counts = draws, _compiled_counts_between
+    first, stop = draws
     chunk = max(1, min(chunk, stop - first))
-    if smoothed.classifier.on_host:
-        counts = class_counts_between
-    return counts(key, smoothed, x, draws, steps=math.ceil((stop - first) / chunk), chunk=chunk)
+    count = class_counts_between if smoothed.classifier.on_host else _compiled_counts_between
+    return count(key, smoothed, x, draws, steps=math.ceil((stop - first) / chunk), chunk=chunk)
 
 
 def smoothed_probs(

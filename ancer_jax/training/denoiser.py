@@ -56,7 +56,7 @@ class DenoiserState(NamedTuple):
     """What training goes on from: variables of the network, state of Adam, and epochs that are done; a pytree."""
 
     variables: Any
-    moments: Any
+    optimizer_state: Any
     epoch: int
 
 
@@ -116,14 +116,16 @@ def _epochs(network, images, config, classifier, state) -> Iterator[tuple[Denois
     steps = len(images) // size
     for epoch in range(state.epoch, config.epochs):
         order, losses = np.random.default_rng((config.seed, epoch)).permutation(len(images)), []
-        variables, moments, _ = state
+        variables, optimizer_state, _ = state
         for number in range(steps):
             rows, step_key = order[number * size :][:size], jax.random.fold_in(key, 1 + epoch * steps + number)
             settings = {"network": network, "config": config, "steps": steps}
             batch = images[rows], labels[rows]
-            variables, moments, loss = _step(variables, moments, step_key, batch, classifier, **settings)
+            variables, optimizer_state, loss = _step(
+                variables, optimizer_state, step_key, batch, classifier, **settings
+            )
             losses.append(loss)
-        state = DenoiserState(variables, moments, epoch + 1)
+        state = DenoiserState(variables, optimizer_state, epoch + 1)
         yield state, float(np.mean(jax.device_get(losses)))
 
 
@@ -132,7 +134,7 @@ def _optimizer(config: DenoiserConfig, steps: int) -> optax.GradientTransformati
 
 
 @functools.partial(jax.jit, static_argnames=("network", "config", "steps"))
-def _step(variables, moments, key, batch, classifier, *, network, config: DenoiserConfig, steps: int):
+def _step(variables, optimizer_state, key, batch, classifier, *, network, config: DenoiserConfig, steps: int):
     """One step of Adam: new variables, its new state, and the loss."""
     (images, labels), (noise_key, flip_key) = batch, jax.random.split(key)
     mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
@@ -148,5 +150,5 @@ def _step(variables, moments, key, batch, classifier, *, network, config: Denois
         return value
 
     value, gradient = jax.value_and_grad(loss)(variables["params"])
-    updates, moments = _optimizer(config, steps).update(gradient, moments, variables["params"])
-    return {"params": optax.apply_updates(variables["params"], updates)}, moments, value
+    updates, optimizer_state = _optimizer(config, steps).update(gradient, optimizer_state, variables["params"])
+    return {"params": optax.apply_updates(variables["params"], updates)}, optimizer_state, value

@@ -79,7 +79,7 @@ def train(
     images = datasets[0].images if config.front_basis is None else datasets[0].some_images()
     state = TrainState(*initial_state(training, images), history)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with _same_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
+    with _open_training(out, network, datasets, config), ocp.CheckpointManager(out / STATE, options=options) as manager:
         done = manager.latest_step() or 0
         if done:
             state = _restore(manager, done, state)
@@ -95,7 +95,7 @@ def train(
 
 
 def _set_up(network, datasets: tuple[Dataset, Dataset], config: TrainConfig, num_devices: int | None) -> Training:
-    """Check that network, data and devices fit the config."""
+    """The `Training` of these settings, after checking that network, data and devices fit them."""
     data, test = datasets
     steps = len(data) // config.batch_size
     if steps == 0:
@@ -126,13 +126,15 @@ def _train_epoch(
     """One epoch and its evaluation; a loss that is not finite is a ValueError."""
     (data, test), (_, config, steps, mesh) = datasets, training
     train_step = compiled_train_step(devices.platform(mesh))
-    variables, moments, history = state
+    variables, optimizer_state, history = state
     clock, first, sums = time.perf_counter(), epoch * steps, 0.0
     columns = data.images, data.labels, _mirrored(config, epoch, len(data))
     epsilon = np.float32(config.epsilon * min(1.0, (epoch + 1) / max(config.warmup_epochs, 1)))
     for step, chosen in enumerate(_order(config, epoch, len(data), steps), start=first):
         batch = tuple(devices.take_rows(column, chosen, mesh) for column in columns)
-        variables, moments, figures = train_step(variables, moments, batch, np.int32(step), epsilon, training=training)
+        variables, optimizer_state, figures = train_step(
+            variables, optimizer_state, batch, np.int32(step), epsilon, training=training
+        )
         jax.block_until_ready(sums)  # of the last step: the host runs ahead of the devices by one, no more
         sums += figures
         progress(1, {})
@@ -144,7 +146,7 @@ def _train_epoch(
     rate, seconds = learning_rate(config, steps)(first), time.perf_counter() - clock
     history = history.copy()
     history[epoch] = (epoch + 1, rate, loss, accuracy, test_loss, test_accuracy, seconds)
-    return TrainState(variables, moments, history)
+    return TrainState(variables, optimizer_state, history)
 
 
 def _order(config: TrainConfig, epoch: int, count: int, steps: int) -> np.ndarray:
@@ -189,7 +191,7 @@ def _restore(manager, epoch: int, like: TrainState) -> TrainState:
 
 
 @contextlib.contextmanager
-def _same_training(
+def _open_training(
     out: epath.Path, network: nn.Module, datasets: tuple[Dataset, Dataset], config: TrainConfig
 ) -> Iterator[None]:
     """Hold the lock of the folder, which must be new or belong to the same training."""

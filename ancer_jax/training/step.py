@@ -56,11 +56,11 @@ def _initial_variables(key, images, *, network):
 
 
 @functools.partial(jax.jit, static_argnames="training")
-def train_step(variables, moments, batch, number, epsilon, *, training: Training):
+def train_step(variables, optimizer_state, batch, number, epsilon, *, training: Training):
     """Step `number` of the optimizer, counted from the start of training, with SmoothAdv's radius `epsilon`.
 
     `batch` is images, labels, and which images are mirrored, sharded over the mesh. Returns new variables of the
-    network, the optimizer's new state (`moments`), and [loss, accuracy] on the noisy copies, replicated on all devices.
+    network, the optimizer's new state, and [loss, accuracy] on the noisy copies, replicated on all devices.
     """
     images, labels, mirrored = batch
     network, config, _, mesh = training
@@ -85,8 +85,8 @@ def train_step(variables, moments, batch, number, epsilon, *, training: Training
         return value, (changed, jnp.stack([value, correct]))
 
     gradient, (changed, figures) = jax.grad(loss, has_aux=True)(variables["params"])
-    updates, moments = _optimizer(training).update(gradient, moments, variables["params"])
-    state = {"params": optax.apply_updates(variables["params"], updates), **changed}, moments, figures
+    updates, optimizer_state = _optimizer(training).update(gradient, optimizer_state, variables["params"])
+    state = {"params": optax.apply_updates(variables["params"], updates), **changed}, optimizer_state, figures
     return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, PartitionSpec()))
 
 

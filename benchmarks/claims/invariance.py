@@ -69,7 +69,7 @@ def anisotropic_theta(norm: Norm, config: RunConfig, execution: Execution, order
     job = make_job(devices.replicate(bundled.classifier, mesh), config, start, execution, mesh)
     counts = np.zeros((IMAGES, 10), int)
     for batch in np.split(rows, range(execution.batch_size, IMAGES, execution.batch_size)):
-        counter = job.counter(batch.astype(np.uint32), images[batch], theta[batch])
+        counter = job.vote_counter(batch.astype(np.uint32), images[batch], theta[batch])
         counts[batch] = counter(Stage.ESTIMATE, np.arange(len(batch)), 0, n)
     return counts.tolist()
 

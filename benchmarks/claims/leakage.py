@@ -98,7 +98,7 @@ def cost(n: int, seed: int, *, norm: Norm = "l2", images: int = 10) -> dict[str,
         return jax.vmap(one)(keys, images, theta)
 
     def leak():
-        return job.measure_leakage(part.images[:], theta, part.labels.astype(np.int32)).run()
+        return job.leakage_program(part.images[:], theta, part.labels.astype(np.int32)).run()
 
     def seconds(work: Callable[[], Any]) -> float:
         jax.block_until_ready(work())

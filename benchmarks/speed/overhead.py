@@ -57,7 +57,7 @@ def certify(classifier: Classifier, images, theta, *, n: int, chunk: int, seed: 
     config = RunConfig(certify=CertifyConfig(n=n), seed=seed)
     job = make_job(classifier, config, np.asarray(THETA, np.float32), Execution(chunk=chunk), mesh)
     columns = np.arange(len(images))
-    return job.counter(columns.astype(np.uint32), images, theta)(Stage.ESTIMATE, columns, 0, n)
+    return job.vote_counter(columns.astype(np.uint32), images, theta)(Stage.ESTIMATE, columns, 0, n)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "chunk"))

@@ -46,15 +46,15 @@ def certificates(case: str, norm: int, count: int, rng: np.random.Generator) -> 
 def whole(case: str, norm: int, count: int, seed: int) -> dict[str, Any]:
     """Seconds to insert all, and the share of pairs that needed the exact test."""
     candidates = certificates(case, norm, count, np.random.default_rng(seed))
-    ask, clear = memory._ask, memory._clear  # pyright: ignore[reportPrivateUsage]
+    compare, disjoint_gap = memory._compare, memory._disjoint_gap  # pyright: ignore[reportPrivateUsage]
     exact = 0
 
-    def counted(question, region, columns, places):
+    def counted(comparison, region, columns, places):
         nonlocal exact
-        exact += places.size if question is clear else 0
-        return ask(question, region, columns, places)
+        exact += places.size if comparison is disjoint_gap else 0
+        return compare(comparison, region, columns, places)
 
-    with unittest.mock.patch.object(memory, "_ask", counted):
+    with unittest.mock.patch.object(memory, "_compare", counted):
         start = time.perf_counter()
         _, answers = Memory.empty(norm).insert_batch(candidates)
         seconds = time.perf_counter() - start

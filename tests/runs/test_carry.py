@@ -72,7 +72,7 @@ def test_a_line_is_what_carry_gives_for_that_image(finished):
 def test_settings_name_both_networks_the_run_and_the_draws(finished):
     before, run = read_run(finished / "before"), read_run(finished / "carried")
     x = DATASET.images[0]
-    how = {"n": 400, "alpha": 0.002, "seed": 7, "precision": "default", "run": before.key}
+    how = {"n": 400, "alpha": 0.002, "seed": 7, "precision": "default", "run": before.settings_hash}
     of_changed = {"classifier": fingerprint(CHANGED, x), "carried": how | {"classifier": fingerprint(CLASSIFIER, x)}}
     assert run.settings == {**before.settings, **of_changed}
     assert run.config == before.config and run.carried == aj.CarryConfig(400, 0.002)

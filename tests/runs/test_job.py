@@ -82,7 +82,7 @@ def test_no_votes_are_counted_for_what_fills_a_batch_up(tmp_path, monkeypatch, s
 def counter(config, batch, chunk):
     """The vote counter of a batch, on one device."""
     job = Job(CLASSIFIER, config, THETA, None, devices.device_mesh(1), "images", chunk)
-    return job.counter(np.arange(batch, dtype=np.uint32), POINTS.images[:batch], job.thetas(batch))
+    return job.vote_counter(np.arange(batch, dtype=np.uint32), POINTS.images[:batch], job.starting_thetas(batch))
 
 
 @pytest.mark.parametrize(("n", "chunk"), [(20, 100), (110, 100), (100, 100), (1_000, 128)])

@@ -73,11 +73,11 @@ def updates_of(name, config, gradient, **attributes):
     """Parameters, and by how much the first step of the optimizer changes them."""
     training = Training(make_network(name, **attributes), config, 10, devices.device_mesh(1))
     shape = (1, 28, 28, 1) if name == "small_cnn" else (1, 32, 32, 3)
-    variables, moments = initial_state(training, np.zeros(shape, np.float32))
+    variables, state = initial_state(training, np.zeros(shape, np.float32))
     params = variables["params"]
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda w: gradient * rng.normal(size=w.shape).astype(np.float32), params)
-    updates, _ = _optimizer(training).update(gradients, moments, params)
+    updates, _ = _optimizer(training).update(gradients, state, params)
     return params, gradients, updates
 
 
