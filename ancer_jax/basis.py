@@ -137,7 +137,11 @@ def _cosine_matrices(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise ValueError(f"the cosine basis is of images [height, width, 1 or 3 channels], got shape {list(shape)}")
     rows, columns = (np.asarray(scipy.fft.dct(np.eye(size), axis=0, norm="ortho")) for size in shape[:2])
-    return rows, columns, _OPPONENT if shape[2] == 3 else np.ones((1, 1))
+    matrices = rows, columns, _OPPONENT if shape[2] == 3 else np.ones((1, 1))
+    for matrix in matrices:
+        matrix.flags.writeable = False
+    _check_float32(matrices)
+    return matrices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +152,7 @@ class KarhunenLoeve(_Separable):
       rows, columns, channels: orthonormal matrices, float64 [size, size], with a basis vector in each row.
 
     Raises:
-      ValueError: if a matrix is not orthonormal.
+      ValueError: if a matrix is not orthonormal, or together they lose too much by rounding to float32.
     """
 
     rows: np.ndarray
@@ -164,6 +168,7 @@ class KarhunenLoeve(_Separable):
             square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
             if not square or not _skew(matrix) <= 4 * (len(matrix) + 2) * len(matrix) ** 0.5 * np.finfo(float).eps:
                 raise ValueError(f"{axis} must be an orthonormal matrix, got one of shape {list(matrix.shape)}")
+        _check_float32(self._matrices)
 
     @classmethod
     def of(cls, images: ArrayLike) -> "KarhunenLoeve":
@@ -212,6 +217,16 @@ class KarhunenLoeve(_Separable):
         """See `Basis.describe`: the matrices as base64 of little-endian float64."""
         text = {axis: base64.b64encode(getattr(self, axis).astype("<f8")).decode() for axis in _AXES}
         return {"name": self.name, **text}
+
+
+def _check_float32(matrices: tuple[np.ndarray, ...]) -> None:
+    """Refuse matrices, one for each axis, that rounding to float32 changes by more than `Gaussian` covers."""
+    lost = sum(float(np.linalg.norm(matrix.astype(np.float32) - matrix)) for matrix in matrices)
+    if not lost < 2.0**-19:
+        sizes = " x ".join(str(len(matrix)) for matrix in matrices)
+        raise ValueError(
+            f"a basis of {sizes} loses too much by rounding to float32: {lost:.2g}, at most {2.0**-19:.2g}"
+        )
 
 
 def _skew(matrix: np.ndarray) -> float:

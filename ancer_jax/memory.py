@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from ancer_jax._checks import check_type
 from ancer_jax._numerics import Leaf, Values, float64_on_the_host, rounding
 from ancer_jax.basis import Basis, Pixels
 from ancer_jax.regions.pairs import largest_inside, largest_outside
@@ -119,6 +120,7 @@ class Memory:
         Raises:
           ValueError: if norm, basis or shape differ from what is stored, or a value makes no sense.
         """
+        check_type("certificate", certificate, Certificate, "certify makes one")
         region = certificate.region
         if np.ndim(region.gap):
             raise ValueError(f"insert takes one certificate, got a batch of {len(certificate)}: use insert_batch")
@@ -140,6 +142,7 @@ class Memory:
         Returns:
           The memory with m more answers, and the answers, batched. Errors as in `insert`.
         """
+        check_type("certificates", certificates, Certificate, "certify_batch makes them")
         region, columns = certificates.region, self._columns
         if not np.ndim(region.gap):
             raise ValueError("insert_batch takes a batch of certificates, got one: use insert")

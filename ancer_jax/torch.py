@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import math
 import operator
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,10 +43,11 @@ def from_module(
     searched: certify under one theta or a theta map, or see `translate`. A deep copy of the module is set to evaluation
     mode; later changes of `module` are not noticed, as far as `copy.deepcopy` copies it.
 
-    A stopped run is continued if everything that the module holds is the same: weights, buffers, attributes, the source
-    code of its classes, and also the kind of device and the precision of PyTorch's products. Functions that these
-    classes call are not looked at. A run with a module that holds something else than numbers, text, tensors, modules
-    and functions that close over nothing, or whose classes were made in a shell, cannot be continued.
+    A stopped run is continued if everything that the module holds is the same: weights, buffers, attributes, the code
+    of its classes, and also the kind of device, the precision of PyTorch's products, and the versions of PyTorch and
+    Python. Functions and globals that these classes use are not looked at. A run with a module that holds something
+    else than numbers, text, tensors, modules and functions that close over nothing, or whose classes were made in a
+    shell, cannot be continued.
 
     Args:
       module: returns logits [n, K] of float32 inputs, row by row. It should normalise its inputs itself, so that theta
@@ -166,7 +168,12 @@ def _arithmetic(device: "str | torch.device") -> str:
     torch = _import_torch()
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return f"{name} {torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32}"
+    backends = torch.backends
+    if not hasattr(backends, "fp32_precision"):  # before PyTorch 2.9
+        return f"{name} {torch.get_float32_matmul_precision()} {backends.cudnn.allow_tf32}"
+    parts = backends, *(getattr(of, part) for of in (backends.cudnn, backends.mkldnn) for part in ("conv", "rnn"))
+    parts = *parts, backends.cuda.matmul, backends.mkldnn.matmul
+    return " ".join([name, *(part.fp32_precision for part in parts)])
 
 
 def _digest(module: "torch.nn.Module", settings: str) -> str:
@@ -185,11 +192,17 @@ _OF_TRAINING = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "
 _OF_TRAINING += ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set")
 
 
+# Attributes that Python gives to every class.
+_OF_CLASSES = ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__parameters__")
+_OF_CLASSES += ("__abstractmethods__", "__firstlineno__", "__static_attributes__", "__annotate_func__", "_abc_impl")
+
+
 def _description(value: Any) -> Iterator[bytes]:
     """Texts that differ if two values compute something different; TypeError or OSError if there are none."""
     torch = _import_torch()
     known = torch, torch.nn.functional, math, operator
     plain = bool | int | float | complex | str | bytes | enum.Enum | np.generic | torch.dtype | torch.device
+    plain |= types.EllipsisType
     yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
     if value is None or isinstance(value, plain):
         yield repr(value).encode()
@@ -213,6 +226,9 @@ def _description(value: Any) -> Iterator[bytes]:
         yield from _description([value.func, value.args, value.keywords])
     elif isinstance(value, weakref.ref):
         yield from _description(value())
+    elif inspect.iscode(value):
+        yield value.co_code
+        yield from _description([value.co_names, value.co_varnames, value.co_consts])
     elif inspect.ismethod(value):
         yield from _description([value.__self__, value.__func__])
     elif inspect.isfunction(value) or inspect.isclass(value):
@@ -224,17 +240,31 @@ def _description(value: Any) -> Iterator[bytes]:
 
 
 def _code(value: Any) -> Iterator[bytes]:
-    """Name and source code of a function that closes over nothing, or of a class and its bases."""
+    """Name and code of a function that closes over nothing, or of a class and its bases, with what the class holds."""
     yield f"{value.__module__}.{value.__qualname__}".encode()
     if value.__module__.partition(".")[0] in ("torch", "builtins"):  # their version is in the digest
         return
     yield inspect.getsource(value).encode()
-    for function in filter(inspect.isfunction, vars(value).values() if inspect.isclass(value) else [value]):
-        if {*function.__code__.co_freevars} - {"__class__"}:
-            raise TypeError(f"{function.__qualname__} closes over {', '.join(function.__code__.co_freevars)}")
-        yield from _description([function.__defaults__, function.__kwdefaults__])
-    for base in value.__bases__ if inspect.isclass(value) else ():
+    if inspect.isfunction(value):
+        yield from _program(value)
+        return
+    for name, held in vars(value).items():
+        functions = [getattr(held, part, None) for part in ("__func__", "func", "fget", "fset", "fdel")]
+        functions = list(filter(inspect.isfunction, [held, *functions]))
+        yield name.encode()
+        for function in functions:  # methods, properties and the like: one may have been replaced
+            yield from _program(function)
+        if not functions and name not in _OF_CLASSES:
+            yield from _description(held)
+    for base in value.__bases__:
         yield from _code(base)
+
+
+def _program(function: Any) -> Iterator[bytes]:
+    """What a function does: its source code does not tell two lambdas of one line apart."""
+    if {*function.__code__.co_freevars} - {"__class__"}:
+        raise TypeError(f"{function.__qualname__} closes over {', '.join(function.__code__.co_freevars)}")
+    yield from _description([function.__defaults__, function.__kwdefaults__, function.__code__])
 
 
 def _import_torch() -> Any:

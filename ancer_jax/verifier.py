@@ -113,14 +113,18 @@ class Verifier:
         return Verdict(result, time.monotonic() - began, [prediction])
 
     def _input(self, data: Any) -> np.ndarray:
-        """The input as it is certified."""
-        x = np.asarray(data.detach().cpu().double() if hasattr(data, "detach") else data)
-        x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)
+        """The input as it is certified, in float64."""
+        if hasattr(data, "detach"):  # a tensor
+            data = data.detach().cpu().double() if data.is_floating_point() else data.detach().cpu()
+        x = np.asarray(data)
+        if not np.issubdtype(x.dtype, np.floating):
+            raise ValueError(f"data must be floating point, in the units of theta, got {x.dtype}")
+        x = x.astype(np.float64) + 0.0  # equal numbers, of whatever type and sign of zero, are one input
         x = x[0] if x.ndim == 4 and len(x) == 1 else x
         return np.moveaxis(x, 0, -1) if self._channels == "first" and x.ndim == 3 else x
 
     def _certificate(self, x: np.ndarray) -> Certificate:
-        name = hashlib.sha256(repr((x.shape, x.dtype.str)).encode() + x.tobytes()).digest()
+        name = hashlib.sha256(repr(x.shape).encode() + x.tobytes()).digest()
         if name not in self._certificates:
             key = jax.random.fold_in(self._key, np.frombuffer(name[:4], np.uint32)[0])
             self._certificates[name] = certify(key, self._smoothed, x, config=self._config)

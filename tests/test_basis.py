@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ancer_jax import Memory, RunConfig, save_memory
+from ancer_jax import basis as module
 from ancer_jax.basis import (
     MOST_UNEQUAL,
     Cosine,
@@ -343,6 +344,13 @@ def test_karhunen_loeve_needs_images(shape):
 def test_a_matrix_that_is_not_orthonormal_is_refused(matrix, axis):
     with pytest.raises(ValueError, match=f"{axis} must be an orthonormal matrix, got one of shape"):
         KarhunenLoeve(**{"rows": np.eye(4), "columns": np.eye(4), "channels": np.eye(4)} | {axis: matrix})
+
+
+def test_matrices_that_lose_too_much_in_float32_are_refused():
+    matrices = Cosine().matrices((64, 64, 1))
+    module._check_float32(matrices)
+    with pytest.raises(ValueError, match=r"a basis of 64 x 64 x 64 .* loses too much by rounding to float32"):
+        module._check_float32(matrices[:1] * 100)
 
 
 def described(**changes):

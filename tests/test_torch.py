@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import subprocess
 import sys
 import threading
 
@@ -248,6 +249,35 @@ class Negative(Holder):
         return -super().forward(x)
 
 
+LAMBDAS = [lambda x: x, lambda x: -x]
+
+
+class Decorated(Holder):
+    """Has attributes of all kinds."""
+
+    scale: float = 1.0
+    kinds = frozenset({"a", "b", "c"})
+
+    @property
+    def name(self):
+        return "a" if self.held in {"x", "y"} else ...
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.scale
+
+    @staticmethod
+    def double(x):
+        return 2 * x
+
+    @classmethod
+    def made(cls):
+        return cls()
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 def transformer(heads, **settings):
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(4, heads, 8, batch_first=True, **settings)
@@ -300,12 +330,43 @@ def test_the_digest_says_what_a_module_computes():
     assert [len(one) for one in found] == [64] * len(found)
     assert len({*found}) == len(found)
     assert digest(Holder(), channels="last") != found[0]
+    assert digest(Holder(LAMBDAS[0])) != digest(Holder(LAMBDAS[1]))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         assert digest(Holder()) != found[0]
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_digest_knows_what_was_changed_in_a_class(monkeypatch):
+    before = digest(Negative())
+    monkeypatch.setattr(Holder, "scale", 2.0, raising=False)
+    scaled = digest(Negative())
+    monkeypatch.setattr(Holder, "forward", lambda self, x: 2 * self.head(x.flatten(1)))
+    assert len({before, scaled, digest(Negative())}) == 3
+
+
+def test_the_digest_of_a_class_with_all_kinds_of_attributes():
+    assert len(digest(Decorated())) == 64 and digest(Decorated()) == digest(Decorated())
+
+
+def test_the_digest_knows_the_precision_of_products_in_either_way_of_setting_it():
+    """In a process of its own: PyTorch refuses to mix both ways."""
+    code = (
+        "import numpy as np, torch\n"
+        "from ancer_jax.torch import from_module\n"
+        "module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 3))\n"
+        "digest = lambda: from_module(module, np.full((2, 2, 2), 0.3, np.float32)).apply.digest\n"
+        "found = [digest()]\n"
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"
+        "found.append(digest())\n"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
+        "found.append(digest())\n"
+        "assert len({*found}) == 3 and digest() == found[-1]\n"
+    )
+    if hasattr(torch.backends, "fp32_precision"):
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def closed_over():

@@ -26,14 +26,17 @@ def is_superset(a: Region, b: Region) -> Values:
     more than that, either answer may come out. Centers that differ give False: the comparison says nothing about them.
 
     Raises:
-      ValueError: if norms or bases differ, or a region is a batch.
+      ValueError: if norms, bases or shapes differ, or a region is a batch.
 
     References: Eiras et al. 2022 (arXiv 2107.04570).
     """
     _check_pair(a, b)
     xnp, center_a, theta_a, gap_a, _ = parts_of(a)
     _, center_b, theta_b, gap_b, _ = parts_of(b)
-    return xnp.all(gap_a * theta_a >= gap_b * theta_b) & xnp.all(center_a == center_b)
+    with np.errstate(over="ignore"):
+        outer, inner = gap_a * theta_a, gap_b * theta_b
+    # What overflows may be larger than anything that is known.
+    return xnp.all((outer >= inner) & (inner < xnp.inf)) & xnp.all(center_a == center_b)
 
 
 def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
@@ -43,9 +46,6 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
     @functools.wraps(function)
     def wrapper(a: Region, b: Region, **options):
         _check_pair(a, b)
-        if np.shape(a.center) != np.shape(b.center):
-            shapes = f"{list(np.shape(a.center))} and {list(np.shape(b.center))}"
-            raise ValueError(f"the centers of two regions must have one shape, got {shapes}")
         if array_library(*jax.tree.leaves((a, b))) is jnp:
             return function(a, b, **options)
         with float64_on_the_host():
@@ -67,6 +67,9 @@ def _check_pair(a: Region, b: Region) -> None:
     if a.basis != b.basis:
         hint = "a ball is one in every basis: dataclasses.replace(region, basis=...) gives it that of the other one"
         raise ValueError(f"regions of different bases cannot be compared: {a.basis} and {b.basis} ({hint})")
+    if np.shape(a.center) != np.shape(b.center):
+        shapes = f"{list(np.shape(a.center))} and {list(np.shape(b.center))}"
+        raise ValueError(f"the centers of two regions must have one shape, got {shapes}")
 
 
 def _pair(a: Region, b: Region, *, at_least: bool = False):
@@ -153,8 +156,8 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     enough = enough / (1 - _slack(margin))  # the slack is taken off below
-    # Slightly too large, so that b also keeps clear of what `contains` cannot decide.
-    gap_b = b.gap * (1 + jax.lax.stop_gradient(rounding_of_contains(b)))
+    # A little larger: a memory takes for inside what lies beyond b by a margin, and may err by another one.
+    gap_b = b.gap * (1 + 2 * jax.lax.stop_gradient(rounding_of_contains(b)))
     inverse = 1 / (theta_b * jnp.where(gap_b > 0, gap_b, 1.0))
     if a.norm == 2:
         e, w = (d * inverse) ** 2, (theta_a * inverse) ** 2

@@ -84,9 +84,7 @@ class Region:
         """
         xnp, there = self._one_for_each("point", point)
         _, center, theta, gap, axes = parts_of(self)
-        scaled = xnp.abs(self.basis.coefficients(there - center) / theta)
-        powers = xnp.sum(scaled**self.norm, axis=axes)
-        return (xnp.sqrt(powers) if self.norm == 2 else powers) <= gap
+        return _norm(xnp, self.basis.coefficients(there - center) / theta, axes, self.norm) <= gap
 
     def reach(self, direction: ArrayLike) -> Values:
         """How many times `direction` the region allows: t [...] for which `center + t * direction` is on its boundary.

@@ -102,8 +102,10 @@ def notes(results: list[Results]) -> list[str]:
             f"Carried from certificates of another network: {', '.join(names)}. Their count and n are "
             "those of that network, time and passes those of carrying alone. Leakage is not measured again."
         )
-    if names := [name for name, config in configs if config.enumerable]:
-        said.append(f"Exact certificates, without alpha, for images of 8 bits: {', '.join(names)}.")
+    exact = [(name, config.certified_noise) for name, config in configs if config.enumerable]
+    for inputs in dict.fromkeys(noise.certified_inputs for _, noise in exact):
+        names = [name for name, noise in exact if noise.certified_inputs == inputs]
+        said.append(f"Exact certificates, without alpha, for {inputs}: {', '.join(names)}.")
     if names := [name for name, config in configs if config.certify.bound == "separate"]:
         said.append(f"Separate bounds of the class and of the second class, at half of alpha each: {', '.join(names)}.")
     if names := [name for name, config in configs if config.noise == "splitting"]:

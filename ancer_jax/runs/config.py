@@ -130,8 +130,12 @@ class RunConfig:
     @property
     def certified_noise(self) -> Noise:
         """The noise law of the draws that certify; `for_search` of it is that of searches and leakage."""
-        form = {"exact": True, "period": self.period} if self.exact else {}
-        return make_noise(self.norm, self.noise, basis=self.basis, **form)
+        return make_noise(self.norm, self.noise, basis=self.basis, **self._form)
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        """Attributes of the noise law that this config names."""
+        return {"exact": True, "period": self.period} if self.exact else {}
 
     @property
     def enumerable(self) -> bool:
@@ -189,8 +193,8 @@ class RunConfig:
         values, law = dataclasses.asdict(self) | {"basis": self.basis.describe()}, self.certified_noise
         if self.certify.bound == "two-class":
             del values["certify"]["bound"]  # settings that do not name it mean this one
-        own = {} if type(law) in (Gaussian, Uniform, Splitting) else {"noise_law": repr(law)}
-        return {name: values[name] for name in used} | own
+        built_in = (Gaussian(self.basis), Uniform(), Splitting(**self._form))
+        return {name: values[name] for name in used} | ({} if law in built_in else {"noise_law": repr(law)})
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "RunConfig":

@@ -127,6 +127,7 @@ def certify(
 
     References: Cohen et al. 2019 (arXiv 1902.02918), algorithm 1; Eiras et al. 2022 (arXiv 2107.04570).
     """
+    check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
@@ -170,6 +171,7 @@ def certify_batch(
     Raises:
       ValueError: as in `certify`; if there are no inputs, or thetas or ids do not fit.
     """
+    check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
     warn_if_undecidable(config, smoothed.noise)
@@ -181,6 +183,7 @@ def _examples(
     key: Key[Array, ""], smoothed: Smoothed, ids: ArrayLike | Sequence[int] | None, xs: ArrayLike
 ) -> list[tuple[Any, Smoothed, np.ndarray]]:
     """The key of each input of a batch, its smoothed classifier, and the input; keys, ids and shapes are checked."""
+    check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     _refuse_tracers(smoothed.theta, xs)
     check_key(key)
     count = np.shape(xs)[0] if np.ndim(xs) else 0
@@ -189,8 +192,11 @@ def _examples(
     numbers = np.arange(count) if ids is None else np.asarray(ids)
     if numbers.shape != (count,) or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"ids must be {count} integers, got {numbers.dtype} {list(numbers.shape)}")
-    if numbers.min() < 0 or numbers.max() >= 2**31 or len(np.unique(numbers)) < count:
-        raise ValueError(f"ids must be different numbers in 0..2^31 - 1, got {numbers.min()} to {numbers.max()}")
+    if numbers.min() < 0 or numbers.max() >= 2**31:
+        raise ValueError(f"ids must be in 0..2^31 - 1, got {numbers.min()} to {numbers.max()}")
+    names, times = np.unique(numbers, return_counts=True)
+    if times.max() > 1:
+        raise ValueError(f"ids must be different numbers, got {names[times.argmax()]} {times.max()} times")
     xs = np.asarray(xs)
     thetas = theta_of_each(smoothed.theta, (count,), xs.shape[1:])
     if thetas.shape not in ((count,), xs.shape):
@@ -217,7 +223,8 @@ def undo_float32_rounding(certificate: Certificate, smoothed: Smoothed, x: Array
     stretch = np.maximum(1.0, np.max(theta / theta32))
     # 1e-9 is far above the rounding of these sums in float64.
     gap = np.maximum(np.asarray(region.gap) - shift * (1 + 1e-9), 0.0) / stretch
-    region = smoothed.noise.region(np.asarray(x), np.asarray(smoothed.theta), gap)
+    # Copies: the caller may write to these arrays later.
+    region = smoothed.noise.region(np.array(x), np.array(smoothed.theta), gap)
     prediction = np.where(gap > 0, np.asarray(certificate.prediction), ABSTAIN)[()]
     return dataclasses.replace(certificate, region=region, prediction=prediction)
 
@@ -287,6 +294,7 @@ def predict_batch(
 
 def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array]:
     """`smoothed` and `x` with theta and x as float32, if they can be certified. Values are checked here, not in jit."""
+    check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     _refuse_tracers(smoothed.theta, x)
     x, theta = np.asarray(x), np.asarray(smoothed.theta)
     _check_values(x, theta)

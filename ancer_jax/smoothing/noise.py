@@ -91,6 +91,11 @@ class Noise(abc.ABC):
         """The noise with which theta is searched and leakage is measured: its draws are random."""
         return self
 
+    @property
+    def certified_inputs(self) -> str:
+        """The inputs of which certificates of this noise speak, in words."""
+        return "all inputs"
+
     def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:
         """Refuse inputs [m, *d] of which certificates of this noise say nothing, naming the first by its id."""
         return None
@@ -128,8 +133,8 @@ class Gaussian(AdditiveNoise):
 
     `gap = Phi^-1(p_lower)`, or `(Phi^-1(p_lower) - Phi^-1(p_b_upper)) / 2` with separate bounds; in another basis than
     the pixels times `1 - 2^-14`. The matrices of a basis are rounded to float32 where noise is drawn, so that the
-    noise has a slightly skewed basis: this covers images of up to 224 x 224 x 3 and thetas that differ by a factor of
-    up to 32. `region` refuses others, and `admissible` lowers them.
+    noise has a slightly skewed basis: this covers thetas that differ by a factor of up to 32 (`region` refuses others,
+    `admissible` lowers them), where rounding changes the basis by less than 2^-19 (the bases here refuse more).
 
     In another basis than the pixels the noise is coloured. With B(x) the coefficients of x, the smoothed classifier of
     f at x is that of `z -> f(B^-1(z))` at `B(x)`, under independent noise: so the theorems hold for `B(y) - B(x)`.

@@ -63,10 +63,12 @@ class SequentialConfig:
             raise ValueError(
                 f"sequential sampling takes either radii or a tolerance, got {self.radii} and {self.tolerance}"
             )
-        if self.radii is not None and not self.radii:
-            raise ValueError("radii must be one or more numbers, got none")
-        for radius in self.radii or ():
-            check_real("radii", radius, "[0, inf)")
+        if self.radii is not None:
+            if np.ndim(self.radii) != 1 or not len(self.radii):
+                raise ValueError(f"radii must be a tuple of one or more numbers, got {self.radii!r}")
+            for radius in self.radii:
+                check_real("radii", radius, "[0, inf)")
+            object.__setattr__(self, "radii", tuple(self.radii))  # hashable
         if self.tolerance is not None:
             check_real("tolerance", self.tolerance, "(0, 1)")
 

@@ -45,7 +45,8 @@ class Smoothed:
         # JAX may put placeholders into the fields of a pytree: only what is certainly wrong is refused.
         if not isinstance(self.noise, Noise) or isinstance(self.theta, Classifier):
             got = ", ".join(type(value).__name__ for value in (self.classifier, self.noise, self.theta))
-            raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}")
+            hint = f"; write {self.noise.__name__}()" if isinstance(self.noise, type) else ""
+            raise ValueError(f"Smoothed(classifier, noise, theta): got arguments of types {got}{hint}")
         if callable(self.classifier) and not isinstance(self.classifier, Classifier):
             kind = type(self.classifier).__name__
             raise ValueError(f"{kind} is not a Classifier: {WRAP_IT}")

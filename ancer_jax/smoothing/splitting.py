@@ -124,6 +124,13 @@ class Splitting(LinearGap):
             raise ValueError("votes must be 0 <= second <= top, and not more than the draws")
         return np.maximum(top - second - 1, 0) / draws.astype(np.float64)
 
+    @property
+    def certified_inputs(self) -> str:
+        """See `Noise.certified_inputs`."""
+        if not self.exact:
+            return "all inputs"
+        return "images of 8 bits" if self.levels == 255 else f"inputs in whole multiples of 1/{self.levels}"
+
     def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:
         """Refuse inputs that are not on the grid of the exact form."""
         if not self.exact:
@@ -134,8 +141,8 @@ class Splitting(LinearGap):
         # vote that `exact_gap` takes off.
         if (wrong := (abs(steps - np.rint(steps)) > 3e-5).any(axis=1)).any():
             raise ValueError(
-                f"exact certificates are of images of 8 bits: pixels of image {ids[wrong][0]} are not multiples of "
-                f"1/{self.levels}"
+                f"exact certificates are of {self.certified_inputs}: pixels of image {ids[wrong][0]} are not multiples "
+                f"of 1/{self.levels}"
             )
 
 

@@ -363,3 +363,16 @@ def test_batches_of_regions_are_refused(question):
     batch = Region(np.zeros((2, 1)), np.ones(2), np.full(2, 0.1), 2)
     with pytest.raises(ValueError, match="pairs are of one region each"):
         question(batch, batch)
+
+
+@pytest.mark.parametrize("question", [is_superset, disjoint, separation, largest_outside, largest_inside])
+@pytest.mark.parametrize("shape", [(1,), (1, 2), (3,)])
+def test_regions_of_other_shapes_are_refused(question, shape):
+    """Numbers of one would be broadcast to the other."""
+    with pytest.raises(ValueError, match="must have one shape"):
+        question(ball(np.zeros(2), 1.0), ball(np.zeros(shape), 0.5))
+
+
+def test_a_region_that_overflows_is_in_no_other():
+    large, larger = (ball([0.0], 1e300, theta) for theta in (1e10, 1e20))
+    assert not is_superset(large, larger) and is_superset(larger, ball([0.0], 1.0))

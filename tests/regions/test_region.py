@@ -129,7 +129,7 @@ def test_a_gap_of_zero_is_a_point():
     a = region(np.ones(3), 0.0)
     assert a.log_volume == -math.inf
     assert a.radius == a.proxy_radius == 0
-    assert a.contains(np.zeros(3))
+    assert a.contains(np.zeros(3)) and not a.contains(np.array([0, 1e-200, 0]))
     assert not a.contains(np.array([1e-9, 0, 0]))
 
 

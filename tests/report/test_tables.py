@@ -8,7 +8,8 @@ import pytest
 from ancer_jax import RunConfig, report
 from ancer_jax.report.notes import notes
 from ancer_jax.report.tables import percent
-from ancer_jax.smoothing import CertifyConfig, SequentialConfig
+from ancer_jax.smoothing import CertifyConfig, SequentialConfig, Splitting
+from ancer_jax.smoothing.registry import NOISES
 from tests.report.examples import ANCER, FIXED, MEMORY, cells, from_text, write_run
 
 
@@ -241,3 +242,10 @@ def test_a_note_is_there_exactly_when_it_applies(tmp_path, config, note):
     other = from_text(tmp_path, "b.tsv", MEMORY.replace("\tancer", "\tfixed"))
     assert note in "\n".join(notes([run]))
     assert note not in "\n".join(notes([other]))
+
+
+def test_exact_certificates_say_of_which_inputs_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(NOISES, "coarse", Splitting(exact=True, levels=15))
+    run = from_text(tmp_path, "a.tsv", FIXED)
+    object.__setattr__(run, "run", Known(RunConfig(norm="l1", noise="coarse")))
+    assert "without alpha, for inputs in whole multiples of 1/15: a." in "\n".join(notes([run]))

@@ -253,6 +253,17 @@ def test_the_attributes_of_a_noise_of_ones_own_are_among_the_settings(monkeypatc
     assert "noise_law" not in RunConfig(norm="l1", noise="splitting").settings()
 
 
+@pytest.mark.parametrize("name", ["splitting", "s"])
+def test_another_law_under_a_built_in_name_or_class_is_another_setting(monkeypatch, name):
+    monkeypatch.setitem(NOISES, name, Splitting())
+    config = RunConfig(norm="l1", noise=name)
+    usual = config.settings()
+    assert "noise_law" not in usual
+    for law in (Splitting(levels=15), Splitting(seed=1)):
+        monkeypatch.setitem(NOISES, name, law)
+        assert config.settings() == usual | {"noise_law": repr(law)}
+
+
 def test_coordinates_of_theta_are_at_the_bound_of_the_last_search():
     wide, narrow = IsotropicConfig(theta_max=2.0), AnisotropicConfig(theta_max=0.5)
     assert RunConfig(method="ancer", isotropic=wide, anisotropic=narrow).theta_bound == 0.5

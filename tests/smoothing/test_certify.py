@@ -292,6 +292,26 @@ def test_predict_batch_gives_what_predict_gives_for_each_input(noise, theta, ids
     assert len(np.unique(answers)) > 1
 
 
+@pytest.mark.parametrize("theta", [np.float32(0.4), MAP], ids=["scalar", "map"])
+def test_a_certificate_does_not_change_with_the_arrays_that_it_was_made_from(theta):
+    x, theta = XS[0].copy(), np.array(theta)
+    certificate = certify(KEY, Smoothed(LINEAR, Gaussian(), theta), x, config=CertifyConfig(n=300))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(certificate)]
+    x[...], theta[...] = -1, 9
+    for old, new in zip(before, jax.tree.leaves(certificate), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.usefixtures("without_type_checker")
+def test_what_is_no_smoothed_classifier_is_refused():
+    text = r"smoothed must be of type Smoothed, got Classifier: Smoothed\(classifier, noise, theta\)"
+    for function, one in ((certify, XS[0]), (predict, XS[0]), (certify_batch, XS), (predict_batch, XS)):
+        with pytest.raises(ValueError, match=text):
+            function(KEY, LINEAR, one)
+    with pytest.raises(ValueError, match=r"got arguments of types .*; write Gaussian\(\)"):
+        Smoothed(LINEAR, Gaussian, 0.5)
+
+
 THETAS = np.random.default_rng(2).uniform(0.2, 1, XS.shape)
 
 
@@ -343,9 +363,9 @@ def test_the_id_of_an_input_decides_its_draws_not_its_place():
         (np.float32(1.0), None, r"xs must be one or more inputs \[m, \*d\], got shape \[\]"),
         (XS, [0, 1], r"ids must be 6 integers, got int64 \[2\]"),
         (XS, np.arange(6.0), r"ids must be 6 integers, got float64 \[6\]"),
-        (XS, [0, 1, 2, 3, 4, -1], r"ids must be different numbers in 0\.\.2\^31 - 1, got -1 to 4"),
-        (XS, [0, 1, 2, 3, 4, 2**31], "ids must be different numbers"),
-        (XS, [0, 1, 2, 3, 3, 5], "ids must be different numbers"),
+        (XS, [0, 1, 2, 3, 4, -1], r"ids must be in 0\.\.2\^31 - 1, got -1 to 4"),
+        (XS, [0, 1, 2, 3, 4, 2**31], r"ids must be in 0\.\.2\^31 - 1, got 0 to 2147483648"),
+        (XS, [0, 1, 2, 3, 3, 5], "ids must be different numbers, got 3 2 times"),
     ],
 )
 def test_batches_whose_inputs_or_ids_do_not_fit_are_refused(xs, ids, text):

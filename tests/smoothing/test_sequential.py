@@ -151,7 +151,7 @@ def test_a_tolerance_is_kept_against_all_n_draws():
     [
         ({}, "takes either radii or a tolerance, got None and None"),
         ({"radii": (0.5,), "tolerance": 0.1}, r"takes either radii or a tolerance, got \(0.5,\) and 0.1"),
-        ({"radii": ()}, "radii must be one or more numbers, got none"),
+        ({"radii": ()}, r"radii must be a tuple of one or more numbers, got \(\)"),
         ({"radii": (0.5, float("nan"))}, r"radii must be in \[0, inf\), got nan"),
         ({"radii": (-0.5,)}, r"radii must be in \[0, inf\), got -0.5"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\), got 0.0"),
@@ -161,6 +161,18 @@ def test_a_tolerance_is_kept_against_all_n_draws():
 def test_rules_out_of_range_are_refused(change, text):
     with pytest.raises(ValueError, match=text):
         SequentialConfig(**change)
+
+
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize("radii", [[0.0, 0.5], np.array([0.0, 0.5])], ids=["list", "array"])
+def test_radii_may_come_in_any_sequence(radii):
+    assert {SequentialConfig(radii=radii)} == {SequentialConfig(radii=(0.0, 0.5))}
+
+
+@pytest.mark.usefixtures("without_type_checker")
+def test_one_radius_without_a_tuple_is_refused():
+    with pytest.raises(ValueError, match=r"radii must be a tuple of one or more numbers, got 0\.5"):
+        SequentialConfig(radii=0.5)
 
 
 def test_one_input_stops_on_the_first_of_the_draws_that_certify_makes():
