@@ -335,15 +335,19 @@ def _answer(
     return int(prediction), float(min(gap, gaps.min(initial=np.inf))), int(own[0]) if own.size else -1
 
 
+def _with_margin(stored: Region) -> Region:
+    """A stored region, so much larger that it contains whatever rounding may take for a point of it."""
+    return dataclasses.replace(stored, gap=stored.gap * (1 + rounding_of_contains(stored)))
+
+
 def _contains_center(region: Region, stored: Region) -> Values:
     """Whether the stored region contains the center of the region, or rounding leaves it open."""
-    margin = 1 + rounding_of_contains(stored)
-    return dataclasses.replace(stored, gap=stored.gap * margin).contains(region.center)
+    return _with_margin(stored).contains(region.center)
 
 
 def _disjoint_gap(region: Region, stored: Region) -> Values:
-    """A gap with which the region is disjoint from the stored one: the largest, or at least its own."""
-    return largest_outside(region, stored, enough=region.gap)
+    """A gap with which the region is disjoint from the stored one and its margin: the largest, or at least its own."""
+    return largest_outside(region, _with_margin(stored), enough=region.gap)
 
 
 @functools.partial(jax.jit, static_argnames="comparison")

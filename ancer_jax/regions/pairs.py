@@ -156,8 +156,8 @@ def largest_outside(a: Region, b: Region, *, enough: ArrayLike = math.inf) -> Va
     """
     d, theta_a, theta_b, margin = _pair(a, b)
     enough = enough / (1 - _slack(margin))  # the slack is taken off below
-    # A little larger: a memory takes for inside what lies beyond b by a margin, and may err by another one.
-    gap_b = b.gap * (1 + 2 * jax.lax.stop_gradient(rounding_of_contains(b)))
+    # Slightly too large, so that b also keeps clear of what `contains` cannot decide.
+    gap_b = b.gap * (1 + jax.lax.stop_gradient(rounding_of_contains(b)))
     inverse = 1 / (theta_b * jnp.where(gap_b > 0, gap_b, 1.0))
     if a.norm == 2:
         e, w = (d * inverse) ** 2, (theta_a * inverse) ** 2
