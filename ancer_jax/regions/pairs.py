@@ -51,9 +51,7 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
         with float64_on_the_host():
             a, b = jax.tree.map(lambda value: np.asarray(value, np.float64), (a, b))
             for region in (a, b):
-                theta, gap = np.min(region.theta), np.min(region.gap)
-                if not (theta > 0 and gap >= 0):
-                    raise ValueError(f"theta must be positive and gap not negative, got {theta} and {gap}")
+                parts_of(region)  # refuses values out of range
             return np.asarray(jitted(a, b, **options))[()]
 
     return wrapper

@@ -30,7 +30,8 @@ class Region:
       basis: of the coefficients (static); another one than the pixels needs norm 2, which a rotation preserves.
 
     Raises:
-      ValueError: if `norm` is something else, or has no such basis; when a size is asked for, if the shapes do not fit.
+      ValueError: if `norm` is something else, or has no such basis; when a size is asked for, if the shapes do not fit
+        or, outside jit, theta is not positive or gap negative.
 
     >>> region = Region(center=[0.0, 0.0], theta=[1.0, 4.0], gap=0.5, norm=2)
     >>> float(region.radius), float(region.proxy_radius)
@@ -139,6 +140,8 @@ def parts_of(region: Region) -> tuple[ModuleType, Any, Any, Any, tuple[int, ...]
     if theta.shape not in (gap.shape, center.shape) or center.shape[: gap.ndim] != gap.shape:
         shapes = ", ".join(str(list(value.shape)) for value in (center, theta, gap))
         raise ValueError(f"center, theta and gap do not fit together: their shapes are {shapes}")
+    if xnp is np and not ((theta > 0).all() and (gap >= 0).all()):
+        raise ValueError(f"theta must be positive and gap not negative, got {theta.min()} and {gap.min()}")
     if len(axes) != 3 and region.basis != Pixels():
         raise ValueError(f"{region.basis} is of images [height, width, channels], got inputs of {len(axes)} axes")
     if theta.ndim == gap.ndim:

@@ -305,6 +305,8 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
 
 def _check_values(x: np.ndarray, theta: np.ndarray) -> None:
     for name, value in (("x", x), ("theta", theta)):
+        if not value.size:
+            raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
         if (infinite := ~(abs(value) <= _FLOAT32.max)).any():

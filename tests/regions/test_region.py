@@ -218,6 +218,13 @@ def test_contains_answers_for_each_of_many_regions(norm, scalar):
     assert regions.contains(regions.center).all()
 
 
+@pytest.mark.parametrize(("theta", "gap"), [(0.0, 1.0), (-1.0, 1.0), (np.nan, 1.0), (1.0, -0.1), (1.0, np.nan)])
+def test_regions_that_are_none_have_no_size(theta, gap):
+    for name in SIZES:
+        with pytest.raises(ValueError, match="theta must be positive and gap not negative, got"):
+            getattr(Region(np.zeros(3), np.array([1.0, theta, 2.0]), gap, 2), name)
+
+
 @pytest.mark.parametrize(
     ("center", "theta", "gap"),
     [

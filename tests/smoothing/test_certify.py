@@ -308,6 +308,8 @@ def test_what_is_no_smoothed_classifier_is_refused():
     for function, one in ((certify, XS[0]), (predict, XS[0]), (certify_batch, XS), (predict_batch, XS)):
         with pytest.raises(ValueError, match=text):
             function(KEY, LINEAR, one)
+    with pytest.raises(ValueError, match=r"x must not be empty, got shape \[0\]"):
+        certify(KEY, Smoothed(LINEAR, Gaussian(), 0.5), XS[0, 0, :0])
     with pytest.raises(ValueError, match=r"got arguments of types .*; write Gaussian\(\)"):
         Smoothed(LINEAR, Gaussian, 0.5)
 
