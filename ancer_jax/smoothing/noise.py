@@ -31,8 +31,9 @@ class Noise(abc.ABC):
     Most noise is random: draws are sampled, and their votes give a bound on a probability. Enumerable noise has
     finitely many equally likely draws, numbered `0, ..., num_draws(theta) - 1`, and all of them are counted:
     certificates hold without alpha. Such noise overrides `num_draws`, `exact_gap` and `for_search` and, where not every
-    theta or input will do, `admissible` and `check_inputs`. Its `perturb` must ignore the key. If draws are not equally
-    likely, certificates are wrong, with no alpha to allow for it. `norm` is 2 or 1, the norm in which it certifies.
+    theta or input will do, `admissible`, `check_inputs` and `certified_inputs`. Its `perturb` must ignore the key. If
+    draws are not equally likely, certificates are wrong, with no alpha to allow for it. `norm` is 2 or 1, the norm in
+    which it certifies.
     """
 
     norm: ClassVar[int]
@@ -93,7 +94,7 @@ class Noise(abc.ABC):
 
     @property
     def certified_inputs(self) -> str:
-        """The inputs of which certificates of this noise speak, in words."""
+        """In words, the inputs of which certificates of this noise speak: reports say it of exact ones."""
         return "all inputs"
 
     def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:
