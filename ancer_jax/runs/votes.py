@@ -16,6 +16,9 @@ from jaxtyping import Array, Key
 from ancer_jax import devices
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts_between, stage_key
 
+# So full a launch must be, if there is a smaller one.
+_NEARLY_FILLED = 0.75
+
 
 class Program(NamedTuple):
     """A jitted function and its arguments: to run, or to learn what memory it would take."""
@@ -90,20 +93,27 @@ class VoteCounter(NamedTuple):
             ]
         launches = []
         while wanted:
-            # Every item of a launch runs the same number of chunks (steps), as one compiled program. The launch is the
-            # largest that is nearly filled, with as many steps as fill all items; the rest is left for the next launch.
-            chunks = [math.ceil((b - a) / self.chunk) for _, a, b in wanted]
-            num_items = max((size for size in self.sizes if 3 * size <= 4 * sum(chunks)), default=self.sizes[0])
-            fewer = range(sum(chunks) // num_items, 1, -1)
-            steps = next((some for some in fewer if sum(count // some for count in chunks) >= num_items), 1)
-            draws = steps * self.chunk
-            cut = [(index, i, min(i + draws, b)) for index, a, b in wanted for i in range(a, b, draws)]
-            cut.sort(key=lambda item: item[1] - item[2])  # the shorter ones are left
-            now, wanted = cut[:num_items], cut[num_items:]
-            now += [(0, 0, 0)] * (num_items - len(now))  # padding, of no draws
-            votes = self.program(stage, np.array(now, np.int32), steps).run()
-            launches.append(Launch(np.array(now)[:, 0], votes, num_items * draws))
+            items, steps, wanted = self._next_items(wanted)
+            votes = self.program(stage, items, steps).run()
+            launches.append(Launch(items[:, 0], votes, len(items) * steps * self.chunk))
         return launches
+
+    def _next_items(self, wanted: list[tuple[int, int, int]]) -> tuple[np.ndarray, int, list[tuple[int, int, int]]]:
+        """The work items (index, first, stop) of the next launch, int32 [items, 3], the chunks of each, and what is
+        left of the ranges that are wanted.
+
+        Every item of a launch runs the same number of chunks (steps), as one compiled program. The launch is the
+        largest that is nearly filled, with as many steps as fill all items.
+        """
+        chunks = [math.ceil((stop - first) / self.chunk) for _, first, stop in wanted]
+        size = max((size for size in self.sizes if _NEARLY_FILLED * size <= sum(chunks)), default=self.sizes[0])
+        possible = range(sum(chunks) // size, 1, -1)
+        steps = next((steps for steps in possible if sum(count // steps for count in chunks) >= size), 1)
+        draws = steps * self.chunk
+        items = [(index, i, min(i + draws, stop)) for index, first, stop in wanted for i in range(first, stop, draws)]
+        items.sort(key=lambda item: item[1] - item[2])  # the shorter ones are left
+        padding = [(0, 0, 0)] * (size - len(items))  # of no draws
+        return np.array(items[:size] + padding, np.int32), steps, items[size:]
 
     def _count_on_host(self, stage: Stage, index: int, draws: tuple[int, int]) -> jax.Array:
         """Votes in the draws first, ..., stop - 1 for one image: int32 [1, K]."""
