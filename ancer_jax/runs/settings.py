@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -100,12 +101,21 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The settings that differ, and how; "" if none does."""
     old, new = dict(flatten(there)), dict(flatten(here))
     differ = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} is {short(old.get(name))} there, {short(new.get(name))} here" for name in differ)
+    said = []
+    for name in differ:
+        a, b = str(old.get(name)), str(new.get(name))
+        at = len(os.path.commonprefix([a, b]))
+        said.append(f"{name} is {short(a, at)} there, {short(b, at)} here")
+    return "; ".join(said)
 
 
-def short(value: Any) -> str:
-    """A value as text, or the beginning of a long one."""
-    return text if len(text := str(value)) <= 40 else f"{text[:12]}..."
+def short(value: Any, at: int = 0) -> str:
+    """A value as text; of a long text 12 letters, that in place `at` among them."""
+    if len(text := str(value)) <= 40:
+        return text
+    start = max(0, min(at - 4, len(text) - 12))
+    before, after = "..." if start else "", "..." if start < len(text) - 12 else ""
+    return before + text[start : start + 12] + after
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
