@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,7 +103,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     said = []
     for name in differ:
         a, b = str(old.get(name)), str(new.get(name))
-        at = len(os.path.commonprefix([a, b]))
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
         said.append(f"{name} is {short(a, at)} there, {short(b, at)} here")
     return "; ".join(said)
 
