@@ -1,7 +1,8 @@
-"""Figures over a data set: certified accuracy, average certified radius, medians. Host float64."""
+"""Figures over a data set, certified accuracy and ACR, in float64 on the host; and figures as text, rounded safely."""
 
 import fractions
 import math
+from collections.abc import Callable
 from typing import SupportsFloat
 
 import numpy as np
@@ -48,13 +49,7 @@ def round_down(value: SupportsFloat, digits: int) -> str:
     >>> round_down(1.2469, 2), round_down(-0.001, 2), round_down(float("-inf"), 2)
     ('1.24', '-0.01', '-inf')
     """
-    if not isinstance(value, fractions.Fraction):
-        if not math.isfinite(value):
-            return str(float(value))
-        value = fractions.Fraction(float(value))
-    scaled = math.floor(value * 10**digits)
-    whole, rest = divmod(abs(scaled), 10**digits)
-    return f"{'-' if scaled < 0 else ''}{whole}.{rest:0{digits}}"
+    return _decimal(value, digits, math.floor)
 
 
 def round_up(value: SupportsFloat, digits: int) -> str:
@@ -63,10 +58,26 @@ def round_up(value: SupportsFloat, digits: int) -> str:
     >>> round_up(0.1201, 2), round_up(0.0, 2), round_up(float("nan"), 2)
     ('0.13', '0.00', 'nan')
     """
-    text = round_down(-value if isinstance(value, fractions.Fraction) else -float(value), digits)
-    if text == "nan" or not text.strip("0."):
-        return text
-    return text[1:] if text.startswith("-") else f"-{text}"
+    return _decimal(value, digits, math.ceil)
+
+
+def round_share(value: float, count: int) -> str:
+    """A share of `count` things, three decimals, rounded down as the fraction that it is, not as its float.
+
+    >>> round_share(0.57, 100), round_down(0.57, 3)
+    ('0.570', '0.569')
+    """
+    return round_down(fractions.Fraction(round(value * count), count), 3)
+
+
+def _decimal(value: SupportsFloat, digits: int, whole: Callable[[fractions.Fraction], int]) -> str:
+    if not isinstance(value, fractions.Fraction):
+        if not math.isfinite(value):
+            return str(float(value))
+        value = fractions.Fraction(float(value))
+    scaled = whole(value * 10**digits)
+    ones, rest = divmod(abs(scaled), 10**digits)
+    return f"{'-' if scaled < 0 else ''}{ones}.{rest:0{digits}}"
 
 
 def _columns(radius: Numbers, correct: Numbers) -> tuple[np.ndarray, np.ndarray]:

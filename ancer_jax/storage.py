@@ -37,14 +37,14 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def as_os_error(function):
-    """Let errors of a bucket's library, of whatever type, be an OSError."""
+    """Let errors of a bucket's library, of whatever type, be an OSError, and let it see other processes' files."""
 
     @functools.wraps(function)
     def wrapper(path, *arguments, **options):
         if not in_bucket(path):
             return function(path, *arguments, **options)
         try:
-            _see_what_others_write()
+            _disable_listing_cache()
             return function(path, *arguments, **options)
         except (OSError, ValueError, ImportError):
             raise
@@ -55,8 +55,8 @@ def as_os_error(function):
 
 
 @functools.cache
-def _see_what_others_write() -> None:
-    """Libraries for buckets keep what they have listed, and do not see other processes' files any more."""
+def _disable_listing_cache() -> None:
+    """Turn off the caches of listings in libraries for buckets: they hide files that other processes write."""
     try:
         from fsspec.config import conf
     except ImportError:  # TensorFlow reads and writes buckets, too

@@ -1,6 +1,5 @@
 """Figures that several benchmarks report: of a finished run, and of a row of a raw output."""
 
-import fractions
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,11 +32,6 @@ def mean_leakage(results: Results) -> float | None:
     leakage = np.array(results["leakage"], float)
     measured = leakage[~np.isnan(leakage)]
     return float(measured.mean()) if measured.size else None
-
-
-def share(value: float, images: int) -> str:
-    """A share of so many images, rounded down as the fraction that it is: 0.57 of 100 images is 0.570."""
-    return round_down(fractions.Fraction(round(value * images), images), 3)
 
 
 def down(row: Mapping[str, Any], *names: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -28,13 +29,17 @@ from ancer_jax.cli.report import Report
 from ancer_jax.cli.runtime import Runtime
 from ancer_jax.cli.train import Train
 
+# Commands that go on where an earlier call was stopped.
+_RESUMED = (Certify, Demo, Train)
 _OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-size or --chunk, or for fewer samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
     command = _parse(arguments)
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hint = "; start the same command again to continue" if isinstance(command, _RESUMED) else ""
+    stop = functools.partial(_stop, hint)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"ancer-jax: warning: {message}", file=sys.stderr)
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
-    """The command with its flags. Where a flag has a bad value, one line is left of the box that tyro draws."""
+    """The command with its flags. A bad value is reported in one line instead of the box that tyro draws."""
     commands = {"demo": Demo, "certify": Certify, "fetch": Fetch, "train": Train, "learn-theta": LearnTheta}
     commands |= {"convert": Convert, "report": Report}
     for flags in (*commands.values(), Runtime):
@@ -96,7 +101,7 @@ def _fail(why) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _stop(number: int, _) -> None:
+def _stop(hint: str, number: int, _) -> None:
     """Leave at once: what is finished is stored, and an orderly exit under running XLA threads can crash or hang."""
-    print("\nancer-jax: stopped; start the same command again to continue", file=sys.stderr, flush=True)
+    print(f"\nancer-jax: stopped{hint}", file=sys.stderr, flush=True)
     os._exit(128 + number)

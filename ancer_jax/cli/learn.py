@@ -38,13 +38,15 @@ _OF_ASCENT = ("batch_size", "samples", "lr")
 
 @contextlib.contextmanager
 def _stopped_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process by itself. Python's handler would wait until the whole ascent, one program, is over;
-    and nothing could be continued."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Let Ctrl-C and SIGTERM end the process by themselves: handlers of Python would wait until the whole ascent, one
+    program, is over.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,5 +106,6 @@ def _draw(results: list[report.Results], dataset: Dataset, folder: epath.Path) -
         elif maps:
             path = folder / f"theta_{r.run.path.name}.png"
             path = folder / f"theta_{r.run.path.name}_{i}.png" if path in drawn else path
-            drawn += [path] * report.plot_theta(r, dataset, path)
+            if report.plot_theta(r, dataset, path):
+                drawn.append(path)
     return drawn, missing

@@ -163,7 +163,7 @@ class Train:
         return dataclasses.replace(PRESETS[self.method], theta_map=theta_map, **changes)
 
     def _train(self, attributes: dict[str, Any], datasets: tuple[Dataset, Dataset], config: TrainConfig) -> TrainState:
-        """Train with a progress bar, which an error in the input would precede: it waits for the first step."""
+        """Train with a progress bar. It appears with the first step: an error in the input is one line alone."""
         size, calls, title = config.batch_size, itertools.count(), f"{self.network}, {self.method}"
         total = config.epochs * (len(datasets[0]) // size) * size
         # Without smoothing, the rate is the mean over all images so far, which an evaluation changes little.

@@ -31,7 +31,7 @@ def attack(
     leave [0, 1].
 
     Args:
-      key: typed key of the draws; another one than that of the certificate.
+      key: typed key; the attack's draws are none of those of certificates, even with the same key.
       smoothed: the smoothed classifier that is attacked.
       region: one region in which to look. A gap larger than the certified one shows how strong the attack is.
       label: [] the class that the region has.

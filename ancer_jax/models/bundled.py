@@ -7,7 +7,6 @@ Of a theta map, theta is the smallest one, and at the end is "spectral", or "col
 """
 
 import dataclasses
-import fractions
 import importlib.resources
 import json
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import flax.serialization
 
 from ancer_jax._messages import did_you_mean, first_line
 from ancer_jax.basis import Pixels
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.models.checkpoints import Checkpoint, hash_variables, read_description, read_theta_map
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.classifier import Classifier
@@ -77,13 +76,13 @@ class BundledModel:
         """The card in words."""
         card, checkpoint = self.card, self.checkpoint
         size = " x ".join(map(str, checkpoint.image_shape))
-        clean, noisy = (_share(card[f"{kind}_accuracy"], card["test_images"]) for kind in ("clean", "noisy"))
+        clean, noisy = (round_share(card[f"{kind}_accuracy"], card["test_images"]) for kind in ("clean", "noisy"))
         versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
         certified = "not measured"
         if found := card["certified"]:
             theta = "theta map" if found["method"] == "universal" else f"theta {found['theta']:g}"
             how = f"{found['method']} {theta}, n = {found['n']:,}, alpha = {found['alpha']:g}"
-            acr, accuracy = round_down(found["acr"], 3), _share(found["accuracy"], found["images"])
+            acr, accuracy = round_down(found["acr"], 3), round_share(found["accuracy"], found["images"])
             sizes = f"ACR {acr}, "
             if self.theta_map is not None:
                 sizes += f"ACR-tilde {round_down(found['acr_tilde'], 3)}, "
@@ -101,11 +100,6 @@ class BundledModel:
 
     def __str__(self) -> str:
         return "\n".join([self.name, *(f"  {name:<10} {text}" for name, text in self.summary.items())])
-
-
-def _share(value: float, images: int) -> str:
-    """A share of so many images, rounded down as the fraction that it is."""
-    return round_down(fractions.Fraction(round(value * images), images), 3)
 
 
 def bundled_models() -> tuple[str, ...]:

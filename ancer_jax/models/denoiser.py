@@ -82,7 +82,7 @@ def denoised(denoise: Denoise, variables: Any, classifier: Classifier, theta: Fl
 
 @dataclasses.dataclass(frozen=True)
 class _OneStep:
-    predict_noise: Denoise
+    predict_noise: Callable[[Any, jax.Array, jax.Array], Any]
     kept: tuple[float, ...]
 
     def __call__(self, variables, x, theta):
@@ -103,12 +103,12 @@ def one_step_diffusion(
 ) -> Denoise:
     """A denoiser, for `denoised`, that makes one step of a diffusion model: the step whose noise is nearest to theta.
 
+    The noise must be the same in every pixel: theta is [].
+
     Args:
       predict_noise: `predict_noise(variables, x[n, *d], step) -> [n, *d]`: the model's estimate of the standard normal
         noise in `x = sqrt(kept[step]) * image + sqrt(1 - kept[step]) * noise`, of images in [-1, 1]; step is int32 [].
       kept: [T] share of the image's variance that each step keeps, falling: the cumulative product of `1 - beta`.
-
-    The noise must be the same in every pixel: theta is [].
 
     Raises:
       ValueError: if `kept` is not between 0 and 1, or does not fall; when it is called, if theta is not one number.

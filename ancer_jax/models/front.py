@@ -22,8 +22,8 @@ class Front:
     """The filter `x -> B^-1(weights * B(x - mean)) + mean`, where B gives coefficients in a basis; a pytree.
 
     Attributes:
-      mean: [*d], the mean image.
-      weights: [*d], one for each coefficient.
+      mean: [height, width, channels], the mean image.
+      weights: of the same shape, one for each coefficient.
       basis: the basis (static).
     """
 
@@ -31,8 +31,8 @@ class Front:
     weights: Leaf
     basis: Basis = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: Float[ArrayLike, "n *d"]) -> Float[Array, "n *d"]:
-        """The filtered images; ValueError if they are not [n, height, width, channels]."""
+    def __call__(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n ..."]:
+        """The filtered images [n, height, width, channels]; ValueError if they have another number of axes."""
         if jnp.ndim(x) != 4:
             raise ValueError(f"a filter takes images [n, height, width, channels], got shape {list(jnp.shape(x))}")
         coefficients = self.weights * jnp.asarray(self.basis.coefficients(jnp.asarray(x) - self.mean))

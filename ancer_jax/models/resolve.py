@@ -26,7 +26,7 @@ def resolve_classifier(
     `Classifier`. The noise parameter is theta or, if that is None, the theta or the theta map of training.
 
     Raises:
-      ValueError: if there is no such classifier, or that of training is needed, and unknown or of another norm.
+      ValueError: if there is no such classifier, or theta is None and that of training is unknown or of another norm.
     """
     check_choice("norm", norm, Literal["l2", "l1"])
     bundled = ["bundled", *bundled_models()]

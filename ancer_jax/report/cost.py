@@ -33,8 +33,8 @@ def passes(config: RunConfig, draws: float | None = None) -> Passes:
     limited = config.leakage_limit is not None
     measured = leakage.num_probes * leakage.num_samples if leakage else 0
     held_out = leakage.num_probes * leakage.held_out_samples if leakage else 0
-    # First isotropic is compared with fixed, then anisotropic with isotropic.
+    # The isotropic theta is only tested for leakage; the anisotropic one is also compared with it.
     for guard in ("off", config.guard)[: len(config.searches)]:
-        compared = 2 if guard != "off" else int(limited)
-        forward += compared * config.guard_samples + measured * limited
+        thetas = 2 if guard != "off" else int(limited)
+        forward += thetas * config.guard_samples + measured * limited
     return Passes(forward, backward, measured + held_out)

@@ -40,7 +40,7 @@ def _mark(results: Results) -> str:
 
 def legend_of_marks(results: list[Results]) -> list[str]:
     """What the marks of these runs mean."""
-    return [f"{mark} {why}" for mark, why in _MARKS.items() if mark in map(_mark, results)]
+    return [f"{sign} {why}" for sign, why in _MARKS.items() if sign in map(_mark, results)]
 
 
 def two_claims(results: list[Results]) -> list[str]:

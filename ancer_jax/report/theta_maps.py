@@ -23,7 +23,7 @@ from ancer_jax.smoothing import ABSTAIN, Gaussian, Noise
 
 _OPPONENT = ("brightness", "red against blue", "green against both")
 # What is counted to the right, and down, in a theta map.
-_STEPS: dict[BasisName, tuple[str, str]] = {
+_AXIS_LABELS: dict[BasisName, tuple[str, str]] = {
     "pixels": ("column", "row"),
     "cosine": ("half waves to the right", "half waves down"),
     "karhunen-loeve": ("pattern along a row", "pattern down"),
@@ -31,8 +31,8 @@ _STEPS: dict[BasisName, tuple[str, str]] = {
 
 
 def plot_theta(results: Results, dataset: Dataset, path: epath.PathLike, *, columns: int = 8) -> bool:
-    """The theta maps of a run as PNG: of its first images, below them, with a noisy copy where the noise is coloured.
-    Of a theta map of all images, the picture is that of `plot_theta_map`.
+    """Draw the theta maps of a run as PNG: below each of its first images its theta map and, for coloured noise, a
+    noisy copy. A run with one map for all images gets the picture of `plot_theta_map`.
 
     Args:
       results: of a run directory whose theta has one value per coordinate.
@@ -208,7 +208,7 @@ def _draw_coefficients(figure, theta_map: ThetaMap, maps: list[np.ndarray]) -> N
     name = theta_map.basis.name
     numbered = [f"channel pattern {i}" for i in range(len(maps))]
     titles = {"pixels": ["mean over channels"], "cosine": _OPPONENT}.get(name, numbered)
-    right, down = _STEPS[name]
+    right, down = _AXIS_LABELS[name]
     scale, logarithmic = color_scale(maps)
     axes = figure.subplots(len(maps), 1, squeeze=False, sharex=True)[:, 0]
     for axis, values, title in zip(axes, maps, titles, strict=False):

@@ -1,7 +1,6 @@
 """Settings of the searches for theta, of the guarded choice, and of leakage."""
 
 import dataclasses
-import inspect
 from typing import Any, Literal, TypeVar
 
 from ancer_jax._checks import check_choice, check_integer, check_real
@@ -44,12 +43,6 @@ class SearchConfig:
     leakage_weight: float = 0.0
     leakage_batch: int = 32
 
-    def __init_subclass__(cls) -> None:
-        """Add the attributes above to the docstring of a search's config, for `help`."""
-        docs = (inspect.cleandoc(doc or "") for doc in (cls.__doc__, SearchConfig.__doc__))
-        (head, _, own), (_, _, shared) = (doc.partition("Attributes:") for doc in docs)
-        cls.__doc__ = f"{head.rstrip()}\n\nAttributes:{shared}{own}"
-
     def __post_init__(self):
         for name in ("steps", "num_samples", "leakage_batch"):
             check_integer(name, getattr(self, name))
@@ -69,7 +62,10 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class IsotropicConfig(SearchConfig):
-    """Settings of `optimize_isotropic`; those of Alfarra et al. 2022 are `IsotropicConfig.published()`."""
+    """Settings of `optimize_isotropic`; those of Alfarra et al. 2022 are `IsotropicConfig.published()`.
+
+    Attributes are those of `SearchConfig`.
+    """
 
     steps: int = 20
     num_samples: int = 32
@@ -80,7 +76,7 @@ class IsotropicConfig(SearchConfig):
 class AnisotropicConfig(SearchConfig):
     """Settings of `optimize_anisotropic`; those of Eiras et al. 2022 are `AnisotropicConfig.published()`.
 
-    Attributes:
+    Attributes (the others are those of `SearchConfig`):
       kappa: weight of `min(theta)` in the "ancer" objective.
     """
 

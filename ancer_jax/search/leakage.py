@@ -112,8 +112,8 @@ def leakage(
       chunk: as in `make_probes`.
 
     Returns:
-      int32 [] leaked, int32 [] eligible; both 0 for an abstention. At the starting theta none leaks: every probe has
-      the same draws, and so the same class, again.
+      Numerator and denominator, int32 [] each; both 0 for an abstention. At the starting theta none leaks: every probe
+      has the same draws, and so the same class, again.
 
     Raises:
       ValueError: at trace time, if `x` has another shape than the probes; as in `class_counts`.

@@ -107,7 +107,7 @@ def smoothed_loss(logits: Float[ArrayLike, "m K"], label: Int[ArrayLike, ""]) ->
     return -(jax.nn.logsumexp(log_each) - jnp.log(len(log_each)))
 
 
-def attack(apply, x, label, noise, *, epsilon, steps: int):
+def smoothadv_attack(apply, x, label, noise, *, epsilon, steps: int):
     """SmoothAdv's attack on one image: projected gradient ascent of `smoothed_loss` through fixed noise.
 
     Each step has length `2 epsilon / steps` along the normalised gradient, and is projected to the l2 ball and then to

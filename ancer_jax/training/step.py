@@ -71,7 +71,7 @@ def train_step(variables, optimizer_state, batch, number, epsilon, *, training: 
     if config.method == "smoothadv":
         noise = _add_noise(config.noise_law, key_noise, jnp.zeros_like(theta), theta)
         apply = lambda noisy: network.apply(variables, noisy)
-        attack = functools.partial(losses.attack, apply, epsilon=epsilon, steps=config.attack_steps)
+        attack = functools.partial(losses.smoothadv_attack, apply, epsilon=epsilon, steps=config.attack_steps)
         images = jax.lax.stop_gradient(jax.vmap(attack)(images, labels, noise))
     noisy = _add_noise(config.noise_law, key_noise, jnp.broadcast_to(images[:, None], theta.shape), theta)
     noisy = noisy.reshape(-1, *images.shape[1:])

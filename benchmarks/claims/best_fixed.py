@@ -13,6 +13,7 @@ from typing import Any
 
 import ancer_jax as aj
 from ancer_jax.data import Dataset, select
+from ancer_jax.metrics import round_share
 from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.report import load_results
 from ancer_jax.runs.config import Norm
@@ -54,7 +55,7 @@ def lines(found: Found) -> Lines:
     images = found["results"]["images"]
     for r in found["results"]["rows"]:
         what = f"{r['norm']}, fixed {r['theta']:g}, seed {r['seed']}, {images} images: accuracy; ACR"
-        yield Line(what, f"{figures.share(r['accuracy'], images)}; {figures.down(r, 'ACR')}")
+        yield Line(what, f"{round_share(r['accuracy'], images)}; {figures.down(r, 'ACR')}")
 
 
 BENCHMARK = Benchmark(

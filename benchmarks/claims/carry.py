@@ -21,7 +21,7 @@ import numpy as np
 
 import ancer_jax as aj
 from ancer_jax.data import Dataset, select
-from ancer_jax.metrics import certified_accuracy, round_up
+from ancer_jax.metrics import certified_accuracy, round_share, round_up
 from ancer_jax.models import Checkpoint
 from ancer_jax.report import load_results
 from ancer_jax.runs import read_run
@@ -101,7 +101,7 @@ def lines(found: Found) -> Lines:
     rows = _of(found)
     for (network, how), r in rows.items():
         what = f"{network}, {how}, {r['images']} images: passes; accuracy; ACR"
-        figure = f"{r['passes']:,.0f}; {figures.share(r['accuracy'], r['images'])}; {figures.down(r, 'ACR')}"
+        figure = f"{r['passes']:,.0f}; {round_share(r['accuracy'], r['images'])}; {figures.down(r, 'ACR')}"
         if how != CARRIED or network == "4 bits":
             yield Line(what, figure)
             continue
@@ -114,7 +114,7 @@ def _table() -> str:
     rows = []
     for (network, how), r in _of(load("carry")).items():
         lost = f"{round_up(100 * r['lost'], 3)} %" if "lost" in r else "-"
-        at = [figures.share(r[f"at {radius:g}"], r["images"]) for radius in RADII]
+        at = [round_share(r[f"at {radius:g}"], r["images"]) for radius in RADII]
         rows.append([network, how, f"{r['passes']:,.0f}", lost, *at, figures.down(r, "ACR")])
     header = ["network", "certificates", "passes", "votes lost", *(f"at {radius:g}" for radius in RADII), "ACR"]
     return markdown(header, rows)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ancer_jax.data import load_dataset
-from ancer_jax.metrics import average_certified_radius, round_down
+from ancer_jax.metrics import average_certified_radius, round_down, round_share
 from ancer_jax.models.checkpoints import load_network
 from ancer_jax.report import Results, load_results
 from benchmarks import figures
@@ -213,7 +213,7 @@ def lines(found: Found) -> Lines:
             what, accuracy = f"{case}: accuracy under the noise of its training", r["accuracy"]
             yield Line(what, round_down(accuracy, 3), f"> {LEARNED}", accuracy > LEARNED)
             continue
-        cells = {"accuracy": figures.share(r["accuracy"], r["images"])} if "accuracy" in r else {}
+        cells = {"accuracy": round_share(r["accuracy"], r["images"])} if "accuracy" in r else {}
         cells |= {name: figures.down(r, name) for name in ("ACR", "ACR-tilde", WITHOUT_LEAKY) if name in r}
         what = f"{case}, {r['images']} images, after memory: {'; '.join(cells)}"
         if r["run"] == "ancer" and "accuracy" in r:  # otherwise a figure of no classifier

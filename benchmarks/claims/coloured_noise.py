@@ -37,7 +37,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ancer_jax._numerics import geometric_mean
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.report import Results, load_results
 from ancer_jax.search import load_theta_map
 from benchmarks import figures
@@ -168,7 +168,7 @@ def lines(found: Found) -> Lines:
     rows = {(r["row"], r["sigma"]): r for r in results["rows"]}
     for (name, sigma), r in rows.items():
         what = f"{results['data']}, sigma {sigma:g}, {name}, {r['images']} images"
-        cells = f"{figures.share(r['accuracy'], r['images'])}; {figures.down(r, 'ACR', 'ACR-tilde')}"
+        cells = f"{round_share(r['accuracy'], r['images'])}; {figures.down(r, 'ACR', 'ACR-tilde')}"
         yield Line(f"{what}: accuracy; ACR; ACR-tilde", cells)
         if name == ANCER:
             kept = {"ACR": r["without leaky"]["radius"], "ACR-tilde": r["without leaky"]["radius_proxy"]}
@@ -240,7 +240,7 @@ def _first(r: dict[str, Any], name: str) -> list[str]:
 
 def _means(r: dict[str, Any]) -> list[str]:
     """The cells of accuracy, ACR and ACR-tilde."""
-    return [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
+    return [round_share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
 
 
 def _sizes(output: str, name: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ancer_jax import CertifyConfig, Classifier, RunConfig, certify_dataset, devices, load_bundled, load_dataset
 from ancer_jax.data import Dataset, select
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.models import DnCNN, denoised, load_network
 from ancer_jax.report import load_results
 from ancer_jax.training import DenoiserConfig, denoiser_state, train_denoiser
@@ -116,7 +116,7 @@ def lines(found: Found) -> Lines:
     results = found["results"]
     by_name = {r["name"]: r for r in results["rows"]}
     for name, r in by_name.items():
-        shares = "; ".join(figures.share(r[key], results["images"]) for key in ("clean accuracy", "accuracy"))
+        shares = "; ".join(round_share(r[key], results["images"]) for key in ("clean accuracy", "accuracy"))
         what = f"{name}, sigma {results['sigma']:g}, {results['images']} images: clean accuracy; certified; ACR"
         better = name in (SQUARED, BOTH)
         above = r["ACR"] > by_name[ALONE]["ACR"] if better else None
@@ -127,7 +127,7 @@ def _table() -> str:
     results = load("denoised")["results"]
     rows = []
     for r in results["rows"]:
-        shares = [figures.share(r[key], results["images"]) for key in ("clean accuracy", "accuracy")]
+        shares = [round_share(r[key], results["images"]) for key in ("clean accuracy", "accuracy")]
         rows.append([r["name"], *shares, round_down(r["ACR"], 3)])
     return markdown(["ResNet-20", "accuracy without noise", "certified accuracy", "ACR"], rows)
 

@@ -26,7 +26,7 @@ import numpy as np
 import ancer_jax as aj
 from ancer_jax import report
 from ancer_jax.data import Dataset, load_dataset, take
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.runs.config import Norm
 from ancer_jax.search.leakage import smoothed_classes
@@ -136,7 +136,7 @@ def _table() -> str:
     """What memory changes in each case."""
     rows = []
     for r in load("hard_cases")["results"]:
-        accuracy = " -> ".join(figures.share(value, r["images"]) for value in r["accuracy"])
+        accuracy = " -> ".join(round_share(value, r["images"]) for value in r["accuracy"])
         acr_tilde = " -> ".join(round_down(value, 3) for value in r["acr_tilde"])
         case = f"{r['norm']}, {r['case']}, {'isotropic' if r['case'] == 'runaway' else 'ANCER'}"
         rows.append([case, f"{r['changed']} of {r['images']}", str(r["overruled"]), accuracy, acr_tilde])

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 import ancer_jax as aj
 from ancer_jax.data import select
+from ancer_jax.metrics import round_share
 from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.report import load_results
 from ancer_jax.runs.config import Method, Norm
@@ -137,7 +138,7 @@ def _table() -> str:
         method, _, theta = r["method"].partition(" ")
         if method != "fixed" or r is best[r["norm"]]:
             name = f"best fixed theta ({theta})" if theta else method.replace("ancer", "ANCER")
-            accuracy = figures.share(r["accuracy"], found["results"]["images"])
+            accuracy = round_share(r["accuracy"], found["results"]["images"])
             sizes = (figures.down(r, column) for column in ("ACR", "ACR-tilde", WITHOUT_LEAKY))
             memory = "not needed" if method in ("fixed", "universal") else "needed"
             table.append([f"{r['norm']}, {name}", accuracy, *sizes, f"{r['s/image']:.1f}", memory])

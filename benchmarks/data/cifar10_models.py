@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.report import load_results
 from benchmarks import figures
 from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
@@ -108,7 +108,7 @@ def public(name: str) -> list[dict[str, Any]]:
 def lines(found: Found) -> Lines:
     for r in found["results"]["rows"]:
         what = f"{r['name']}, {r['images']} images: accuracy; ACR"
-        cells = f"{figures.share(r['accuracy'], r['images'])}; {round_down(r['ACR'], 3)}"
+        cells = f"{round_share(r['accuracy'], r['images'])}; {round_down(r['ACR'], 3)}"
         others = public(r["name"])
         for p in others:
             holds = r["accuracy"] >= NEAR * p["accuracy"] and r["ACR"] >= NEAR * p["ACR"]
@@ -123,7 +123,7 @@ def _table() -> str:
     rows, there = [], [output for output in OUTPUTS if (RESULTS / f"{output}.json").exists()]
     for r in (r for output in there for r in load(output)["results"]["rows"]):
         others = [figures.down(p, "accuracy", "ACR") for p in public(r["name"])] or ["none", "none"]
-        cells = [figures.share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), *others]
+        cells = [round_share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), *others]
         minutes = (f"{r[f'seconds of {what}'] / 60:.0f}" for what in ("training", "certification"))
         rows.append([f"`{r['name']}`", *cells, *minutes])
     header = ["model", "certified accuracy", "ACR", "public network, same images and n: accuracy; ACR"]
@@ -134,7 +134,7 @@ def _table() -> str:
 def _consistency() -> str:
     """Ours at sigma 0.5."""
     r = next(r for r in load("cifar10_models-consistency")["results"]["rows"] if "l2-0.5" in r["name"])
-    return f"accuracy {figures.share(r['accuracy'], r['images'])}, ACR {round_down(r['ACR'], 3)}"
+    return f"accuracy {round_share(r['accuracy'], r['images'])}, ACR {round_down(r['ACR'], 3)}"
 
 
 def _public_consistency() -> str:

@@ -33,7 +33,7 @@ import ancer_jax.models
 from ancer_jax.basis import Pixels
 from ancer_jax.cli.learn import LearnTheta
 from ancer_jax.data import Dataset, load_dataset
-from ancer_jax.metrics import round_down
+from ancer_jax.metrics import round_down, round_share
 from ancer_jax.models import BundledModel, Checkpoint, bundled_models, load_bundled, load_network
 from ancer_jax.models.checkpoints import describe, hash_variables
 from ancer_jax.report import load_results
@@ -43,7 +43,6 @@ from ancer_jax.smoothing import Classifier, Noise, make_noise
 from ancer_jax.smoothing.classifier import fingerprint
 from ancer_jax.training import PRESETS
 from benchmarks.benchmark import RESULTS, Benchmark, markdown
-from benchmarks.figures import share
 
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
 NAME = re.compile(
@@ -231,7 +230,7 @@ def _table() -> str:
     rows = []
     for model in _models():
         card, found = model.card, model.card["certified"]
-        clean, noisy = (share(card[f"{kind}_accuracy"], card["test_images"]) for kind in ("clean", "noisy"))
+        clean, noisy = (round_share(card[f"{kind}_accuracy"], card["test_images"]) for kind in ("clean", "noisy"))
         acr = f"{round_down(found['acr'], 3)} ({found['images']:,} images)" if found else "not measured"
         method = f"{card['method']}, {card['epochs']} epochs"
         rows.append([f"[`{model.name}`](#{model.name.replace('.', '')})", card["data"], method, clean, noisy, acr])

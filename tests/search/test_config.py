@@ -1,5 +1,4 @@
 import dataclasses
-import inspect
 
 import pytest
 
@@ -81,13 +80,6 @@ def test_leakage_settings_below_one_are_refused(name):
 def test_universal_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         UniversalConfig(**change)
-
-
-@pytest.mark.parametrize("config", [IsotropicConfig, AnisotropicConfig])
-def test_help_describes_every_setting_of_a_search_once(config):
-    attributes = inspect.getdoc(config).partition("Attributes:\n")[2]
-    described = [line.split(":")[0].strip() for line in attributes.splitlines() if line[2] != " "]
-    assert described == [field.name for field in dataclasses.fields(config)]
 
 
 @pytest.mark.parametrize(("config", "steps"), [(IsotropicConfig, 900), (AnisotropicConfig, 100)])

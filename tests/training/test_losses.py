@@ -88,10 +88,10 @@ def test_the_attack_stays_in_its_ball_and_finds_the_worst_point_of_a_linear_clas
     weights = jnp.array(RNG.normal(size=(6, 3)))
     x, noise = jnp.full(6, 0.5), jnp.array(RNG.normal(size=(8, 6)) * 0.1)
     apply = lambda y: y @ weights[:, :2]
-    found = losses.attack(apply, x, 0, noise, epsilon=0.2, steps=20)
+    found = losses.smoothadv_attack(apply, x, 0, noise, epsilon=0.2, steps=20)
     away = weights[:, 1] - weights[:, 0]
     np.testing.assert_allclose(found, x + 0.2 * away / jnp.linalg.norm(away), atol=1e-3)
     assert np.linalg.norm(found - x) <= 0.2 + 1e-6
-    large = losses.attack(apply, x, 0, noise, epsilon=5.0, steps=20)
+    large = losses.smoothadv_attack(apply, x, 0, noise, epsilon=5.0, steps=20)
     assert large.min() >= 0 and large.max() <= 1
-    np.testing.assert_array_equal(losses.attack(apply, x, 0, noise, epsilon=0.0, steps=3), x)
+    np.testing.assert_array_equal(losses.smoothadv_attack(apply, x, 0, noise, epsilon=0.0, steps=3), x)
