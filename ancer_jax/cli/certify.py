@@ -355,6 +355,7 @@ class Certify:
         """Refuse flags that would do nothing beside the others."""
         names = [field.name for field in dataclasses.fields(self)]
         fixed = self.method in ("fixed", "universal")
+        compared = self.leakage_limit is not None or (self.method == "ancer" and self.guard != "off")
         for applies, flags, why in (
             (self.carry is not None, {*names} - {*_OF_CARRYING}, "--carry takes certificates as they are:"),
             (self.carry is None, {"carry_from", "carry_n", "carry_alpha"}, "without --carry,"),
@@ -362,6 +363,10 @@ class Certify:
             (self.method == "isotropic", _OF_ANCER, "--method isotropic searches no anisotropic theta:"),
             (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
             (not self.exact, {"period"}, "without --exact,"),
+            (self.exact, {"n0", "n", "alpha_run"}, "--exact counts all draws, and has no alpha:"),
+            (self.exact and not compared, {"alpha"}, "--exact has no alpha:"),
+            (self.exact and self.method in ("fixed", "isotropic"), {"period"}, "with one theta per image,"),
+            (self.objective == "log_volume", {"kappa"}, "with --objective log_volume,"),
         ):
             if applies and (given := self._given([name for name in names if name in flags])):
                 raise ValueError(f"{why} {given} must not be given")

@@ -155,8 +155,9 @@ class LearnTheta:
         out = epath.Path(self.out)
         if out.suffix != ".npz":
             raise ValueError(f"--out is the file of a theta map, NAME.npz, got {out}")
-        if out.exists():
-            raise ValueError(f"{out} exists already: name a new file")
+        for file in (out, out.with_suffix(".png")):  # the map, and its picture
+            if file.exists():
+                raise ValueError(f"{file} exists already: name a new file")
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
 

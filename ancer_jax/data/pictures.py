@@ -16,6 +16,7 @@ Crop = Literal["none", "imagenet"]
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _RESIZED, _CROPPED = 256, 224
+_READ = 16  # pictures, evenly spaced, whose contents are in the fingerprint
 
 
 def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
@@ -23,7 +24,8 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
 
     Classes are numbered in alphabetical order, pictures by class and then by name: labels are those of torchvision's
     `ImageFolder`. A class without a folder shifts the labels of all later classes, which the names in `classes` reveal.
-    The fingerprint is of names and sizes of the files. ValueError without pictures, for one class or several sizes.
+    The fingerprint is of names and sizes of the files, and of the contents of some of them. ValueError without
+    pictures, for one class or several sizes.
     """
     root = folder / split if (folder / split).is_dir() else folder
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -53,6 +55,8 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     digest = hashlib.sha256(crop.encode())
     for file in files:
         digest.update(f"{file.parent.name}/{file.name} {file.stat().length}\n".encode())
+    for position in np.unique(np.linspace(0, len(files) - 1, _READ).astype(int)):
+        digest.update(hashlib.sha256(files[position].read_bytes()).digest())
     ids = np.arange(len(files))
     images = LazyImages(read, ids, shape)
     return Dataset(folder.name, ids, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
@@ -74,7 +78,7 @@ def read_picture(file: epath.Path, crop: Crop) -> np.ndarray:
 def _naming(file: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # PIL raises many types
         raise ValueError(f"{file}: not a readable picture ({error})") from None
 
 
@@ -83,6 +87,8 @@ def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
     picture = PIL.Image.open(io.BytesIO(content))
     if picture.mode not in _MODES:
         raise ValueError(f"pixels must have 8 bits per channel, but the mode in PIL is {picture.mode}")
+    if any(";16" in str(part) for part in getattr(picture, "tile", ())):  # PIL would drop half of the bits
+        raise ValueError("pixels must have 8 bits per channel, not 16")
     picture = picture.convert("L" if channels == 1 else "RGB")
     if crop == "imagenet":
         width, height = (side * _RESIZED // min(picture.size) for side in picture.size)

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ancer_jax.models._convolution import convolution
 from ancer_jax.models.resnet import relu
@@ -33,6 +34,9 @@ class SmallCNN(nn.Module):
         """Logits [n, num_classes] of images [n, height, width, channels]; `train` affects speed only."""
         fast = functools.partial(convolution, in_loop=not train)
         conv = functools.partial(nn.Conv, dtype=self.compute_dtype, conv_general_dilated=fast)
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if np.ndim(value) and np.size(value) != x.shape[-1]:
+                raise ValueError(f"{name} must be one number or {x.shape[-1]}, one for each channel, got {value}")
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         x = relu(conv(self.features[0], (5, 5), strides=(2, 2))(x))
         x = relu(conv(self.features[1], (3, 3), strides=(2, 2))(x))

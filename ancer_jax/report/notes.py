@@ -74,7 +74,8 @@ def caveats(results: list[Results], leakage_limit: float = LEAKAGE_LIMIT) -> lis
 def notes(results: list[Results]) -> list[str]:
     """The notes below a table of these runs."""
     said, configs = [], [(r.name, r.config) for r in results if r.config]
-    if any(sorted(r["idx"]) != sorted(results[0]["idx"]) for r in results):
+    images = [sorted(zip(r["idx"].tolist(), r["label"].tolist(), strict=True)) for r in results]
+    if any(these != images[0] for these in images):
         said.append("These runs are not of the same images: their figures cannot be compared.")
     if len({r.norm for r in results if r.norm}) > 1:
         said.append("These runs are of different norms: their figures cannot be compared.")
@@ -106,6 +107,9 @@ def notes(results: list[Results]) -> list[str]:
     for inputs in dict.fromkeys(noise.certified_inputs for _, noise in exact):
         names = [name for name, noise in exact if noise.certified_inputs == inputs]
         said.append(f"Exact certificates, without alpha, for {inputs}: {', '.join(names)}.")
+    if names := [r.name for r in results if r.run is None and "gap" not in r.columns]:
+        tables = f"Tables of other tools ({', '.join(names)})"
+        said.append(f"{tables} have radii as these rounded them, to the nearest as a rule: figures may be too large.")
     if names := [name for name, config in configs if config.certify.bound == "separate"]:
         said.append(f"Separate bounds of the class and of the second class, at half of alpha each: {', '.join(names)}.")
     if names := [name for name, config in configs if config.noise == "splitting"]:

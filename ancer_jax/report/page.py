@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import importlib.resources
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ def _facts(results: list[Results]) -> str:
     """The settings without which the figures of these runs mean nothing."""
     runs = [r.run for r in results if r.run]
     names, norms = [run.data.name for run in runs], [run.config.norm for run in runs]
-    counts, alphas = [f"{run.config.certify.n:,}" for run in runs], [alpha_of(r) for r in results if r.run]
+    counts = ["all draws" if run.config.enumerable else f"{run.config.certify.n:,}" for run in runs]
+    alphas = [alpha_of(r) for r in results if r.run]
     facts = (("", names), ("", norms), ("n = ", counts), ("alpha = ", alphas))
     return "; ".join(name + ", ".join(dict.fromkeys(values)) for name, values in facts)
 
@@ -185,8 +187,9 @@ def _card(results: Results, row: int, theta: np.ndarray, scale, dataset: Dataset
         f"p_lower {round_down(line['p_lower'], 4)}" + f" of {int(own['predict'])}, its own answer" * bool(overruled),
         f"theta {spread}",
     ]
-    if results.data_dependent and not np.isnan(line["leakage"]):
-        lines.append(f"leakage {round_up(line['leakage'], 3)}, soft {round_up(line['soft_leakage'], 3)}")
+    if results.data_dependent and not math.isnan(line["leakage"]):
+        soft = "" if math.isnan(line["soft_leakage"]) else f", soft {round_up(line['soft_leakage'], 3)}"
+        lines.append(f"leakage {round_up(line['leakage'], 3)}{soft}")
     if line.get("changed") == 1:
         before = f"before memory: proxy radius {round_down(own['radius_proxy'], 3)}"
         lines.append(before + f", answer {int(own['predict'])}" * bool(overruled))

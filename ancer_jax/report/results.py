@@ -176,7 +176,8 @@ def load_results(path: epath.PathLike) -> Results:
     # The table is written once all images are finished: one of fewer images is from before --max was raised.
     table = read_text(path / (BEFORE_MEMORY if run.config.data_dependent else RESULTS)) or ""
     finished = table.count("\n") == len(before["idx"]) + 1
-    return Results(path.name, after or before, run.config.norm, before if after else None, run, finished)
+    name = path.name or path.resolve().name  # of "."
+    return Results(name, after or before, run.config.norm, before if after else None, run, finished)
 
 
 def decimal(number: float) -> fractions.Fraction:

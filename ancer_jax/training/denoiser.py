@@ -107,11 +107,6 @@ def train_denoiser(
 
 
 def _epochs(network, images, config, classifier, state) -> Iterator[tuple[DenoiserState, float]]:
-    labels = np.zeros(len(images), np.int32)
-    if classifier is not None:
-        classes = jax.jit(lambda classifier, x: classifier(x).argmax(axis=-1))
-        parts = [classes(classifier, images[first : first + 500]) for first in range(0, len(images), 500)]
-        labels = np.concatenate(parts).astype(np.int32)
     size, key = config.batch_size, root_key(config.seed)
     steps = len(images) // size
     for epoch in range(state.epoch, config.epochs):
@@ -120,9 +115,8 @@ def _epochs(network, images, config, classifier, state) -> Iterator[tuple[Denois
         for number in range(steps):
             rows, step_key = order[number * size :][:size], jax.random.fold_in(key, 1 + epoch * steps + number)
             settings = {"network": network, "config": config, "steps": steps}
-            batch = images[rows], labels[rows]
             variables, optimizer_state, loss = _step(
-                variables, optimizer_state, step_key, batch, classifier, **settings
+                variables, optimizer_state, step_key, images[rows], classifier, **settings
             )
             losses.append(loss)
         state = DenoiserState(variables, optimizer_state, epoch + 1)
@@ -134,9 +128,9 @@ def _optimizer(config: DenoiserConfig, steps: int) -> optax.GradientTransformati
 
 
 @functools.partial(jax.jit, static_argnames=("network", "config", "steps"))
-def _step(variables, optimizer_state, key, batch, classifier, *, network, config: DenoiserConfig, steps: int):
+def _step(variables, optimizer_state, key, images, classifier, *, network, config: DenoiserConfig, steps: int):
     """One step of Adam: new variables, its new state, and the loss."""
-    (images, labels), (noise_key, flip_key) = batch, jax.random.split(key)
+    noise_key, flip_key = jax.random.split(key)
     mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
     images = jnp.where(mirrored, images[:, :, ::-1], images)
     noisy = images + config.theta * jax.random.normal(noise_key, images.shape)
@@ -145,6 +139,7 @@ def _step(variables, optimizer_state, key, batch, classifier, *, network, config
         clean = network.apply({"params": params}, noisy, train=True)
         value = jnp.mean((clean - images) ** 2) / config.theta**2
         if classifier is not None:
+            labels = classifier(images).argmax(axis=-1)
             cross_entropy = optax.softmax_cross_entropy_with_integer_labels(classifier(clean), labels)
             value += config.classifier_weight * cross_entropy.mean()
         return value

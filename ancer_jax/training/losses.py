@@ -43,7 +43,7 @@ def macer(
     mean = jax.nn.softmax(logits).mean(axis=0)
     sharp = jax.nn.softmax(inverse_temperature * jnp.asarray(logits)).mean(axis=0)
     (first, second), _ = jax.lax.top_k(sharp, 2)
-    usable = (sharp.argmax() == label) & (first < 1) & (second > 0)
+    usable = (sharp.argmax() == label) & (first < 1) & (second >= jnp.finfo(sharp.dtype).tiny)
     first, second = (jnp.where(usable, value, other) for value, other in ((first, 0.75), (second, 0.25)))
     xi = norm.ppf(first) - norm.ppf(second)
     hinge = jnp.where(usable & (xi <= margin), margin - xi, 0.0)

@@ -96,7 +96,7 @@ def captured(monkeypatch):
 
 def test_flags_reach_the_settings(captured):
     flags = [
-        *("--norm", "l1", "--method", "ancer", "--alpha", "0.05", "--seed", "7", "--objective", "log_volume"),
+        *("--norm", "l1", "--method", "ancer", "--alpha", "0.05", "--seed", "7"),
         *("--bound", "separate"),
         *("--iso-steps", "11", "--iso-lr", "0.1", "--iso-samples", "12"),
         *("--ancer-steps", "13", "--ancer-lr", "0.2", "--ancer-samples", "14", "--kappa", "1.5"),
@@ -106,7 +106,7 @@ def test_flags_reach_the_settings(captured):
     ]
     with pytest.raises(SystemExit):
         cli.main([*toy(), *flags])
-    both = {"objective": "log_volume", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32, "ascent": "log"}
+    both = {"objective": "ancer", "theta_max": 3.0, "leakage_weight": 1.25, "leakage_batch": 32, "ascent": "log"}
     assert captured["config"].settings() == {
         **{"norm": "l1", "method": "ancer", "theta": 0.25, "seed": 7, "guard": "superset", "guard_samples": 15},
         "certify": certify_settings(n0=10, n=100, alpha=0.05, bound="separate"),
@@ -119,6 +119,9 @@ def test_flags_reach_the_settings(captured):
     execution = captured["execution"]
     assert (execution.batch_size, execution.chunk, execution.devices, execution.shard) == (3, 16, 1, "draws")
     assert captured["out"] == "run"
+    with pytest.raises(SystemExit):
+        cli.main(toy("--objective", "log_volume", method="ancer"))
+    assert captured["config"].anisotropic.objective == captured["config"].isotropic.objective == "log_volume"
 
 
 def test_the_published_preset_is_that_of_the_papers(captured):
@@ -204,7 +207,10 @@ def test_sigma_convention_is_for_l1_only(here, capsys, convention):
         (("--classifier", "plugin:wrong_logits"), r"must return logits of shape \[\d+, 4\].* got \[\d+, 3\]"),
         (("--classifier", "plugin:infinite"), "logits are not finite"),
         (("--data", BUNDLED_SUBSET), "has 10 classes, the classifier only 3"),
-        (("--bound", "separate", "--norm", "l1", "--noise", "splitting", "--exact"), "no separate bounds"),
+        (
+            ("--norm", "l1", "--noise", "splitting", "--exact"),
+            "--exact counts all draws, and has no alpha: --n0, --n must",
+        ),
         (("--out", "toy.npz"), "toy.npz is a file, not a run directory"),
         (("--out", "toy.npz/run"), "toy.npz/run"),
         (("--out", "."), r"\. is not a run directory: it holds plugin\.py and no config\.json"),

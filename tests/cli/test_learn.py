@@ -1,5 +1,6 @@
 """`ancer-jax learn-theta`, and what train and certify do with its theta map."""
 
+import pathlib
 import signal
 
 import numpy as np
@@ -112,6 +113,8 @@ def test_an_ascent_from_the_map_of_a_network_keeps_its_basis_and_its_smallest_th
     assert found.history["start"] == first.history and found.history["lr"] == 0.1
     capsys.readouterr()
     assert "next.npz exists already: name a new file" in error_line(capsys, [*again, *flags])
+    pathlib.Path("next.npz").unlink()  # its picture is still there
+    assert "next.png exists already: name a new file" in error_line(capsys, [*again, *flags])
 
 
 @pytest.mark.parametrize(

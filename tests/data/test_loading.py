@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import io
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -143,9 +145,10 @@ def test_a_class_without_a_folder_is_noticed(tmp_path):
 
 
 def test_pictures_that_change_after_they_were_certified_do_not_enter_the_memory(tmp_path):
-    """BMP files of equal size have equal length, so that neither name nor length changes."""
-    names = ["a/0.bmp", "b/1.bmp", "c/2.bmp"]
-    write_pictures(tmp_path / "data", names, PIXELS[:3, :4, :4])
+    """BMP files of equal size have equal length, so that neither name nor length changes; few contents are compared."""
+    names = [f"{'abc'[i // 12]}/{i:02}.bmp" for i in range(36)]
+    pixels = RNG.integers(0, 256, (36, 4, 4, 3), np.uint8)
+    write_pictures(tmp_path / "data", names, pixels)
     config = RunConfig(
         method="isotropic", isotropic=IsotropicConfig(steps=2, num_samples=4), certify=CertifyConfig(10, 100)
     )
@@ -157,11 +160,43 @@ def test_pictures_that_change_after_they_were_certified_do_not_enter_the_memory(
         out=tmp_path / "run",
     )
     run(False)
-    write_pictures(tmp_path / "data", names[1:2], PIXELS[5:6, :4, :4])
+    write_pictures(tmp_path / "data", names[1:2], pixels[5:6])
     with pytest.raises(ValueError, match="data: image 1 is no longer the one that was certified"):
         run(True)
-    write_pictures(tmp_path / "data", names[1:2], PIXELS[1:2, :4, :4])
+    write_pictures(tmp_path / "data", names[1:2], pixels[1:2])
     run(True)
+    write_pictures(tmp_path / "data", names[:1], pixels[5:6])
+    with pytest.raises(ValueError, match="was made with other settings"):
+        run(True)
+
+
+def test_two_parts_with_equal_names_and_sizes_are_two_data_sets(tmp_path):
+    names = [f"{name}/{i}.bmp" for name in "ab" for i in range(3)]
+    for i, split in enumerate(("train", "test")):
+        write_pictures(tmp_path / split, names, RNG.integers(0, 256, (6, 4, 4, 3), np.uint8) * (i + 1))
+    first, second = (load_dataset(str(tmp_path), split=split) for split in ("train", "test"))
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_picture_of_16_bits_in_each_of_three_channels_is_refused(tmp_path):
+    """PIL would read the upper half of the bits."""
+    rows = b"".join(b"\0" + RNG.integers(0, 256, 4 * 6, np.uint8).tobytes() for _ in range(4))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    write_pictures(tmp_path, ["b/1.png"], PIXELS[:1, :4, :4])
+    with pytest.raises(ValueError, match=r"0\.png: not a readable picture .*8 bits per channel, not 16"):
+        load_dataset(str(tmp_path)).images[0]
+
+
+def test_a_picture_that_pil_takes_for_an_attack_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 4)
+    write_pictures(tmp_path, ["a/0.png", "b/1.png"], PIXELS[:2, :4, :4])
+    with pytest.raises(ValueError, match=r"0\.png: not a readable picture .*decompression bomb"):
+        load_dataset(str(tmp_path)).images[0]
 
 
 def test_pictures_with_more_than_8_bits_are_refused(tmp_path):

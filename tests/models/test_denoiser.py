@@ -1,5 +1,6 @@
 """Denoised smoothing: the denoiser is a part of the base classifier."""
 
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,31 @@ def test_the_loss_of_the_classifier_is_trained_too():
         return -jax.nn.log_softmax(logits)[np.arange(len(IMAGES)), labels].mean()
 
     assert loss(with_it[-1][0].variables) < loss(without[-1][0].variables)
+
+
+def _brighter_side(variables, x):
+    """Which half of an image is brighter: another class for its mirror image."""
+    difference = 1000 * (x[:, :, : x.shape[2] // 2].mean((1, 2, 3)) - x[:, :, x.shape[2] // 2 :].mean((1, 2, 3)))
+    return jnp.stack([difference, -difference], axis=-1)
+
+
+class Identity(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return x + 0 * self.param("zero", nn.initializers.zeros, ())
+
+
+def test_the_class_that_is_learned_is_that_of_the_mirrored_image():
+    images = np.clip(0.2 + 0.6 * (np.arange(8) >= 4)[None, None, :, None] + 0.01 * RNG.random((64, 8, 8, 1)), 0, 1)
+    images = np.where(RNG.random((64, 1, 1, 1)) < 0.5, images, images[:, :, ::-1]).astype(np.float32)
+    side = aj.from_function(_brighter_side, (), num_classes=2)
+    settings = {"theta": 1e-3, "epochs": 1, "batch_size": 32, "learning_rate": 1e-9}
+    losses = []
+    for weight, classifier in ((1.0, side), (0.0, None)):
+        config = DenoiserConfig(classifier_weight=weight, **settings)
+        ((_, loss),) = train_denoiser(Identity(), images, config, classifier=classifier)
+        losses.append(loss)
+    assert abs(losses[0] - losses[1]) < 1e-3
 
 
 def test_certificates_are_those_of_the_composition():

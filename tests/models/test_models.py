@@ -126,3 +126,10 @@ def test_every_network_is_a_sound_classifier(name):
         _, changed = jax.jit(train)(np.stack([x, x[::-1] ** 2]))
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), changed["batch_stats"], variables["batch_stats"])
         assert jax.tree.all(moved)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_the_small_network_refuses_a_normalisation_of_other_channels(name):
+    network = make_network("small_cnn", **{name: (0.4, 0.5, 0.6)})
+    with pytest.raises(ValueError, match=f"{name} must be one number or 1, one for each channel, got"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

@@ -41,7 +41,10 @@ def test_summary_of_an_isotropic_run_is_what_the_hand_finds(tmp_path):
     assert cells(table, 8) == ["cohen?", "radius", "0.666", "0.500", "0.333", "0.000"]
     # Without proxy radii of its own there is no second line.
     errors = "Standard errors of accuracy and ACR, over the choice of images: cohen? 0.211, 0.193."
-    assert table.splitlines()[9:] == ["", errors, "", f"? {report.UNKNOWN}"]
+    rounded = (
+        "Tables of other tools (cohen) have radii as these rounded them, to the nearest as a rule: figures may be "
+    )
+    assert table.splitlines()[9:] == ["", f"{rounded}too large.", "", errors, "", f"? {report.UNKNOWN}"]
 
 
 def test_summary_of_a_data_dependent_run_is_what_the_hand_finds(tmp_path):
@@ -242,6 +245,14 @@ def test_a_note_is_there_exactly_when_it_applies(tmp_path, config, note):
     other = from_text(tmp_path, "b.tsv", MEMORY.replace("\tancer", "\tfixed"))
     assert note in "\n".join(notes([run]))
     assert note not in "\n".join(notes([other]))
+
+
+def test_images_with_equal_ids_and_other_labels_are_other_images(tmp_path):
+    runs = [
+        from_text(tmp_path, f"{i}.tsv", text) for i, text in enumerate((FIXED, FIXED.replace("0\t3\t3", "0\t2\t2")))
+    ]
+    assert "not of the same images" in "\n".join(notes(runs))
+    assert "not of the same images" not in "\n".join(notes([runs[0], runs[0]]))
 
 
 def test_exact_certificates_say_of_which_inputs_they_are(tmp_path, monkeypatch):
