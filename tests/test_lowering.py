@@ -152,9 +152,8 @@ def test_a_training_step_of_a_denoiser():
         DnCNN(depth=2, features=4),
         DenoiserConfig(theta=0.25, epochs=1, batch_size=4, classifier_weight=1.0),
     )
-    variables, moments, _ = denoiser_state(network, IMAGES, config)
-    batch = (IMAGES, LABELS), classifier()
-    check(_step, variables, moments, KEY, *batch, network=network, config=config, steps=1)
+    variables, state, _ = denoiser_state(network, IMAGES, config)
+    check(_step, variables, state, KEY, IMAGES, classifier(), network=network, config=config, steps=1)
 
 
 @pytest.mark.parametrize("noise", [Gaussian(), Gaussian(Cosine()), Uniform()], ids=str)

@@ -256,9 +256,10 @@ class Certify:
                 warnings.warn(trained, stacklevel=1)
             if self.noise is None and checkpoint.norm == self.norm:
                 command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
-        law = [command.noise if command.noise == "splitting" else None, "exact" if self.exact else None]
-        law.append(None if self.basis == "pixels" else self.basis)
-        out = out or "runs/" + "-".join([self.norm, *filter(None, law), self.method, f"{sigma:g}"])
+        named = {"splitting": command.noise == "splitting", "exact": self.exact}
+        named[str(self.basis)] = self.basis not in (None, "pixels")
+        law = [name for name, there in named.items() if there]
+        out = out or "runs/" + "-".join([self.norm, *law, self.method, f"{sigma:g}"])
         command.certify(classifier, dataset, sigma, out, theta_map)
         self._print_rest(out, dataset)
         return out
@@ -355,7 +356,8 @@ class Certify:
         """Refuse flags that would do nothing beside the others."""
         names = [field.name for field in dataclasses.fields(self)]
         fixed = self.method in ("fixed", "universal")
-        compared = self.leakage_limit is not None or (self.method == "ancer" and self.guard != "off")
+        compares = self.leakage_limit is not None or (self.method == "ancer" and self.guard != "off")
+        of_draws = {"n0", "n", "alpha_run", *(() if compares else ("alpha",))}
         for applies, flags, why in (
             (self.carry is not None, {*names} - {*_OF_CARRYING}, "--carry takes certificates as they are:"),
             (self.carry is None, {"carry_from", "carry_n", "carry_alpha"}, "without --carry,"),
@@ -363,9 +365,12 @@ class Certify:
             (self.method == "isotropic", _OF_ANCER, "--method isotropic searches no anisotropic theta:"),
             (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
             (not self.exact, {"period"}, "without --exact,"),
-            (self.exact, {"n0", "n", "alpha_run"}, "--exact counts all draws, and has no alpha:"),
-            (self.exact and not compared, {"alpha"}, "--exact has no alpha:"),
-            (self.exact and self.method in ("fixed", "isotropic"), {"period"}, "with one theta per image,"),
+            (self.exact, of_draws, "--exact counts all draws, and has no alpha:"),
+            (
+                self.method in ("fixed", "isotropic"),
+                {"period"},
+                f"--method {self.method} has one theta for all pixels:",
+            ),
             (self.objective == "log_volume", {"kappa"}, "with --objective log_volume,"),
         ):
             if applies and (given := self._given([name for name in names if name in flags])):

@@ -297,6 +297,8 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
     check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     _refuse_tracers(smoothed.theta, x)
     x, theta = np.asarray(x), np.asarray(smoothed.theta)
+    if not x.size:
+        raise ValueError(f"x must not be empty, got shape {list(x.shape)}")
     _check_values(x, theta)
     if theta.shape not in ((), x.shape):
         raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
@@ -305,8 +307,6 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
 
 def _check_values(x: np.ndarray, theta: np.ndarray) -> None:
     for name, value in (("x", x), ("theta", theta)):
-        if not value.size:
-            raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {value.dtype}")
         if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
