@@ -366,11 +366,7 @@ class Certify:
             (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
             (not self.exact, {"period"}, "without --exact,"),
             (self.exact, of_draws, "--exact counts all draws, and has no alpha:"),
-            (
-                self.method in ("fixed", "isotropic"),
-                {"period"},
-                f"--method {self.method} has one theta for all pixels:",
-            ),
+            (self.method in ("fixed", "isotropic"), {"period"}, "with one theta for all pixels,"),
             (self.objective == "log_volume", {"kappa"}, "with --objective log_volume,"),
         ):
             if applies and (given := self._given([name for name in names if name in flags])):
