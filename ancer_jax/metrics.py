@@ -62,7 +62,7 @@ def round_up(value: SupportsFloat, digits: int) -> str:
 
 
 def round_share(value: float, count: int) -> str:
-    """A share of `count` things, three decimals, rounded down as the fraction that it is, not as its float.
+    """A share of `count` images as text with three decimals, rounded down as the fraction that it is, not as its float.
 
     >>> round_share(0.57, 100), round_down(0.57, 3)
     ('0.570', '0.569')

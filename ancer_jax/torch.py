@@ -249,10 +249,12 @@ def _code(value: Any) -> Iterator[bytes]:
         yield from _program(value)
         return
     for name, held in vars(value).items():
-        functions = [getattr(held, part, None) for part in ("__func__", "func", "fget", "fset", "fdel")]
-        functions = list(filter(inspect.isfunction, [held, *functions]))
+        functions = [held]  # a method may have been replaced
+        if isinstance(held, staticmethod | classmethod | property | functools.cached_property):
+            functions = [getattr(held, part, None) for part in ("__func__", "func", "fget", "fset", "fdel")]
+        functions = list(filter(inspect.isfunction, functions))
         yield name.encode()
-        for function in functions:  # methods, properties and the like: one may have been replaced
+        for function in functions:
             yield from _program(function)
         if not functions and name not in _OF_CLASSES:
             yield from _description(held)

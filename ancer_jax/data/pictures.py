@@ -87,7 +87,7 @@ def decode(content: bytes, crop: Crop, channels: int = 3) -> np.ndarray:
     picture = PIL.Image.open(io.BytesIO(content))
     if picture.mode not in _MODES:
         raise ValueError(f"pixels must have 8 bits per channel, but the mode in PIL is {picture.mode}")
-    if any(";16" in str(part) for part in getattr(picture, "tile", ())):  # PIL would drop half of the bits
+    if any(";16B" in str(part) for part in getattr(picture, "tile", ())):  # PIL would drop half of the bits
         raise ValueError("pixels must have 8 bits per channel, not 16")
     picture = picture.convert("L" if channels == 1 else "RGB")
     if crop == "imagenet":
