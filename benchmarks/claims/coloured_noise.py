@@ -21,8 +21,9 @@ other rows are given on these images, too.
 Bars for "cosine" and "cosine, learned" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three
 times as large, and at least half of the images that both answer correctly have a region that contains white's.
 
-Networks, maps and runs stay in the folder `--work`, where a second call continues. With `--shipped`, the networks for
-white noise are those that ship with the package: on CIFAR-10, they were trained by the same recipe for 30 epochs.
+Networks, maps and runs stay in the folder `--work`, where a second call continues. With `--shipped`, rows whose network
+ships with the package take it: those of CIFAR-10 were trained here, by the same recipe for 30 epochs. The rows may be
+measured in several calls, each with white noise and with a raw output of its own (`--as`): the table has all of them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,27 +39,39 @@ from matplotlib.figure import Figure
 
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.metrics import round_down, round_share
+from ancer_jax.models import load_bundled
 from ancer_jax.report import Results, load_results
-from ancer_jax.search import load_theta_map
+from ancer_jax.search import load_theta_map, save_theta_map
 from benchmarks import figures
 from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
 from benchmarks.data.cifar10_models import RECIPE, ancer_jax
 
 FASHION = ["--network", "small_cnn", "--batch-size", "128", "--optimizer", "muon", "--muon-lr", "0.05"]
 FASHION += ["--schedule", "onecycle", "--flip", "random", "--shift", "1"]
-# Flags of learn-theta (None: white noise), the largest theta in units of sigma, and whether there is a filter.
-ROWS: dict[str, tuple[list[str] | None, float, bool]] = {
-    "white": (None, 1, False),
-    "white, filter": (None, 1, True),
-    "cosine, no filter": (["--basis", "cosine"], 4, False),
-    "cosine": (["--basis", "cosine"], 4, True),
-    "Karhunen-Loeve": (["--basis", "karhunen-loeve"], 4, True),
-    "pixels": (["--basis", "pixels"], 4, False),
-    "cosine, learned": (["--basis", "cosine", "--steps"], 4, True),
-    "cosine, 2": (["--basis", "cosine"], 2, True),
-    "cosine, 8": (["--basis", "cosine"], 8, True),
-    "cosine, learned, 8": (["--basis", "cosine", "--steps"], 8, True),
-    "cosine, learned, 16": (["--basis", "cosine", "--steps"], 16, True),
+
+
+class Row(NamedTuple):
+    """The noise of a row, and whether Wiener's filter is in front of its network."""
+
+    basis: str | None = None  # None: white noise
+    factor: float = 1  # theta_max in units of sigma
+    filtered: bool = True
+    learned: bool = False
+    shipped: str | None = None  # how the names of its bundled networks end
+
+
+ROWS = {
+    "white": Row(filtered=False, shipped=""),
+    "white, filter": Row(),
+    "cosine, no filter": Row("cosine", 4, filtered=False),
+    "cosine": Row("cosine", 4, shipped="-spectral"),
+    "Karhunen-Loeve": Row("karhunen-loeve", 4),
+    "pixels": Row("pixels", 4, filtered=False),
+    "cosine, learned": Row("cosine", 4, learned=True, shipped="-coloured"),
+    "cosine, 2": Row("cosine", 2),
+    "cosine, 8": Row("cosine", 8),
+    "cosine, learned, 8": Row("cosine", 8, learned=True),
+    "cosine, learned, 16": Row("cosine", 16, learned=True),
 }
 JUDGED = ("cosine", "cosine, learned")
 ANCER = "ANCER, after memory"
@@ -67,29 +80,43 @@ KNEE = {
     ("spectral", "o-"): ("white, filter", "cosine, 2", "cosine", "cosine, 8"),
     ("learned", "s--"): ("cosine, learned", "cosine, learned, 8", "cosine, learned, 16"),
 }
+# The raw outputs, by the data set; the rows of CIFAR-10 were measured in several calls.
+OUTPUTS = {"cifar10": ("coloured_noise",), "fashion": ("coloured_noise-fashion",)}
+
+
+def shipped_name(row: str, sigma: float, options: argparse.Namespace) -> str | None:
+    """The name of the bundled network of a row, if it is to be taken."""
+    ending = ROWS[row].shipped
+    return f"{options.name}-l2-{sigma:g}{ending}" if options.shipped and ending is not None else None
 
 
 def theta_map(row: str, sigma: float, options: argparse.Namespace) -> str | None:
     """The file of the theta map of a row; it is made if it does not exist. None for white noise."""
-    flags, factor, _ = ROWS[row]
-    if flags is None:
+    what = ROWS[row]
+    if what.basis is None:
         return None
     file = os.path.join(options.work, f"{slug(row)}-{sigma:g}.npz")
-    if not os.path.exists(file):
-        command = ["learn-theta", "--data", options.folder, "--sigma", str(sigma), "--theta-max", str(factor * sigma)]
-        if "--steps" in flags:
-            flags = [*flags, str(options.steps), "--classifier", network("cosine", sigma, options)]
-        ancer_jax(*command, *flags, "--seed", str(options.seed + 1), "--out", file)
+    if os.path.exists(file):
+        return file
+    if name := shipped_name(row, sigma, options):
+        shipped = load_bundled(name).theta_map
+        assert shipped is not None
+        save_theta_map(shipped, file)
+        return file
+    flags = ["--data", options.folder, "--basis", what.basis, "--seed", str(options.seed + 1), "--out", file]
+    if what.learned:
+        flags += ["--steps", str(options.steps), "--classifier", network("cosine", sigma, options)]
+    ancer_jax("learn-theta", *flags, "--sigma", str(sigma), "--theta-max", str(what.factor * sigma))
     return file
 
 
 def network(row: str, sigma: float, options: argparse.Namespace) -> str:
     """The network of a row, by name or folder; trained if it is not."""
-    if row == "white" and options.shipped:
-        return f"{options.name}-l2-{sigma:g}"
+    if name := shipped_name(row, sigma, options):
+        return name
     folder, file = os.path.join(options.work, f"net-{slug(row)}-{sigma:g}"), theta_map(row, sigma, options)
     noise = ["--sigma", str(sigma)] if file is None else ["--theta-map", file]
-    noise += ["--front", "wiener"] if ROWS[row][2] else []
+    noise += ["--front", "wiener"] if ROWS[row].filtered else []
     how = [*options.recipe, "--epochs", str(options.epochs), "--seed", str(options.seed)]
     ancer_jax("train", "--data", options.folder, *how, *noise, "--out", folder)
     return folder
@@ -127,7 +154,7 @@ def row_of(row: str, sigma: float, white: Results, options: argparse.Namespace) 
     radius = np.where(results.correct, results["radius"], -np.inf)
     some = np.isin(results["idx"], results["idx"][:: options.ancer_skip // options.skip])
     return found | {
-        "theta_max": float(ROWS[row][1] * sigma),
+        "theta_max": float(ROWS[row].factor * sigma),
         "geometric mean": float(geometric_mean(theta)),
         "correct with white": int(both.sum()),
         "contain white's": int(contains.sum()),
@@ -160,7 +187,8 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
                 rows.append(row_of(row, sigma, white, options))
                 how = {name: getattr(options, name) for name in ("epochs", "skip", "ancer_skip", "steps", "n")}
                 yield {"data": options.name, **how, "rows": rows}
-    draw(rows, f"{'small-' if options.small else ''}{options.output}.png")
+    if any(len(set(names) & {r["row"] for r in rows}) > 1 for names in KNEE.values()):
+        draw(rows, f"{'small-' if options.small else ''}{options.output}.png")
 
 
 def lines(found: Found) -> Lines:
@@ -213,10 +241,18 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
     figure.savefig(RESULTS / name, dpi=120)
 
 
-def _table(output: str) -> str:
-    """All rows of one data set; where ANCER was run, the rows that it is compared with again, on its images."""
+def _rows(data: str) -> dict[tuple[str, float], dict[str, Any]]:
+    """The rows of all raw outputs of a data set, in the order of `ROWS` for each sigma."""
+    measured = [r for output in OUTPUTS[data] for r in load(output)["results"]["rows"]]
+    rows = {(r["row"], r["sigma"]): r for r in reversed(measured)}  # of rows measured twice, the first
+    order = [*ROWS, ANCER]
+    return dict(sorted(rows.items(), key=lambda row: (row[0][1], order.index(row[0][0]))))
+
+
+def _table(data: str) -> str:
+    """All rows of a data set; where ANCER was run, the rows that it is compared with again, on its images."""
     table: list[list[str]] = []
-    rows = {(r["row"], r["sigma"]): r for r in load(output)["results"]["rows"]}
+    rows = _rows(data)
     for (name, sigma), r in rows.items():
         if name == ANCER:
             some = f", {r['images']} images"
@@ -243,9 +279,9 @@ def _means(r: dict[str, Any]) -> list[str]:
     return [round_share(r["accuracy"], r["images"]), round_down(r["ACR"], 3), round_down(r["ACR-tilde"], 3)]
 
 
-def _sizes(output: str, name: str) -> str:
+def _sizes(data: str, name: str) -> str:
     """The figures of a row, of the smallest sigma."""
-    r = next(r for r in load(output)["results"]["rows"] if r["row"] == name)
+    r = next(r for (row, _), r in _rows(data).items() if row == name)
     return "accuracy {}, ACR {}, ACR-tilde {}".format(*_means(r))
 
 
@@ -272,11 +308,11 @@ BENCHMARK = Benchmark(
     },
     arguments=arguments,
     small_is_judged=False,
-    outputs={"coloured_noise": lines, "coloured_noise-fashion": lines},
+    outputs={output: lines for outputs in OUTPUTS.values() for output in outputs},
     figures={
-        "cifar10": lambda: _table("coloured_noise"),
-        "cifar10-coloured": lambda: _sizes("coloured_noise", "cosine"),
-        "cifar10-white": lambda: _sizes("coloured_noise", "white"),
-        "fashion": lambda: _table("coloured_noise-fashion"),
+        "cifar10": lambda: _table("cifar10"),
+        "cifar10-coloured": lambda: _sizes("cifar10", "cosine"),
+        "cifar10-white": lambda: _sizes("cifar10", "white"),
+        "fashion": lambda: _table("fashion"),
     },
 )
