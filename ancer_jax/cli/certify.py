@@ -201,11 +201,26 @@ class Certify:
             check_real("--sigma", sigma, "(0, inf)")
         asked = self._read_theta_map() or (sigmas[0] if sigmas else None)
         classifier, theta, checkpoint = resolve_classifier(self.classifier, self.norm, asked)
+        if isinstance(theta, ThetaMap):
+            self._check_theta_map(theta)
+        elif self.sigma is None and self.sigma_convention != "theta":
+            raise ValueError("--sigma-convention says what --sigma means, which must be given")
+        dataset, command = self._dataset(), self
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint, dataset, theta)
+            if self.noise is None and checkpoint.norm == self.norm:
+                command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
         if len(sigmas) < 2:
-            return [self._certify_one(classifier, theta, checkpoint, self.out)]
+            return [command._certify_one(classifier, dataset, theta, self.out)]
         outs = [self.out and f"{self.out}/{sigma:g}" for sigma in sigmas]
-        pairs = zip(sigmas, outs, strict=True)
-        return [self._certify_one(classifier, sigma, checkpoint, out) for sigma, out in pairs]
+        return [command._certify_one(classifier, dataset, *each) for each in zip(sigmas, outs, strict=True)]
+
+    def _check_checkpoint(self, checkpoint: Checkpoint, dataset: Dataset, theta: float | ThetaMap) -> None:
+        """ValueError if a network does not fit the data; a warning if it was trained under another map than `theta`."""
+        check_fit(self.classifier, checkpoint, dataset)
+        if checkpoint.theta_map not in (None, theta):
+            trained = f"{self.classifier} was trained with another noise: {checkpoint.theta_map}"
+            warnings.warn(trained, stacklevel=1)
 
     def _carry(self, path: str) -> str:
         """Carry the certificates of a run: the new run's directory."""
@@ -235,32 +250,17 @@ class Certify:
             left = len(dataset) - len(read_run(out).done() & {*dataset.ids.tolist()})
             print(f"process {jax.process_index()} of {jax.process_count()} has finished; {left} images are left")
 
-    def _certify_one(
-        self, classifier: Classifier, theta: float | ThetaMap, checkpoint: Checkpoint | None, out: str | None
-    ) -> str:
-        """One run of a classifier under theta (`resolve_classifier`): the run's directory."""
-        theta_map = None
+    def _certify_one(self, classifier: Classifier, dataset: Dataset, theta: float | ThetaMap, out: str | None) -> str:
+        """One run, under theta: its directory."""
         if isinstance(theta, ThetaMap):
-            self._check_theta_map(theta)
             theta_map, sigma = theta, float(f"{geometric_mean(theta.theta):.4g}")
-        elif self.sigma is None and self.sigma_convention != "theta":
-            raise ValueError("--sigma-convention says what --sigma means, which must be given")
         else:
-            sigma = theta
-        dataset = self._dataset()
-        command = self
-        if checkpoint is not None:
-            check_fit(self.classifier, checkpoint, dataset)
-            if checkpoint.theta_map not in (None, theta_map):
-                trained = f"{self.classifier} was trained with another noise: {checkpoint.theta_map}"
-                warnings.warn(trained, stacklevel=1)
-            if self.noise is None and checkpoint.norm == self.norm:
-                command = dataclasses.replace(self, noise=checkpoint.history.get("noise"))
-        named = {"splitting": command.noise == "splitting", "exact": self.exact}
+            theta_map, sigma = None, theta
+        named = {"splitting": self.noise == "splitting", "exact": self.exact}
         named[str(self.basis)] = self.basis not in (None, "pixels")
         law = [name for name, there in named.items() if there]
         out = out or "runs/" + "-".join([self.norm, *law, self.method, f"{sigma:g}"])
-        command.certify(classifier, dataset, sigma, out, theta_map)
+        self.certify(classifier, dataset, sigma, out, theta_map)
         self._print_rest(out, dataset)
         return out
 

@@ -13,31 +13,33 @@ from etils import epath
 from ancer_jax.data.dataset import Dataset, LazyImages
 
 Crop = Literal["none", "imagenet"]
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # torchvision's
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _RESIZED, _CROPPED = 256, 224
 _READ = 16  # pictures, evenly spaced, whose contents are in the fingerprint
 
 
 def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
-    """The pictures in `folder/<split>/<class>/`, or in `folder/<class>/` if there is no folder of the split.
+    """The pictures in `folder/<split>/<class>/`, or in `folder/<class>/` without a folder "test" (or "train").
 
     Classes are numbered in alphabetical order, pictures by class and then by name: labels are those of torchvision's
     `ImageFolder`. A class without a folder shifts the labels of all later classes, which the names in `classes` reveal.
-    The fingerprint is of names and sizes of the files, and of the contents of some of them. ValueError without
-    pictures, for one class or several sizes.
+    The fingerprint is of names and sizes of the files, and of the contents of some of them. Hidden folders are ignored.
+    ValueError without pictures, for one class, several sizes, or a folder in that of a class.
     """
     root = folder / split if (folder / split).is_dir() else folder
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        here = sorted((p for p in (root / name).iterdir() if p.suffix.lower() in _SUFFIXES), key=lambda path: path.name)
-        files += here
-        labels += [label] * len(here)
+    classes = [path.name for path in _visible(root) if path.is_dir()]
+    entries = [(label, path) for label, name in enumerate(classes) for path in _visible(root / name)]
+    pictures = [(label, path) for label, path in entries if path.suffix.lower() in _SUFFIXES]
+    labels, files = [label for label, _ in pictures], [path for _, path in pictures]
+    missing = f"there is no folder {folder / split}; folders: {', '.join(classes) or 'none'}"
+    if root == folder and split not in ("test", "train"):
+        raise ValueError(missing)
     if not files:
-        found = ", ".join(classes) or "none"
-        missing = f" (there is no folder {folder / split}; folders: {found})" if root == folder else ""
+        missing = f" ({missing})" if root == folder else ""
         raise ValueError(f"{root}: neither idx files, nor CIFAR-10 files, nor pictures in folders of classes{missing}")
+    if inner := next((path for _, path in entries if path.is_dir()), None):
+        raise ValueError(f"{inner}: the pictures of a class must lie in one folder, without folders in it")
     if len(classes) < 2:
         raise ValueError(f"{root}: pictures of one class only, {classes[0]}")
     shape = read_picture(files[0], crop).shape
@@ -60,6 +62,11 @@ def load_class_folders(folder: epath.Path, split: str, crop: Crop) -> Dataset:
     ids = np.arange(len(files))
     images = LazyImages(read, ids, shape)
     return Dataset(folder.name, ids, images, np.array(labels), len(classes), digest.hexdigest(), tuple(classes))
+
+
+def _visible(folder: epath.Path) -> list[epath.Path]:
+    """What a folder holds, by name, without what is hidden."""
+    return sorted((path for path in folder.iterdir() if path.name[0] != "."), key=lambda path: path.name)
 
 
 def check_shape(found: tuple[int, ...], shape: tuple[int, ...], name) -> None:

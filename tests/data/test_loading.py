@@ -73,8 +73,9 @@ def test_damaged_cifar_files_are_refused_by_name(tmp_path, damage, message):
 
 def test_folders_of_pictures_are_numbered_as_torchvision_does(tmp_path):
     """Classes are in alphabetical order, pictures are ordered by class and name, and other files are ignored."""
-    names = ["n02/b.png", "n02/a.png", "n01/z.PNG", "n03/c.bmp"]
+    names = ["n02/b.png", "n02/a.tif", "n01/z.PNG", "n03/c.bmp"]
     write_pictures(tmp_path / "val", names, PIXELS[:4])
+    (tmp_path / "val" / ".cache").mkdir()
     (tmp_path / "val" / "n01" / "notes.txt").write_text("x")
     (tmp_path / "val" / "list.txt").write_text("x")
     data = load_dataset(str(tmp_path), split="val")
@@ -127,6 +128,13 @@ def test_folders_without_data_are_refused(tmp_path):
         load_dataset(str(tmp_path / "imagenet"))
     with pytest.raises(ValueError, match=r"imagenet.val: pictures of one class only, a"):
         load_dataset(str(tmp_path / "imagenet"), split="val")
+    write_pictures(tmp_path, ["plain/a/0.png", "plain/b/0.png"], PIXELS[:2])
+    assert len(load_dataset(str(tmp_path / "plain"))) == 2
+    with pytest.raises(ValueError, match=r"there is no folder .*plain.vall; folders: a, b"):
+        load_dataset(str(tmp_path / "plain"), split="vall")
+    write_pictures(tmp_path, ["plain/b/more/0.png"], PIXELS[:1])
+    with pytest.raises(ValueError, match=r"plain.b.more: the pictures of a class must lie in one folder"):
+        load_dataset(str(tmp_path / "plain"))
 
 
 def test_a_class_without_a_folder_is_noticed(tmp_path):
