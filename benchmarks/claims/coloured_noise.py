@@ -23,7 +23,7 @@ times as large, and at least half of the images that both answer correctly have 
 
 Networks, maps and runs stay in the folder `--work`, where a second call continues. With `--shipped`, rows whose network
 ships with the package take it: those of CIFAR-10 were trained here, by the same recipe for 30 epochs. The rows may be
-measured in several calls, each with white noise and with a raw output of its own (`--as`): the table has all of them.
+measured in several calls, each with a raw output of its own (`--as`): the table has all of them.
 """
 
 import argparse
@@ -125,6 +125,8 @@ def network(row: str, sigma: float, options: argparse.Namespace) -> str:
 def certified(row: str, sigma: float, options: argparse.Namespace) -> Results:
     """The run of a row."""
     run = os.path.join(options.work, f"run-{slug(row)}-{sigma:g}")
+    if run in options.certified:
+        return load_results(run)
     own, skip = "white" if row == ANCER else row, options.ancer_skip if row == ANCER else options.skip
     file = theta_map(own, sigma, options)
     how = ["--method", "ancer"] if row == ANCER else ["--method", "fixed" if file is None else "universal"]
@@ -132,6 +134,7 @@ def certified(row: str, sigma: float, options: argparse.Namespace) -> Results:
     part = ["--skip", str(skip), "--max", str(-(-options.images * options.skip // skip)), "--n", str(options.n)]
     how += ["--classifier", network(own, sigma, options), "--seed", str(options.seed)]
     ancer_jax("certify", "--data", options.folder, *how, *part, "--out", run)
+    options.certified.add(run)
     return load_results(run)
 
 
@@ -140,13 +143,18 @@ def slug(row: str) -> str:
     return row.replace(", ", "-").replace(" ", "-")
 
 
-def row_of(row: str, sigma: float, white: Results, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a row, and their comparison with white noise of the same sigma."""
-    results = certified(row, sigma, options)
+def ancer_row(sigma: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of ANCER after memory."""
+    results = certified(ANCER, sigma, options)
+    found = {"row": ANCER, "sigma": sigma, "images": len(results.correct), **figures.summary(results)}
+    without = {column: figures.without_leaky(results, column) for column in ("radius", "radius_proxy")}
+    return found | {"without leaky": without, "mean leakage": figures.mean_leakage(results)}
+
+
+def row_of(row: str, sigma: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of another row, and their comparison with white noise of the same sigma."""
+    white, results = (certified(one, sigma, options) for one in ("white", row))
     found = {"row": row, "sigma": sigma, "images": len(results.correct), **figures.summary(results)}
-    if row == ANCER:
-        without = {column: figures.without_leaky(results, column) for column in ("radius", "radius_proxy")}
-        return found | {"without leaky": without, "mean leakage": figures.mean_leakage(results)}
     file = theta_map(row, sigma, options)
     theta = np.float64(sigma) if file is None else load_theta_map(file).theta
     both = results.correct & white.correct
@@ -177,14 +185,14 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     options.recipe, options.name = (RECIPE, "cifar10-resnet20") if is_cifar else (FASHION, "fashion-mnist-cnn")
     if options.small:
         options.recipe = [*options.recipe, "--max", "256", "--test-max", "20"]
+    options.certified = set()  # runs of this call
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         options.work = str(pathlib.Path(options.work or temporary).resolve())
         os.makedirs(options.work, exist_ok=True)
         for sigma in options.sigma:
-            white = certified("white", sigma, options)
             for row in options.rows or (["white", "cosine", ANCER] if options.small else [*ROWS, ANCER]):
-                rows.append(row_of(row, sigma, white, options))
+                rows.append(ancer_row(sigma, options) if row == ANCER else row_of(row, sigma, options))
                 how = {name: getattr(options, name) for name in ("epochs", "skip", "ancer_skip", "steps", "n")}
                 yield {"data": options.name, **how, "rows": rows}
     if any(len(set(names) & {r["row"] for r in rows}) > 1 for names in KNEE.values()):
