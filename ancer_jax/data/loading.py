@@ -11,6 +11,7 @@ from etils import epath
 from ancer_jax._checks import check_choice
 from ancer_jax._messages import did_you_mean
 from ancer_jax.data.dataset import Dataset
+from ancer_jax.data.fetch import SOURCES
 from ancer_jax.data.pictures import Crop, load_class_folders
 from ancer_jax.data.tfds import load_tfds
 from ancer_jax.storage import read_arrays
@@ -53,6 +54,8 @@ def load_dataset(source: str, *, split: str = "test", crop: Crop = "none") -> Da
     if path.exists():
         return _load_npz(path)
     hint = did_you_mean(source, [BUNDLED_SUBSET], 0.3)
+    if source in SOURCES:
+        hint = f"; `ancer-jax fetch {source} FOLDER` gets it"
     raise ValueError(f"no data set is named {source!r} and no file or folder is there{hint}")
 
 

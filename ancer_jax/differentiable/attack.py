@@ -6,25 +6,25 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from ancer_jax._checks import check_integer
+from ancer_jax._checks import check_integer, check_type
 from ancer_jax.differentiable.estimates import check_labels
 from ancer_jax.regions.region import Region
 from ancer_jax.smoothing.noise import noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key, theta_like
 
 
 def attack(
     key: Key[Array, ""],
     smoothed: Smoothed,
     region: Region,
-    label: Int[ArrayLike, ""],
+    prediction: Int[ArrayLike, ""],
     *,
     steps: int = 50,
     num_samples: int = 64,
 ) -> Float[Array, "*d"]:
-    """The point of a region that projected gradient ascent through the noise finds least like `label`.
+    """The point of a region that projected gradient ascent through the noise finds least like its class.
 
-    Increases `-log mean_i softmax(f(noisy copy i of y))_label` over y, with fresh draws at every step, in the
+    Increases `-log mean_i softmax(f(noisy copy i of y))_prediction` over y, with fresh draws at every step, in the
     coordinates `B(y - center) / theta`, B of the region's basis, where the region is a ball: steps along the normalised
     gradient, of `2.5 gap / steps`, projected to the ball. It is an expectation-over-transformation attack (Athalye et
     al. 2018), and SmoothAdv's (Salman et al. 2019) for ellipsoids and cross-polytopes. Like the certificate, it may
@@ -34,7 +34,8 @@ def attack(
       key: typed key; the attack's draws are none of those of certificates, even with the same key.
       smoothed: the smoothed classifier that is attacked.
       region: one region in which to look. A gap larger than the certified one shows how strong the attack is.
-      label: [] the class that the region has.
+      prediction: [] the class that was certified. With the label of an image that is answered wrongly, the attack
+        would make the certified class likelier.
       steps, num_samples: of the ascent, and draws of each step (static).
 
     Returns:
@@ -42,17 +43,18 @@ def attack(
       left for rounding: in a small l1 region of very many pixels (gap 0.1, 150,000 pixels) only the center remains.
 
     Raises:
-      ValueError: if region and noise have different norms or bases; outside jit, if `label` is not a class.
+      ValueError: if region and noise have different norms or bases; outside jit, if `prediction` is not a class.
     """
+    check_type("region", region, Region, "of a certificate, take certificate.region")
     if region.norm != smoothed.noise.norm:
         raise ValueError(f"the region is of norm {region.norm}, the noise certifies norm {smoothed.noise.norm}")
     if region.basis != smoothed.noise.basis:
         raise ValueError(f"the region is in the basis {region.basis}, the noise in {smoothed.noise.basis}")
-    check_labels(label, smoothed.classifier)
+    check_labels(prediction, smoothed.classifier)
     check_integer("steps", steps)
     key = stage_key(key, Stage.DIFFERENTIABLE)
     center = jnp.asarray(region.center, noise_dtype(region.center))
-    theta = jnp.broadcast_to(jnp.asarray(region.theta, center.dtype), center.shape)
+    theta = theta_like(region.theta, center.shape, center.dtype)
     norm = lambda values: jnp.sqrt((values**2).sum()) if region.norm == 2 else jnp.abs(values).sum()
     point = lambda scaled: center + region.basis.inputs(theta * scaled)
     # What rounding may add to the distance of such a point.
@@ -65,7 +67,7 @@ def attack(
 
     def loss(scaled, key):
         probs = smoothed_probs(key, smoothed, point(scaled), num_samples=num_samples)
-        return -jnp.log(probs[label] + 1e-12)
+        return -jnp.log(probs[prediction] + 1e-12)
 
     def step(scaled, i):
         gradient = jax.grad(loss)(scaled, jax.random.fold_in(key, i))

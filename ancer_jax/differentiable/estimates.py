@@ -15,7 +15,7 @@ from ancer_jax.regions.region import Region
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.classifier import Classifier
 from ancer_jax.smoothing.noise import Gaussian, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key, theta_like
 
 EstimateKind = Literal["soft", "votes"]
 
@@ -126,7 +126,7 @@ def vote_share(
     check_integer("chunk", chunk)
     dtype = jnp.result_type(x)
     x = jnp.asarray(x, noise_dtype(x))
-    theta = jnp.broadcast_to(jnp.asarray(smoothed.theta, x.dtype), x.shape)
+    theta = theta_like(smoothed.theta, x.shape, x.dtype)
     fixed_classifier, center, scale = jax.lax.stop_gradient((smoothed.classifier, x, theta))
     chunk = min(chunk, num_samples)
 

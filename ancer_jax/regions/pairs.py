@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ancer_jax._checks import check_type
 from ancer_jax._numerics import Values, array_library, float64_on_the_host, rounding
 from ancer_jax.regions._duals import ellipsoid_dual, knapsack_dual
 from ancer_jax.regions.region import Region, parts_of, rounding_of_contains
@@ -58,6 +59,8 @@ def _in_float64(function: Callable[..., Values]) -> Callable[..., Values]:
 
 
 def _check_pair(a: Region, b: Region) -> None:
+    for region in (a, b):
+        check_type("a region", region, Region, "of a certificate, take certificate.region")
     if np.ndim(a.gap) or np.ndim(b.gap):
         raise ValueError("pairs are of one region each: use jax.vmap for batches")
     if a.norm != b.norm:

@@ -179,7 +179,18 @@ class Run:
         return sum(int(read_arrays(file, ["passes"])["passes"]) for file in self.files())
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Arrays of all finished inputs, in order of ids."""
+        """Arrays of all finished inputs, in order of ids. (`report.load_results` has sizes, too.)
+
+        Args:
+          *names: of "labels", "predictions", "counts", "n", "p_lower", "gap", "theta" and the other arrays of a run.
+
+        Raises:
+          ValueError: if a run has no such array; as in `shards`.
+        """
+        known = dict.fromkeys((*_ARRAYS, *self._evidence_names()))
+        if unknown := [name for name in names if name not in known]:
+            sizes = "sizes are in report.load_results"
+            raise ValueError(f"a run has no array {unknown[0]!r}, only {', '.join(known)}; {sizes}")
         shards = list(self.shards(names))
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
         order = np.argsort(columns["ids"])

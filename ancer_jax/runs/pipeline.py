@@ -24,6 +24,7 @@ from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.certificate import Certificate
 from ancer_jax.smoothing.certify import warn_if_undecidable
 from ancer_jax.smoothing.classifier import WRAP_IT, Classifier, check_classifier
+from ancer_jax.smoothing.smoothed import Smoothed
 
 
 def certify_dataset(
@@ -75,6 +76,8 @@ def certify_dataset(
         calls back to the host, which cannot be continued.
       OSError: if `out` cannot be written.
     """
+    if isinstance(classifier, Smoothed):
+        raise ValueError("certify_dataset takes smoothed.classifier; its noise and theta are set in RunConfig")
     check_type("classifier", classifier, Classifier, WRAP_IT)
     check_type("dataset", dataset, Dataset, "make it by dataset_from_arrays or load_dataset")
     check_type("config", config, RunConfig, "RunConfig(method=..., theta=...)")
@@ -135,7 +138,8 @@ def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tup
         raise ValueError(f"theta_map (--theta-map) is for method universal, got method {config.method}")
     if isinstance(theta_map, ThetaMap):
         if theta_map.basis != config.basis:
-            raise ValueError(f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}")
+            there = f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}"
+            raise ValueError(f"{there}: give RunConfig(basis=theta_map.basis)")
         theta_map = theta_map.theta
     elif theta_map is not None and config.basis != Pixels():
         theta_map = ThetaMap(np.asarray(theta_map), config.basis).theta  # refuses thetas that differ too much

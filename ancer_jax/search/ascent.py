@@ -21,7 +21,7 @@ from ancer_jax._numerics import geometric_mean
 from ancer_jax.search.config import THETA_MAX_FACTOR, AnisotropicConfig, IsotropicConfig, SearchConfig
 from ancer_jax.search.leakage import Probes, leakage_penalty
 from ancer_jax.smoothing.noise import noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, smoothed_probs, stage_key, theta_like
 
 # A soft gap of 0 has no logarithm; the gradient of the "log_volume" objective is bounded by 1 / _SMALLEST_GAP.
 _SMALLEST_GAP = 1e-3
@@ -61,13 +61,16 @@ def optimize_isotropic(
       theta [], in [start / 100, max(theta_max, start)], and the trace. Where a step is NaN, the last theta is kept.
 
     Raises:
-      ValueError: outside jit, if the start is not positive and finite, or x is not finite; at trace time, if probes are
-        needed and missing, or the config is that of another search.
+      ValueError: outside jit, if the start is not positive and finite, or x is not finite; at trace time, if the start
+        has another shape than [], x is not floating point, probes are needed and missing, or the config is that of
+        another search.
 
     References: Alfarra et al. 2022 (arXiv 2012.04351).
     """
     check_type("config", config, IsotropicConfig, "IsotropicConfig(steps=...)")
     check_start(smoothed.theta, x)
+    if shape := jnp.shape(smoothed.theta):
+        raise ValueError(f"an isotropic search starts at one number, got a theta of shape {list(shape)}")
     return _isotropic(key, smoothed, jnp.asarray(x), config, probes)
 
 
@@ -107,14 +110,18 @@ def optimize_anisotropic(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _anisotropic(key, smoothed: Smoothed, x: jax.Array, config: AnisotropicConfig, probes: Probes | None):
-    start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(x)), x.shape)
+    start = theta_like(smoothed.theta, x.shape, noise_dtype(x))
     key, smoothed = stage_key(key, Stage.ANISOTROPIC), smoothed.with_theta(start)
     objective = lambda theta, gap: gap * (geometric_mean(theta) + config.kappa * theta.min())
     return _climb(key, smoothed, x, config, probes, objective, start, published=optax.adam(config.learning_rate))
 
 
 def check_start(theta: ArrayLike, x: ArrayLike) -> None:
-    """Refuse a start that is not positive and finite, or inputs that are not finite, outside jit."""
+    """Refuse inputs that are not floating point; outside jit, a start that is not positive and finite, or inputs that
+    are not finite.
+    """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
     if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x)).all():
         raise ValueError("x must be finite")
     if not isinstance(theta, jax.core.Tracer):

@@ -12,7 +12,7 @@ from ancer_jax.search.config import GuardConfig
 from ancer_jax.search.leakage import Probes, leakage
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.noise import noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, class_counts, stage_key, theta_like
 
 
 def guarded_choice(
@@ -43,15 +43,14 @@ def guarded_choice(
       theta [*d], and whether it is the candidate.
 
     Raises:
-      ValueError: at trace time, if a limit lacks probes, or `config` is no `GuardConfig`.
+      ValueError: at trace time, if a limit lacks probes, a theta has neither shape [] nor x's, or `config` is no
+        `GuardConfig`.
     """
     check_type("config", config, GuardConfig, "GuardConfig(criterion=...)")
     if config.leakage_limit is not None and probes is None:
         raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
     x = jnp.asarray(x)
-    current, candidate = (
-        jnp.broadcast_to(jnp.asarray(theta, noise_dtype(x)), x.shape) for theta in (smoothed.theta, candidate)
-    )
+    current, candidate = (theta_like(theta, x.shape, noise_dtype(x)) for theta in (smoothed.theta, candidate))
     if config.criterion == "off" and config.leakage_limit is None:
         return candidate, jnp.asarray(True)
     key = stage_key(key, Stage.GUARD)

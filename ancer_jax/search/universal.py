@@ -15,7 +15,7 @@ from ancer_jax.differentiable.estimates import EstimateConfig, check_labels, est
 from ancer_jax.search.ascent import ascend, check_start
 from ancer_jax.search.config import THETA_MAX_FACTOR, UniversalConfig
 from ancer_jax.smoothing.noise import noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, stage_key
+from ancer_jax.smoothing.smoothed import Smoothed, Stage, stage_key, theta_like
 
 
 def optimize_universal(
@@ -58,7 +58,7 @@ def optimize_universal(
     check_start(smoothed.theta, images)
     key = stage_key(key, Stage.UNIVERSAL)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    start = jnp.broadcast_to(jnp.asarray(smoothed.theta, noise_dtype(images)), images.shape[1:])
+    start = theta_like(smoothed.theta, images.shape[1:], noise_dtype(images))
     lower = start / 10 if config.theta_min is None else jnp.minimum(config.theta_min, start)
     upper = THETA_MAX_FACTOR * start if config.theta_max is None else jnp.maximum(config.theta_max, start)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))

@@ -196,9 +196,18 @@ def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed:
 
 
 def theta_of_each(theta: ArrayLike, batch: tuple[int, ...], shape: tuple[int, ...]) -> HostValues:
-    """theta [...] or [..., *d], of each input of a batch [...]. One of [] or [*d], an input's shape, is for all."""
+    """theta [...] or [..., *d], of each input of a batch [...]. One of [] or [*d], an input's shape, is for all.
+
+    ValueError for any other shape.
+    """
     theta = np.asarray(theta)
     if batch and theta.shape == batch == shape:
         shapes = f"{list(shape)} may be one map or a number for each input: give it shape {[*batch, *shape]}"
         raise ValueError(f"theta of shape {shapes}")
-    return np.broadcast_to(theta, batch + theta.shape) if theta.shape in ((), shape) else theta
+    if theta.shape in ((), shape):
+        return np.broadcast_to(theta, batch + theta.shape)
+    if theta.shape not in (batch, batch + shape):
+        allowed = f"a scalar or have x's shape {list(shape)}"
+        allowed += f", or be one for each of {np.prod(batch)} inputs" * bool(batch)
+        raise ValueError(f"theta must be {allowed}, got {list(theta.shape)}")
+    return theta

@@ -25,7 +25,16 @@ from ancer_jax.smoothing.certificate import (
     votes_of,
 )
 from ancer_jax.smoothing.noise import Noise, noise_dtype
-from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_key, check_random, class_counts, count_range, stage_key
+from ancer_jax.smoothing.smoothed import (
+    Smoothed,
+    Stage,
+    check_key,
+    check_random,
+    check_theta_shape,
+    class_counts,
+    count_range,
+    stage_key,
+)
 
 _FLOAT32 = np.finfo(np.float32)
 _CHUNK = 1000  # draws at a time, where nothing is asked for
@@ -64,7 +73,7 @@ def certificate_from_votes(
 
     Raises:
       ValueError: if the noise is enumerable, a count is out of range or not of the bound of `config`, x is not finite,
-        or theta not positive and finite.
+        or theta not positive and finite, or of another shape.
     """
     check_random(smoothed.noise)
     votes, runner_up = count, None
@@ -158,7 +167,8 @@ def certify_batch(
 
     Args:
       key: typed key of the batch; input i uses `fold_in(key, ids[i])`, as a run does with `jax.random.key(seed)`. Two
-        calls with one key and the same ids use the same draws: do not choose theta by one and certify by the other.
+        calls with one key and the same ids use the same draws: do not choose theta by one and certify by the other. The
+        keys of `jax.random.split(key, m)` are those of ids 0 to m - 1: for other draws take another seed.
       smoothed: smoothed classifier of theta [] or [*d]; or, of theta [m] or [m, *d], one for each input. For m
         inputs [m], theta [m] could mean both, and is refused.
       config, chunk: as in `certify`.
@@ -199,9 +209,6 @@ def _examples(
         raise ValueError(f"ids must be different numbers, got {names[times.argmax()]} {times.max()} times")
     xs = np.asarray(xs)
     thetas = theta_of_each(smoothed.theta, (count,), xs.shape[1:])
-    if thetas.shape not in ((count,), xs.shape):
-        allowed = f"a scalar or have x's shape {list(xs.shape[1:])}, or be one for each of {count} inputs"
-        raise ValueError(f"theta must be {allowed}, got {list(thetas.shape)}")
     keys = [jax.random.fold_in(key, i) for i in numbers.astype(np.uint32)]
     return list(zip(keys, map(smoothed.with_theta, thetas), xs, strict=True))
 
@@ -297,18 +304,20 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
     check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     _refuse_tracers(smoothed.theta, x)
     x, theta = np.asarray(x), np.asarray(smoothed.theta)
+    if np.issubdtype(theta.dtype, np.integer):
+        theta = theta.astype(np.float64)
     if not x.size:
         raise ValueError(f"x must not be empty, got shape {list(x.shape)}")
     _check_values(x, theta)
-    if theta.shape not in ((), x.shape):
-        raise ValueError(f"theta must be a scalar or have x's shape {list(x.shape)}, got {list(theta.shape)}")
+    check_theta_shape(theta, x.shape)
     return smoothed.with_theta(jnp.asarray(theta, jnp.float32)), jnp.asarray(x, jnp.float32)
 
 
 def _check_values(x: np.ndarray, theta: np.ndarray) -> None:
     for name, value in (("x", x), ("theta", theta)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {value.dtype}")
+            hint = " (divide 8-bit pixels by 255)" if value.dtype == np.uint8 else ""
+            raise ValueError(f"{name} must be floating point, got {value.dtype}{hint}")
         if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
             raise ValueError(f"{name} must be finite as float32, got {value[infinite].flat[0]}")
     if not (theta >= _FLOAT32.tiny).all():

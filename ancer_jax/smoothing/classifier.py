@@ -149,7 +149,9 @@ def from_nnx(model: nnx.Module, *, num_classes: int) -> Classifier:
 def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: Any, *, num_classes: int) -> Classifier:
     """A classifier from `function(variables, x[n, *d]) -> logits[n, num_classes]`, which must be pure.
 
-    Pass the same function object each time (not a new lambda): compiled programs are kept by it.
+    Pass the same function object each time (not a new lambda): compiled programs are kept by it. All that may change
+    belongs into `variables`: values that the function closes over are frozen when it is compiled for the first time.
+    `check_classifier` and `certify_dataset` refuse a function that has changed since they saw it first.
 
     Raises:
       ValueError: if `num_classes` is below 2.
@@ -210,7 +212,8 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     Runs it on a few inputs around `x` [*d] and checks that logits are finite and that each row's logits depend on that
     row alone, not on its place or on the rest of the batch: a batch norm in training mode or a dropout would void
     every certificate silently. So would maxima of bfloat16 numbers where the installed jaxlib gets them wrong: from
-    0.11.2 on, to 0.12.0.1 at least, on CPUs.
+    0.11.2 on, to 0.12.0.1 at least, on CPUs. A function that closes over values that have changed since an earlier
+    check is refused, too.
 
     Raises:
       ValueError: naming what is wrong.
@@ -232,6 +235,8 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
             raise
         line = str(error).partition("\n")[0]
         raise ValueError(f"the classifier does not work on inputs of shape {list(x.shape)}: {line}") from error
+    if not classifier.on_host:
+        _program(classifier, x)
     # These logits may be right all the same: XLA fuses, and gets wrong, large maxima only.
     if _takes_maxima_of_bfloat16(classifier, x) and not _bfloat16_works():
         raise ValueError(
@@ -250,7 +255,7 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
 
 
 def _takes_maxima_of_bfloat16(classifier: Classifier, x: ArrayLike) -> bool:
-    return not classifier.on_host and bool(re.search(r":bf16\S* = (max|min) ", _program(classifier, x)))
+    return not classifier.on_host and bool(re.search(r":bf16\S* = (max|min) ", _jaxpr(classifier, x)))
 
 
 @functools.cache
@@ -260,8 +265,34 @@ def _bfloat16_works() -> bool:
     return bool(twice(jnp.zeros(2**13, jnp.bfloat16)) == 2**12)
 
 
-def _program(classifier: Classifier, x: ArrayLike) -> str:
+def _jaxpr(classifier: Classifier, x: ArrayLike) -> str:
     return str(jax.make_jaxpr(Classifier.__call__)(classifier, jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)))
+
+
+def _program(classifier: Classifier, x: ArrayLike) -> str:
+    """The program that classifies an input like `x` [*d], as text, without the values of the variables.
+
+    ValueError if it closes over arrays and JAX hides their values, or if the function would now give another program:
+    JAX would go on with the one that it made first, for the values that were closed over then.
+    """
+    inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
+    # Shapes alone, without the devices that the variables are on.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)
+    program = jax.jit(Classifier.__call__).lower(shapes, inputs).as_text()
+    if "jax.const" in program:
+        raise ValueError(
+            "the classifier closes over arrays, whose values JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS hides: make them "
+            "variables, or unset that flag"
+        )
+    if isinstance(classifier.apply, (_LinenApply, _NnxApply)):  # compared by value
+        return program
+    again = functools.wraps(Classifier.__call__)(lambda classifier, x: Classifier.__call__(classifier, x))
+    if jax.jit(again).lower(shapes, inputs).as_text() != program and not calls_the_host(classifier, x):
+        raise ValueError(
+            "the classifier's function closes over values that have changed since JAX compiled it, which goes on with "
+            "the old ones: make them variables"
+        )
+    return program
 
 
 def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
@@ -271,7 +302,7 @@ def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
     """
     if isinstance(classifier.apply, _HostApply):
         return not classifier.apply.digest
-    called = re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", _program(classifier, x))
+    called = re.findall(r"\b(\w*callback\w*|ffi_call|call_tf)\b", _jaxpr(classifier, x))
     return bool({*called} - {"debug_callback"})
 
 
@@ -283,20 +314,12 @@ def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
     a CPU and for a GPU are the same text. A classifier outside of JAX is named by the digest that it came with.
 
     Raises:
-      ValueError: if the program closes over arrays and JAX does not write their values into it.
+      ValueError: if the program closes over arrays and JAX does not write their values into it, or over values that
+        have changed in this process.
     """
     if isinstance(classifier.apply, _HostApply):
         return hashlib.sha256(f"{classifier.num_classes} {classifier.apply.digest}".encode()).hexdigest()
-    inputs = jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.float32)
-    # Shapes alone, without the devices that the variables are on.
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), classifier)
-    program = jax.jit(Classifier.__call__).lower(shapes, inputs).as_text()
-    if "jax.const" in program:
-        raise ValueError(
-            "the classifier closes over arrays, whose values JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS hides: make them "
-            "variables, or unset that flag"
-        )
-    digest = hashlib.sha256(program.encode())
+    digest = hashlib.sha256(_program(classifier, x).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(classifier.variables):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)

@@ -105,10 +105,27 @@ def _noisy_copies(key: Key[Array, ""], noise: Noise, theta: ArrayLike, x: ArrayL
         raise ValueError(f"x must be floating point, got {jnp.result_type(x)}")
     dtype, wide = jnp.result_type(x), noise_dtype(x)
     x = jnp.asarray(x, wide)
-    theta = jnp.broadcast_to(jnp.asarray(theta, wide), x.shape[1:])
+    theta = theta_like(theta, x.shape[1:], wide)
     copy = lambda draw, x: noise.perturb(key, draw, x, theta)
     axis, x = (0, x) if len(x) > 1 else (None, x[0])
     return jax.vmap(copy, (0, axis))(draws, x).astype(dtype)
+
+
+def theta_like(theta: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """theta [] or [*d], for one input of the given shape [*d]: as an array [*d].
+
+    Raises:
+      ValueError: for a theta of any other shape. NumPy's rules would, for instance, take three numbers for channels,
+        which certificates take for three inputs.
+    """
+    check_theta_shape(theta, shape)
+    return jnp.broadcast_to(jnp.asarray(theta, dtype), shape)
+
+
+def check_theta_shape(theta: ArrayLike, shape: tuple[int, ...]) -> None:
+    """ValueError if theta is neither a scalar nor of the shape of an input."""
+    if jnp.shape(theta) not in ((), shape):
+        raise ValueError(f"theta must be a scalar or have x's shape {list(shape)}, got {list(jnp.shape(theta))}")
 
 
 _compiled_noisy_copies = jax.jit(_noisy_copies, static_argnames="noise")
@@ -131,7 +148,7 @@ def class_counts(
 
     Raises:
       ValueError: at trace time, if `num_samples` or `chunk` is not an integer of at least 1, x is not floating point,
-        or the noise is enumerable.
+        theta is neither a scalar nor of x's shape, or the noise is enumerable.
     """
     check_integer("num_samples", num_samples)
     check_integer("chunk", chunk)

@@ -231,6 +231,8 @@ def test_unknown_names_are_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="no data set is named 'zzz'") as error:
         load_dataset("zzz")
     assert "did you mean" not in str(error.value)
+    with pytest.raises(ValueError, match="`ancer-jax fetch cifar10 FOLDER` gets it"):
+        load_dataset("cifar10")
     with pytest.raises(ValueError, match="split must be one of test, train, got 'validation'"):
         load_dataset(BUNDLED_SUBSET, split="validation")
 

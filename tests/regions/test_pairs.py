@@ -293,6 +293,13 @@ def test_inside_where_the_centers_agree_on_the_longest_axis(at_longest, other):
         assert_just_below(largest_inside(a, b), math.sqrt((1 - other**2 * 4 / 3) / 4) * (1 + 1e-9), 1e-3)
 
 
+@pytest.mark.usefixtures("without_type_checker")
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_what_is_no_region_is_refused(question):
+    with pytest.raises(ValueError, match="a region must be of type Region, got float: of a certificate, take certifi"):
+        question(ball([0, 0], 1.0), 1.0)
+
+
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 def test_regions_that_do_not_fit_are_refused(question):
     a = ball([0, 0], 1.0)

@@ -133,6 +133,11 @@ def test_config_records_settings_and_their_hash(tmp_path):
     assert len(document["hash"]) == 64
 
 
+def test_an_array_that_no_run_has_is_named(finished):
+    with pytest.raises(ValueError, match=r"a run has no array 'radius', only ids, labels, .*report\.load_results"):
+        read_run(finished).columns("radius")
+
+
 def test_every_shard_says_what_it_was_made_with(tmp_path, finished):
     for ids, device in (([0], "a CPU"), ([1], "another CPU"), ([2], "a CPU")):
         with open_run(tmp_path / "run", settings(), {"jax": "1.2.3", "device": device}) as run:

@@ -521,6 +521,7 @@ def test_an_enumerable_noise_refuses_inputs_of_which_it_says_nothing(tmp_path, c
             "dataset must be of type Dataset, got ndarray: make it by dataset_from_arrays",
         ),
         ((CLASSIFIER, DATASET, {"theta": 0.25}), "config must be of type RunConfig, got dict"),
+        ((Smoothed(CLASSIFIER, Gaussian(), 0.25), DATASET, CONFIG), "certify_dataset takes smoothed.classifier"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_refused_in_one_line(arguments, text, tmp_path):

@@ -122,6 +122,14 @@ def test_a_start_that_is_not_positive_and_finite_is_refused(search, Config, thet
         search(KEY, Smoothed(interval(1.0), Gaussian(), theta), ORIGIN, config=Config())
 
 
+def test_a_start_of_another_shape_is_refused():
+    smoothed = Smoothed(interval(1.0), Gaussian(), np.full((3,), 0.25, np.float32))
+    with pytest.raises(ValueError, match=r"an isotropic search starts at one number, got a theta of shape \[3\]"):
+        optimize_isotropic(KEY, smoothed, ORIGIN)
+    with pytest.raises(ValueError, match=r"theta must be a scalar or have x's shape"):
+        optimize_anisotropic(KEY, smoothed, ORIGIN)
+
+
 @BOTH_SEARCHES
 def test_the_config_of_the_other_search_is_refused(search, Config):
     (other,) = {IsotropicConfig, AnisotropicConfig} - {Config}

@@ -107,6 +107,12 @@ def test_certificates_of_a_batch_have_one_theta_or_one_each(theta):
     reference.assert_same_certificates(batch, alone)
 
 
+def test_a_theta_of_neither_an_input_nor_a_batch_is_refused():
+    smoothed, votes = Smoothed(LINEAR, Gaussian(), np.ones(2, np.float32)), (np.zeros(6, int), np.full(6, 299))
+    with pytest.raises(ValueError, match=r"or have x's shape \[3, 2\], or be one for each of 6 inputs, got \[2\]"):
+        certificate_from_votes(smoothed, XS, *votes, config=CertifyConfig(n=300))
+
+
 def test_a_theta_that_may_be_a_map_or_a_number_for_each_input_is_refused():
     smoothed = Smoothed(LINEAR, Gaussian(), np.full(6, 0.4, np.float32))
     with pytest.raises(ValueError, match="may be one map or a number for each input"):

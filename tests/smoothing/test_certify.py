@@ -240,6 +240,14 @@ def test_what_cannot_be_certified_is_refused(x, theta, text):
             function(KEY, smoothed, x[None])
 
 
+@pytest.mark.usefixtures("without_type_checker")
+def test_theta_may_be_an_integer_and_images_may_not():
+    smoothed, x = Smoothed(reference.linear([1.0, 1.0]), Gaussian(), 1), np.float32([0.5, 0.5])
+    assert certify(KEY, smoothed, x, config=CONFIG).gap == certify(KEY, smoothed.with_theta(1.0), x, config=CONFIG).gap
+    with pytest.raises(ValueError, match=r"x must be floating point, got uint8 \(divide 8-bit pixels by 255\)"):
+        certify(KEY, smoothed, np.zeros(2, np.uint8), config=CONFIG)
+
+
 @pytest.mark.parametrize("change", [{"n": 0}, {"n0": 0}, {"alpha": 0.0}, {"alpha": 1.0}, {"n": 2**31}])
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -256,6 +256,20 @@ def test_fingerprint_names_the_program_and_what_it_closes_over(values):
     assert first != second
 
 
+def test_a_function_whose_values_have_changed_is_refused():
+    """Compiled programs go on with the values that were closed over first."""
+    factor = [1.0]
+    classifier = from_function(lambda _, x: (x * factor[0])[:, :2], (), num_classes=2)
+    check_classifier(classifier, X)
+    before = fingerprint(classifier, X)
+    factor[0] = -1.0
+    for look in (fingerprint, check_classifier):
+        with pytest.raises(ValueError, match="closes over values that have changed"):
+            look(classifier, X)
+    factor[0] = 1.0
+    assert fingerprint(classifier, X) == before
+
+
 def test_values_that_jax_hides_have_no_fingerprint():
     code = (
         "import tests.smoothing.test_classifier as t; a = t.jnp.arange(60.0); "

@@ -84,6 +84,15 @@ def test_a_chunk_that_would_miscount_ranges_is_refused(chunk):
         class_counts_between(KEY, SMOOTHED, X, (0, 1000), steps=3, chunk=chunk)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 3), (1, 1, 1)])
+def test_a_theta_that_only_numpy_would_fit_to_an_input_is_refused(shape):
+    """Three numbers would be drawn as one for each channel, and certified as one for each of three images."""
+    smoothed = Smoothed(reference.linear(np.ones(12)), Gaussian(), np.full(shape, 0.5, np.float32))
+    count = lambda x: count_votes(KEY, smoothed, x, config=CertifyConfig(n0=2, n=2), chunk=2)
+    with pytest.raises(ValueError, match=r"theta must be a scalar or have x's shape \[2, 2, 3\]"):
+        jax.jit(jax.vmap(count))(np.zeros((3, 2, 2, 3), np.float32))
+
+
 def test_batch_and_order_change_no_count():
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(5))
     xs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
