@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ancer_jax.metrics import round_down
-from ancer_jax.report import LEAKAGE_LIMIT, Results
+from ancer_jax.report import LEAKY_ABOVE, Results
 
 # The radii in the tables of the literature.
 RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
@@ -18,7 +18,7 @@ def summary(results: Results) -> dict[str, Any]:
     return {"accuracy": accuracy, "ACR": results.acr("radius"), "ACR-tilde": results.acr("radius_proxy")}
 
 
-def without_leaky(results: Results, column: str, limit: float = LEAKAGE_LIMIT) -> float | None:
+def without_leaky(results: Results, column: str, limit: float = LEAKY_ABOVE) -> float | None:
     """ACR (`column` is "radius") or ACR-tilde ("radius_proxy") if every theta that leaks more certifies nothing.
 
     None where leakage was not measured.

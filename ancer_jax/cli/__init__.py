@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import io
 import itertools
@@ -36,6 +37,9 @@ _OUT_OF_MEMORY = "the device's memory is too small: ask for a smaller --batch-si
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ancer-jax`: bad input gets one line and exit status 2."""
+    if (sys.argv[1:] if arguments is None else [*arguments]) == ["--version"]:
+        print(f"ancer-jax {importlib.metadata.version('ancer-jax')}")
+        return
     command = _parse(arguments)
     hint = "; start the same command again to continue" if isinstance(command, _RESUMED) else ""
     stop = functools.partial(_stop, hint)

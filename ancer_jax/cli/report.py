@@ -27,7 +27,7 @@ class Report:
     """Run directories, or TSV files (ours, Cohen's, ANCER's)."""
     radii: RadiiFlag = None
     """Radii for the table of certified accuracy, separated by commas or spaces; to be named after the runs."""
-    leakage_limit: float = report.LEAKAGE_LIMIT
+    leaky_above: float = report.LEAKY_ABOVE
     """Leakage above which a theta counts as leaky, in the figures without leaky thetas."""
     orders: int = 0
     """Insert the images into the memory in this many random orders, too, and show how far the figures move."""
@@ -47,11 +47,11 @@ class Report:
             raise ValueError("name at least one run directory or TSV file")
         if self.orders < 0:
             raise ValueError(f"--orders must not be negative, got {self.orders}")
-        check_real("--leakage-limit", self.leakage_limit, "[0, 1]")
+        check_real("--leaky-above", self.leaky_above, "[0, 1]")
         if not all(0 <= radius < math.inf for radius in radii):
             raise ValueError(f"--radii must be finite and not negative, got {self.radii}")
         dataset = load_dataset(self.data, split=self.split, crop=self.crop)
-        results, more = print_table(self.runs, radii, self.leakage_limit), []
+        results, more = print_table(self.runs, radii, self.leaky_above), []
         if self.orders:
             with_memory = [r for r in results if "changed" in r.columns]
             if not with_memory:
@@ -62,8 +62,8 @@ class Report:
         folder = epath.Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)
         drawn, missing = _draw(results, dataset, folder)
-        page, limit = folder / "report.html", self.leakage_limit
-        report.write_page(results, page, radii=radii, leakage_limit=limit, datasets=[dataset], more=more)
+        page, limit = folder / "report.html", self.leaky_above
+        report.write_page(results, page, radii=radii, leaky_above=limit, datasets=[dataset], more=more)
         print("", "pictures: " + ", ".join(map(str, drawn)), f"page: {page}", *missing, sep="\n")
         return results
 
@@ -82,13 +82,13 @@ def parse_radii(texts: Sequence[str] | None) -> tuple[float, ...] | None:
 
 
 def print_table(
-    runs: Sequence[str], radii: Sequence[float], leakage_limit: float = report.LEAKAGE_LIMIT
+    runs: Sequence[str], radii: Sequence[float], leaky_above: float = report.LEAKY_ABOVE
 ) -> list[report.Results]:
     """Print the tables of the runs; return their results."""
     results = [report.load_results(run) for run in runs]
     if len({r.name for r in results}) < len(runs):
         results = [dataclasses.replace(r, name=run) for r, run in zip(results, runs, strict=True)]
-    print(report.summary_table(results, radii, leakage_limit))
+    print(report.summary_table(results, radii, leaky_above))
     return results
 
 

@@ -1,5 +1,7 @@
 """An attack on a certified region: empirical evidence beside the proof."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,6 +54,12 @@ def attack(
         raise ValueError(f"the region is in the basis {region.basis}, the noise in {smoothed.noise.basis}")
     check_labels(prediction, smoothed.classifier)
     check_integer("steps", steps)
+    check_integer("num_samples", num_samples)
+    return _attack(key, smoothed, region, prediction, steps, num_samples)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "num_samples"))
+def _attack(key, smoothed: Smoothed, region: Region, prediction: ArrayLike, steps: int, num_samples: int) -> jax.Array:
     key = stage_key(key, Stage.DIFFERENTIABLE)
     center = jnp.asarray(region.center, noise_dtype(region.center))
     theta = theta_like(region.theta, center.shape, center.dtype)

@@ -2,7 +2,7 @@
 
 from ancer_jax.basis import BasisName, Pixels
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+from ancer_jax.report.results import LEAKY_ABOVE, Results
 
 NOT_RECONCILED = "per-input classifiers, not reconciled by memory"
 UNKNOWN = "the table does not say whether theta was chosen for each image; if it was, these are " + NOT_RECONCILED
@@ -54,16 +54,16 @@ def footnotes(results: list[Results]) -> list[str]:
     return ([_TWO_CLAIMS_IN_SHORT] if two_claims(results) else []) + legend_of_marks(results)
 
 
-def caveats(results: list[Results], leakage_limit: float = LEAKAGE_LIMIT) -> list[str]:
+def caveats(results: list[Results], leaky_above: float = LEAKY_ABOVE) -> list[str]:
     """What must stand right beside the main figures: that a run is unfinished, what is left without leaky thetas."""
     said = []
     for r in results:
         if not r.finished:
             these = f"its figures are of the {len(r.correct)} images that are certified so far"
             said.append(f"{mark(r)} is unfinished: {these}. The same ancer-jax certify continues it.")
-        kept, leaky = r.leaks_at_most(leakage_limit), r.leaky(leakage_limit)
+        kept, leaky = r.leaks_at_most(leaky_above), r.leaky(leaky_above)
         if kept is not None and leaky:
-            share = f"{leaky} of {len(r.leakages())} thetas leak more than {shortest(leakage_limit)}"
+            share = f"{leaky} of {len(r.leakages())} thetas leak more than {shortest(leaky_above)}"
             columns = {"ACR": "radius", "ACR-tilde": "radius_proxy"}
             both = {name: (r.acr(column, kept), r.acr(column)) for name, column in columns.items()}
             figures = [f"{name} is {round_down(a, 3)} instead of {round_down(b, 3)}" for name, (a, b) in both.items()]
@@ -86,7 +86,7 @@ def notes(results: list[Results]) -> list[str]:
             "A certificate by itself fails with probability at most alpha. After memory, a line holds if its own "
             "certificate and those of all earlier images hold: the i-th line with probability at least 1 - i alpha."
         )
-    if any(r.leaks_at_most(LEAKAGE_LIMIT) is not None for r in with_memory):
+    if any(r.leaks_at_most(LEAKY_ABOVE) is not None for r in with_memory):
         said.append(
             "Figures without leaky thetas count an image as 0 if its theta is leaky, or its leakage is not known. Its "
             "region stays in the memory, and may have changed other regions."

@@ -19,7 +19,7 @@ from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report import curves, notes, tables, theta_maps
 from ancer_jax.report.figures import png
 from ancer_jax.report.notes import alpha_of, mark
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+from ancer_jax.report.results import LEAKY_ABOVE, Results
 from ancer_jax.runs import Run
 from ancer_jax.runs.settings import flatten, short
 from ancer_jax.smoothing import ABSTAIN
@@ -32,7 +32,7 @@ def write_page(
     path: epath.PathLike,
     *,
     radii: Sequence[float],
-    leakage_limit: float = LEAKAGE_LIMIT,
+    leaky_above: float = LEAKY_ABOVE,
     datasets: Sequence[Dataset] = (),
     more: Sequence[tuple[str, list[dict[str, str]]]] = (),
 ) -> None:
@@ -42,7 +42,7 @@ def write_page(
       results: of runs or tables (`load_results`), each with a different name. Images, theta and settings are only shown
         for run directories.
       path: the file.
-      radii, leakage_limit: as in `summary`.
+      radii, leaky_above: as in `summary`.
       datasets: data sets of the runs; runs of other data sets are shown without their images.
       more: further tables with their titles.
 
@@ -58,9 +58,9 @@ def write_page(
     bounded = [r for r in results if "p_lower" in r.columns]
     page = jinja2.Template(template, **options).render(
         runs=[mark(r) for r in results],
-        tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leakage_limit), *more)],
+        tables=[(title, _table(rows)) for title, rows in (*tables.summary(results, radii, leaky_above), *more)],
         facts=_facts(results),
-        notes=notes.caveats(results, leakage_limit) + notes.notes(results),
+        notes=notes.caveats(results, leaky_above) + notes.notes(results),
         curves=_curves(results),
         bounds=_svg(bounded, curves.draw_p_lower) if bounded else "",
         cost=_cost(results),
@@ -68,7 +68,7 @@ def write_page(
         settings=_settings({mark(r): r.run for r in results if r.run}),
         version=importlib.metadata.version("ancer-jax"),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        leakage_limit=leakage_limit,
+        leaky_above=leaky_above,
         coloured=any(r.config and r.config.basis != Pixels() for r in results),
     )
     epath.Path(path).write_bytes(page.encode())

@@ -15,7 +15,7 @@ from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS
 from ancer_jax.smoothing import ABSTAIN
 from ancer_jax.storage import read_text
 
-LEAKAGE_LIMIT = 0.1
+LEAKY_ABOVE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Results:
     finished: bool = True
 
     def __getitem__(self, column: str) -> np.ndarray:
+        if column not in self.columns:
+            raise KeyError(f"{self.name} has no column {column!r}, only {', '.join(self.columns)}")
         return self.columns[column]
 
     @property

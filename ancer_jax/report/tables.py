@@ -12,20 +12,20 @@ from ancer_jax._numerics import geometric_mean
 from ancer_jax.basis import Pixels
 from ancer_jax.metrics import round_down, round_up
 from ancer_jax.report.notes import caveats, footnotes, mark, notes, shortest
-from ancer_jax.report.results import LEAKAGE_LIMIT, Results
+from ancer_jax.report.results import LEAKY_ABOVE, Results
 
 _NOT_MEASURED = "not measured"
 
 
-def summary_table(results: list[Results], radii: Sequence[float], leakage_limit: float = LEAKAGE_LIMIT) -> str:
+def summary_table(results: list[Results], radii: Sequence[float], leaky_above: float = LEAKY_ABOVE) -> str:
     """The tables of `summary` and their notes, as GitHub-style text."""
-    (_, figures), *others = summary(results, radii, leakage_limit)
+    (_, figures), *others = summary(results, radii, leaky_above)
     parts = [part for title, rows in others for part in (title, format_table(rows))]
-    return "\n\n".join([format_table(figures), *caveats(results, leakage_limit), *parts, *notes(results)])
+    return "\n\n".join([format_table(figures), *caveats(results, leaky_above), *parts, *notes(results)])
 
 
 def summary(
-    results: list[Results], radii: Sequence[float], leakage_limit: float = LEAKAGE_LIMIT
+    results: list[Results], radii: Sequence[float], leaky_above: float = LEAKY_ABOVE
 ) -> list[tuple[str, list[dict[str, str]]]]:
     """Tables with their titles: the main figures of each run; certified accuracy at `radii`; and for data-dependent
     noise, what the memory changed and how much the noise leaks.
@@ -37,8 +37,8 @@ def summary(
     tables = [("Figures", _figures(results)), ("Certified accuracy at", _accuracies(results, radii))]
     if memories := [_memory(r) for r in results if "changed" in r.columns]:
         tables.append(("Memory (before -> after)", memories))
-    if leakages := [_leakage(r, leakage_limit) for r in results if r.data_dependent]:
-        known = f"figures that count only thetas known to leak at most {shortest(leakage_limit)}"
+    if leakages := [_leakage(r, leaky_above) for r in results if r.data_dependent]:
+        known = f"figures that count only thetas known to leak at most {shortest(leaky_above)}"
         tables.append((f"Leakage into each image's class; {known}", leakages))
     return tables
 
@@ -57,7 +57,7 @@ def compare_proxy_radius(results: list[Results], best: Results) -> str:
     lines = []
     for r in (best, *(r for r in results if r is not best)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
-        kept = r.leaks_at_most(LEAKAGE_LIMIT)
+        kept = r.leaks_at_most(LEAKY_ABOVE)
         without = _NOT_MEASURED if kept is None else round_down((r["radius_proxy"] * kept).mean(), 3)
         text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {without}"
         lines.append(f"  {mark(r):13} {round_down(r.mean_proxy_radius, 3)}   {text}")

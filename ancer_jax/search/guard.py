@@ -49,7 +49,11 @@ def guarded_choice(
     check_type("config", config, GuardConfig, "GuardConfig(criterion=...)")
     if config.leakage_limit is not None and probes is None:
         raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
-    x = jnp.asarray(x)
+    choose = _choose if smoothed.classifier.on_host else _compiled_choice
+    return choose(key, smoothed, jnp.asarray(x), candidate, config, probes)
+
+
+def _choose(key, smoothed: Smoothed, x: jax.Array, candidate: ArrayLike, config: GuardConfig, probes: Probes | None):
     current, candidate = (theta_like(theta, x.shape, noise_dtype(x)) for theta in (smoothed.theta, candidate))
     if config.criterion == "off" and config.leakage_limit is None:
         return candidate, jnp.asarray(True)
@@ -73,3 +77,6 @@ def guarded_choice(
         leaked, eligible = leakage(probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk)
         taken &= leaked / jnp.maximum(eligible, 1) <= config.leakage_limit
     return jnp.where(taken, candidate, current), taken
+
+
+_compiled_choice = jax.jit(_choose, static_argnames="config")

@@ -5,6 +5,7 @@ smoothed classifier of this theta and says little about x. Other images tell: un
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -88,12 +89,16 @@ def _counts(stage: Stage, keys, smoothed: Smoothed, images, num_samples: int, ch
     """Votes for each class of `num_samples` draws of each image, of that stage."""
     check_integer("num_samples", num_samples)
     check_integer("chunk", chunk)
+    return _compiled_counts(keys, smoothed, jnp.asarray(images), stage, num_samples, chunk)
 
+
+@functools.partial(jax.jit, static_argnames=("stage", "num_samples", "chunk"))
+def _compiled_counts(keys, smoothed: Smoothed, images: jax.Array, stage: Stage, num_samples: int, chunk: int):
     def count(one):
         key, image = one
         return class_counts(stage_key(key, stage), smoothed, image, num_samples=num_samples, chunk=chunk)
 
-    return jax.lax.map(count, (keys, jnp.asarray(images)), batch_size=max(1, chunk // num_samples))
+    return jax.lax.map(count, (keys, images), batch_size=max(1, chunk // num_samples))
 
 
 def leakage(

@@ -42,7 +42,7 @@ import scipy.stats
 import ancer_jax as aj
 from ancer_jax._numerics import geometric_mean
 from ancer_jax.metrics import round_down, round_up
-from ancer_jax.report import LEAKAGE_LIMIT
+from ancer_jax.report import LEAKY_ABOVE
 from ancer_jax.smoothing.bounds import clopper_pearson_lower
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
@@ -467,12 +467,12 @@ def _regions() -> str:
     for network in NETWORKS:
         r = _found(f"whole-{network}")
         ratio, leakage = larger(r), np.array([r["leakage"][who] for who in ("ours", "reference")])
-        little = ratio[(leakage <= LEAKAGE_LIMIT).all(axis=0)]
+        little = ratio[(leakage <= LEAKY_ABOVE).all(axis=0)]
         rows.append([TITLES[network], _span(ratio, 2)])
         rows[-1] += [f"{_span(little, 2)} ({len(little)} images)" if len(little) else "no image"]
         rows[-1] += [round_up(mean, 2) for mean in leakage.mean(axis=1)]
         rows[-1] += [f"{100 * r['theta of the reference cut off']['anisotropic']:.0f} %"]
-    header = ["", "ratio of proxy radii, ours to theirs", f"where neither theta leaks more than {LEAKAGE_LIMIT}"]
+    header = ["", "ratio of proxy radii, ours to theirs", f"where neither theta leaks more than {LEAKY_ABOVE}"]
     return markdown([*header, "mean leakage, ours", "theirs", "coordinates of theirs that were cut off"], rows)
 
 

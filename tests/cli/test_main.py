@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 
+import ancer_jax
 from ancer_jax import cli
 from tests.cli.commands import error_line, toy
 
@@ -73,6 +74,11 @@ def test_processes_that_are_not_named_well_are_one_line(here, capsys, flags, mes
 )
 def test_values_of_another_type_are_one_line(capsys, arguments, message):
     assert message in error_line(capsys, arguments)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"ancer-jax {ancer_jax.__version__}\n"
 
 
 def test_help_breaks_lines_only_where_they_are_full(capsys, monkeypatch):

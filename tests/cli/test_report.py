@@ -35,7 +35,7 @@ def test_report_compares_runs_and_files(here, capsys):
     [
         (["nowhere"], "nowhere: there is no such run or file"),
         (["empty"], "empty is not a run directory"),
-        (["toy.tsv", "--leakage-limit", "2"], r"--leakage-limit must be in \[0, 1\], got 2.0"),
+        (["toy.tsv", "--leaky-above", "2"], r"--leaky-above must be in \[0, 1\], got 2.0"),
         (["toy.tsv", "--radii", "0", "nan"], "--radii must be finite"),
         (["toy.tsv", "--radii", "0,1", "abc"], "--radii takes numbers, like 0,0.25,0.5, got 'abc'"),
         (["--radii", "0.25", "0.5", "toy.tsv", "wrong.tsv"], "--radii takes numbers, like 0,0.25,0.5, got 'toy.tsv'"),
@@ -66,7 +66,7 @@ def test_report_shows_what_the_order_of_the_memory_does(here, capsys):
     cli.main(toy(*SEARCH["isotropic"], method="isotropic"))
     cli.main(toy("--out", "fixed"))
     capsys.readouterr()
-    cli.main(["report", "run", "fixed", "--orders", "3", "--leakage-limit", "0.25"])
+    cli.main(["report", "run", "fixed", "--orders", "3", "--leaky-above", "0.25"])
     printed = capsys.readouterr().out
     assert "leak at most 0.25" in printed
     table = printed.split("In order of ids")[1]

@@ -37,6 +37,14 @@ def test_an_attack_reaches_the_boundary_of_a_linear_classifier_and_not_beyond_th
     np.testing.assert_array_equal(find(region_of(0, norm), KEYS[3]), X32)
 
 
+def test_an_attack_on_another_region_compiles_nothing_again(compilations):
+    find = lambda gap: attack(KEYS[3], SMOOTHED, region_of(gap), 1, steps=2, num_samples=3)
+    find(0.5)
+    before = compilations()
+    find(0.7)
+    assert compilations() == before
+
+
 rough = jax.jit(jax.vmap(lambda s, r, key: attack(key, s, r, 1, steps=5, num_samples=4), (None, None, 0)))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ancer_jax import report
 from ancer_jax.metrics import round_down
-from ancer_jax.report import LEAKAGE_LIMIT
+from ancer_jax.report import LEAKY_ABOVE
 from ancer_jax.runs import directory
 from tests.report.examples import ANCER, FIXED, HEADER, MEMORY, cells, from_text, write_run
 
@@ -90,6 +90,11 @@ def test_tables_of_others_are_judged_by_what_they_hold(tmp_path):
         assert report.summary_table([results], [0.0]).splitlines()[-1] == mark
 
 
+def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path):
+    with pytest.raises(KeyError, match="a has no column 'proxy_radius', only radius_proxy, idx, label, .*, method"):
+        from_text(tmp_path, "a.tsv", ANCER)["proxy_radius"]
+
+
 def test_mean_proxy_radius_is_over_all_inputs(tmp_path):
     assert from_text(tmp_path, "a.tsv", ANCER).mean_proxy_radius == 1.75
 
@@ -113,7 +118,7 @@ def test_a_leakage_equal_to_the_limit_is_not_above_it(tmp_path, limit):
 def test_leakage_that_was_not_measured_is_not_known(tmp_path):
     for text in (FIXED, f"{HEADER}\tleakage\n0\t3\t3\t0.5\t1\t0:00:01\tnan\n"):
         results = from_text(tmp_path, "a.tsv", text)
-        assert results.leaks_at_most(LEAKAGE_LIMIT) is None
+        assert results.leaks_at_most(LEAKY_ABOVE) is None
         assert results.leakages() == results.leakages("soft_leakage") == []
 
 

@@ -13,13 +13,11 @@ from tests.search.classifiers import KEY, PAINTABLE, PAINTED, interval, leakage_
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-jitted_choice = jax.jit(guarded_choice, static_argnames="config")
-
 
 def choose(classifier, narrow, wide, criterion):
     smoothed = Smoothed(classifier, Gaussian(), narrow)
     config = GuardConfig(criterion=criterion, num_samples=2000, chunk=500)
-    theta, taken = jitted_choice(KEY, smoothed, np.zeros(2, np.float32), np.float32(wide), config=config)
+    theta, taken = guarded_choice(KEY, smoothed, np.zeros(2, np.float32), np.float32(wide), config=config)
     assert (theta == (jnp.float32(wide) if taken else jnp.full(2, narrow))).all()
     return bool(taken)
 
@@ -33,6 +31,13 @@ def test_the_wide_theta_is_taken_if_its_region_is_better():
     assert not choose(one_sided, 0.5, [0.2, 2.0], "superset")
     assert not choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "volume")
     assert choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "off")
+
+
+def test_a_choice_between_other_thetas_compiles_nothing_again(compilations):
+    choose(interval(1.0, 1.0), 0.4, [0.4, 1.5], "volume")
+    before = compilations()
+    choose(interval(0.9, 1.1), 0.3, [0.5, 1.2], "volume")
+    assert compilations() == before
 
 
 def test_another_config_is_refused():
@@ -50,7 +55,7 @@ def test_the_wide_theta_must_keep_the_class():
 
 def choose_within(limit, wide, criterion="off", x=PAINTED):
     config = GuardConfig(criterion=criterion, num_samples=1000, leakage_limit=limit, chunk=500)
-    _, taken = jitted_choice(KEY, PAINTABLE, x, np.float32(wide), config=config, probes=paintable_probes())
+    _, taken = guarded_choice(KEY, PAINTABLE, x, np.float32(wide), config=config, probes=paintable_probes())
     return bool(taken)
 
 

@@ -19,10 +19,6 @@ START = np.full(3, 0.3, np.float32)
 WIDE = np.float32([0.1, 2.0, 0.3])
 SIZES = {"num_samples": 9, "chunk": 9}
 
-make_probes, smoothed_classes = (
-    jax.jit(function, static_argnames=("num_samples", "chunk")) for function in (make_probes, smoothed_classes)
-)
-leakage = jax.jit(leakage, static_argnames="chunk")
 leakage_penalty = jax.jit(leakage_penalty, static_argnames="batch")
 
 
@@ -79,6 +75,13 @@ def test_counts_are_those_of_a_naive_loop():
         assert num_leaked == ((before != c) & (after == c)).sum()
         assert num_eligible == (before != c).sum()
         assert num_leaked.dtype == num_eligible.dtype == jnp.int32
+
+
+def test_leakage_of_another_theta_compiles_nothing_again(compilations):
+    measure(probes_of(), WIDE, 1)
+    before = compilations()
+    measure(probes_of(), 2 * WIDE, 2)
+    assert compilations() == before
 
 
 def test_nothing_leaks_at_the_starting_theta():
