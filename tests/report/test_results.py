@@ -91,7 +91,7 @@ def test_tables_of_others_are_judged_by_what_they_hold(tmp_path):
 
 
 def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path):
-    with pytest.raises(KeyError, match="a has no column 'proxy_radius', only radius_proxy, idx, label, .*, method"):
+    with pytest.raises(KeyError, match=r"a has no column 'proxy_radius', only radius_proxy, idx, label, .*, method"):
         from_text(tmp_path, "a.tsv", ANCER)["proxy_radius"]
 
 

@@ -1,6 +1,5 @@
 import inspect
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
