@@ -15,7 +15,7 @@ nobody = lambda x: -99
 def certificate(region, prediction):
     """A certificate of this class and region, or a batch; the memory may not read anything else of it."""
     unread = np.full(np.shape(region.gap), np.nan)
-    return Certificate(prediction, region, p_lower=unread, count=unread, n=unread)
+    return Certificate(prediction, region, p_lower=unread, count=unread, n=unread, alpha=unread)
 
 
 def fill(norm, *answers):

@@ -42,7 +42,8 @@ def _certificates(results: Results) -> Certificate:
         raise ValueError(f"{results.run.path}: not all inputs are in its memory; certify again to finish the run")
     regions = stored[0].regions
     region = dataclasses.replace(regions, gap=own["gap"])
-    return Certificate(own["predict"], region, own["p_lower"], own["count"], own["n"])
+    alpha = np.full(len(own["idx"]), float(sum(results.alphas)))
+    return Certificate(own["predict"], region, own["p_lower"], own["count"], own["n"], alpha)
 
 
 def _figures(certificates: Certificate, labels: np.ndarray) -> dict[str, Any]:

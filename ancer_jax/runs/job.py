@@ -141,14 +141,14 @@ class Job:
         passes = sum(launch.passes for launch in (*pending.selection, *pending.estimation))
         if noise.enumerable:
             selected, evidence = enumerated_evidence(votes, _num_draws(noise, theta))
-            certificate = certificate_from_evidence(selected, evidence, smoothed, images)
+            certificate = certificate_from_evidence(selected, evidence, smoothed, images, alpha=config.alpha)
             return Collected(certificate, evidence, evidence.n, passes, leaked)
         selected = votes.argmax(axis=1).astype(np.int32)
         if config.sampling is None:
             counts, certify = pending.counter.collect(pending.estimation)[indices], config.certify
             votes, runner_up = votes_of(counts, selected, certify.n, certify.bound)
             evidence = random_evidence(votes, certify, runner_up)
-            certificate = certificate_from_evidence(selected, evidence, smoothed, images)
+            certificate = certificate_from_evidence(selected, evidence, smoothed, images, alpha=config.alpha)
             return Collected(certificate, evidence, config.certify.n0 + evidence.n, passes, leaked)
 
         def votes_in(stage, some, first, stop):
@@ -160,7 +160,7 @@ class Job:
         found = sample_until_decided(
             votes_in, selected, scales_of(theta), noise=noise, config=config.certify, sequential=config.sampling
         )
-        certificate = certificate_from_sequential(selected, found, smoothed, images)
+        certificate = certificate_from_sequential(selected, found, smoothed, images, alpha=config.alpha)
         draws = config.certify.n0 + found.pilot + found.n
         return Collected(certificate, found.evidence, draws, passes, leaked)
 

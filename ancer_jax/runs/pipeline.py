@@ -248,7 +248,7 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
     if (other := pixel_hashes(images) != new["pixels"]).any():
         raise ValueError(f"{dataset.name}: image {new['ids'][other][0]} is no longer the one that was certified")
     region, unused = noise.region(images, new["theta"], new["gap"]), np.zeros(len(images))
-    certificates = Certificate(new["predictions"], region, unused, unused, unused)
+    certificates = Certificate(new["predictions"], region, unused, unused, unused, unused)
     memory, answers = memory.insert_batch(certificates, progress=functools.partial(execution.progress, "remembered"))
     places = np.asarray(answers.inside)
     inside = np.concatenate([inside, np.where(places < 0, -1, columns["ids"][places])])

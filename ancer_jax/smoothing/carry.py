@@ -63,7 +63,7 @@ def carry(
     Args:
       key: the example's typed key, as in `certify`; it may be the same one.
       certificate: of `smoothed` at one input, by `certify` or `certify_sequentially`, or a row of `certify_batch`. What
-        was carried may be carried on: each time, alpha of the config is added to its error probability.
+        was carried may be carried on: each time, alpha of the config is added to the certificate's.
       smoothed: the smoothed classifier that was certified. Another classifier, or another noise law of the same norm
         and basis, is not noticed: the result then certifies nothing.
       changed: the changed network. Both run at the current `jax.default_matmul_precision`, which must be that of the
@@ -76,9 +76,10 @@ def carry(
       abstention. An abstention stays one, with `p_lower` 0, for it does not say which class was counted. Its `count`
       and `n` are those of the certificate before.
 
-    Guarantee: as in `certify`, for the changed network, with probability at least `1 - alpha - config.alpha` over both
-    sets of draws, alpha being that of the certificate. The changed network must not depend on the common draws: if it
-    is one of several that were compared by carrying, carry with another key than the one that compared them.
+    Guarantee: as in `certify`, for the changed network, with probability at least `1 - alpha` over both sets of draws,
+    where alpha is the sum of `certificate.alpha` and `config.alpha`, as the result has it. The changed network must not
+    depend on the common draws: if it is one of several that were compared by carrying, carry with another key than the
+    one that compared them.
 
     Raises:
       ValueError: if the certificate is a batch, or not of this theta, norm and basis; if the classifiers do not have
@@ -158,7 +159,8 @@ def certificate_from_lost_votes(
     p_lower, gap = carried_bound_and_gap(certificate.p_lower, lost, draws, config.alpha, noise)
     prediction = np.where(gap > 0, certificate.prediction, ABSTAIN)[()]
     counted = noise.region(np.asarray(x), np.asarray(as_float32.theta), gap[()])
-    carried = dataclasses.replace(certificate, prediction=prediction, region=counted, p_lower=p_lower[()])
+    alpha = np.nextafter(certificate.alpha + config.alpha, np.inf)  # rounded up
+    carried = dataclasses.replace(certificate, prediction=prediction, region=counted, p_lower=p_lower[()], alpha=alpha)
     return undo_float32_rounding(carried, smoothed, region.center)
 
 

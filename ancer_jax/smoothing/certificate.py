@@ -101,6 +101,7 @@ class Certificate(WithRegion):
       count: int [...], how many of the n draws voted for the selected class.
       n: int [...], number of draws. (Of sequential sampling, count and n are of all draws, and `p_lower` is the largest
         bound of any look.)
+      alpha: float64 [...], probability that the certificate fails; 0 if all draws that exist were counted.
     """
 
     prediction: Leaf
@@ -108,6 +109,7 @@ class Certificate(WithRegion):
     p_lower: Leaf
     count: Leaf
     n: Leaf
+    alpha: Leaf
 
 
 class Evidence(NamedTuple):
@@ -179,10 +181,12 @@ def enumerated_evidence(counts: ArrayLike, num_draws: ArrayLike) -> tuple[HostVa
     return counts.argmax(axis=-1), Evidence(top, num_draws, np.zeros(num_draws.shape), second)
 
 
-def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed: Smoothed, x: ArrayLike) -> Certificate:
+def certificate_from_evidence(
+    selected: ArrayLike, evidence: Evidence, smoothed: Smoothed, x: ArrayLike, *, alpha: float
+) -> Certificate:
     """The certificates of the classes `selected` [...] for the inputs x [..., *d], in float64 on the host.
 
-    theta may be [], [*d], [...] or [..., *d].
+    theta may be [], [*d], [...] or [..., *d]; `alpha` is that of each certificate.
 
     Guarantee: as in `certify`, if the evidence comes from draws that did not choose `selected`. Of enumerable noise it
       holds without alpha, for the inputs that the noise speaks of (`Noise.check_inputs`).
@@ -191,8 +195,10 @@ def certificate_from_evidence(selected: ArrayLike, evidence: Evidence, smoothed:
     x = np.asarray(x)
     theta = theta_of_each(smoothed.theta, gap.shape, x.shape[gap.ndim :])
     prediction = np.where(gap > 0, np.asarray(selected), ABSTAIN)
-    p_lower, count, n = (np.asarray(column)[()] for column in (p_lower, evidence.votes, evidence.n))
-    return Certificate(prediction[()], smoothed.noise.region(x, theta, gap[()]), p_lower, count, n)
+    columns = (p_lower, evidence.votes, evidence.n, np.full(gap.shape, alpha))
+    return Certificate(
+        prediction[()], smoothed.noise.region(x, theta, gap[()]), *(np.asarray(column)[()] for column in columns)
+    )
 
 
 def theta_of_each(theta: ArrayLike, batch: tuple[int, ...], shape: tuple[int, ...]) -> HostValues:

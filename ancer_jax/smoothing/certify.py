@@ -86,7 +86,8 @@ def certificate_from_votes(
     x = jnp.asarray(x)  # x and theta as the traced program had them
     smoothed, x = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x)))), np.asarray(x)
     _check_values(x, np.asarray(smoothed.theta))
-    return certificate_from_evidence(selected, random_evidence(votes, config, runner_up), smoothed, x)
+    evidence = random_evidence(votes, config, runner_up)
+    return certificate_from_evidence(selected, evidence, smoothed, x, alpha=config.alpha)
 
 
 def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
@@ -150,7 +151,7 @@ def _certify(key: Key[Array, ""], smoothed: Smoothed, x: ArrayLike, config: Cert
     selected = counts(Stage.SELECT, config.n0).argmax()
     votes, runner_up = votes_of(counts(Stage.ESTIMATE, config.n), selected, config.n, config.bound)
     evidence = random_evidence(votes, config, runner_up)
-    certificate = certificate_from_evidence(selected, evidence, as_float32, x32)
+    certificate = certificate_from_evidence(selected, evidence, as_float32, x32, alpha=config.alpha)
     return undo_float32_rounding(certificate, smoothed, x)
 
 

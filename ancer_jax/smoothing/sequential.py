@@ -110,7 +110,8 @@ def certify_sequentially(
         votes_in, np.array([selected]), scales, noise=smoothed.noise, config=config, sequential=sequential
     )
     one = jax.tree.map(lambda column: column[0], found)
-    return undo_float32_rounding(certificate_from_sequential(selected, one, as_float32, x32), smoothed, x)
+    certificate = certificate_from_sequential(selected, one, as_float32, x32, alpha=config.alpha)
+    return undo_float32_rounding(certificate, smoothed, x)
 
 
 class SequentialVotes(NamedTuple):
@@ -129,10 +130,10 @@ class SequentialVotes(NamedTuple):
 
 
 def certificate_from_sequential(
-    selected: ArrayLike, found: SequentialVotes, smoothed: Smoothed, x: ArrayLike
+    selected: ArrayLike, found: SequentialVotes, smoothed: Smoothed, x: ArrayLike, *, alpha: float
 ) -> Certificate:
     """The certificates of the classes `selected`, with all draws as `n`; arguments as `certificate_from_evidence`."""
-    certificate = certificate_from_evidence(selected, found.evidence, smoothed, x)
+    certificate = certificate_from_evidence(selected, found.evidence, smoothed, x, alpha=alpha)
     return dataclasses.replace(certificate, count=found.votes, n=found.n)
 
 

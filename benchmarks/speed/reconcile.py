@@ -40,7 +40,7 @@ def certificates(case: str, norm: int, count: int, rng: np.random.Generator) -> 
     region = Region(center, theta, rng.uniform(0.3, 1.5 if norm == 2 else 1.0, count), norm)
     # A memory reads prediction and region only.
     unread = np.zeros(count, np.int64)
-    return Certificate(rng.integers(10, size=count), region, np.zeros(count), count=unread, n=unread)
+    return Certificate(rng.integers(10, size=count), region, np.zeros(count), count=unread, n=unread, alpha=unread)
 
 
 def whole(case: str, norm: int, count: int, seed: int) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def host(images: int, shape: tuple[int, ...], per_coordinate: bool) -> dict[str,
     settings = config.settings() | {"data": dataclasses.asdict(data)}
     evidence = random_evidence(np.full(10, 99_000), config.certify)
     smoothed = aj.Smoothed(aj.from_function(lambda _, x: x, {}, num_classes=1000), aj.Gaussian(), theta)
-    found = certificate_from_evidence(np.zeros(10, int), evidence, smoothed, np.zeros((10, *shape), np.float32))
+    found = certificate_from_evidence(
+        np.zeros(10, int), evidence, smoothed, np.zeros((10, *shape), np.float32), alpha=config.certify.alpha
+    )
     arrays: dict[str, Any] = {"predictions": found.prediction, "counts": found.count, "n": found.n}
     arrays |= {"p_lower": found.p_lower, "gap": found.gap, "theta": theta}
     arrays |= {"seconds": np.ones(10), "pixels": np.zeros(10, np.uint64)}

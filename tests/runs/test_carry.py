@@ -51,7 +51,7 @@ def assert_carried_one_by_one(folder, run, smoothed, dataset=DATASET, changed=CH
     for row, (i, x) in enumerate(zip(dataset.ids, dataset.images, strict=True)):
         one = {name: column[row] for name, column in old.items()}
         region = smoothed.noise.region(x, one["theta"], one["gap"])
-        certificate = aj.Certificate(one["predictions"], region, one["p_lower"], one["counts"], one["n"])
+        certificate = aj.Certificate(one["predictions"], region, one["p_lower"], one["counts"], one["n"], 0.001)
         key = jax.random.fold_in(jax.random.key(CARRY.seed, impl="threefry2x32"), int(i))
         config = aj.CarryConfig(CARRY.n, CARRY.alpha)
         expected = aj.carry(key, certificate, smoothed.with_theta(one["theta"]), changed, config=config)
@@ -138,7 +138,7 @@ def test_data_dependent_runs_get_a_memory_of_their_own(with_memory):
     assert_carried_one_by_one(with_memory, run, smoothed, CROWD, CHANGED_BUMPS)
     columns = run.columns("predictions", "gap", "theta", "p_lower", "counts", "n")
     region = aj.Region(CROWD.images, columns["theta"], columns["gap"], 2)
-    rest = (columns[name] for name in ("p_lower", "counts", "n"))
+    rest = (columns[name] for name in ("p_lower", "counts", "n", "n"))
     memory, answers = aj.Memory.empty(2).insert_batch(aj.Certificate(columns["predictions"], region, *rest))
     stored, before = (aj.load_memory(with_memory / name) for name in ("carried", "before"))
     jax.tree.map(np.testing.assert_array_equal, stored.regions, memory.regions)

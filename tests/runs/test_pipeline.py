@@ -208,7 +208,7 @@ def test_the_table_after_memory_is_what_inserting_one_by_one_gives(crowd):
     memory = Memory.empty(2)
     for row, x in enumerate(CROWD.images):
         region = Region(x, columns["theta"][row], columns["gap"][row], 2)
-        memory, answer = memory.insert(Certificate(columns["predictions"][row], region, 1.0, 0, 0))
+        memory, answer = memory.insert(Certificate(columns["predictions"][row], region, 1.0, 0, 0, 0.001))
         assert after["predict"][row] == answer.prediction
         assert after["gap"][row] == float(round_down(answer.gap, 6))
         assert after["radius"][row] == float(round_down(answer.radius, 6))
@@ -271,7 +271,7 @@ def test_a_lost_memory_is_made_again(crowd, tmp_path, damage):
 
 def test_answers_that_were_added_by_hand_are_kept(crowd, tmp_path):
     run = shutil.copytree(crowd, tmp_path / "run")
-    far = Certificate(1, Region(np.full((3, 3, 1), 9.0), 1.0, 0.0, 2), 0.5, 0, 0)
+    far = Certificate(1, Region(np.full((3, 3, 1), 9.0), 1.0, 0.0, 2), 0.5, 0, 0, 0.001)
     more, _ = load_memory(run).insert(far)
     for name in ("memory_replaced_1.npz", "memory_replaced_2.npz"):
         save_memory(more, run / "memory.npz")
@@ -490,7 +490,7 @@ def test_an_enumerable_noise_of_ones_own_runs_without_a_change_of_the_package(tm
         assert columns["predictions"][row] == (np.argmax(found) if gap > 0 else -1)
         assert columns["counts"][row] == max(found) and columns["p_lower"][row] == max(found) / sum(found)
         region = Region(x, theta, gap, 1)
-        memory, answer = memory.insert(Certificate(columns["predictions"][row], region, 1.0, 0, 0))
+        memory, answer = memory.insert(Certificate(columns["predictions"][row], region, 1.0, 0, 0, 0.001))
         after = parse_table((out / "results.tsv").read_text(), out)
         assert after["gap"][row] == float(round_down(gap if method == "fixed" else answer.gap, 6))
     assert not columns["bound_alpha"].any() and (columns["gap"] > 0).any()

@@ -130,6 +130,7 @@ def test_an_unchanged_network_loses_no_vote_and_keeps_all_but_the_bound_of_none(
     assert carried.p_lower == pytest.approx(certificate.p_lower - q_upper, abs=1e-15)
     assert carried.gap == aj.Gaussian().gap(carried.p_lower) < certificate.gap
     assert (carried.prediction, carried.count, carried.n) == (certificate.prediction, certificate.count, certificate.n)
+    assert 0 <= carried.alpha - (certificate.alpha + CONFIG.alpha) < 1e-15
     np.testing.assert_array_equal(carried.region.theta, THETA)
     np.testing.assert_array_equal(carried.region.center, X)
 

@@ -51,7 +51,7 @@ def test_a_certificate_of_a_batch_is_taken_by_its_index():
     for places in (slice(1, 4), np.array([5, 0]), batch.gap > np.median(batch.gap)):
         some = batch[places]
         assert len(some) == len(batch.gap[places])
-        for name in ("prediction", "gap", "radius", "proxy_radius", "log_volume", "p_lower", "count", "n"):
+        for name in ("prediction", "gap", "radius", "proxy_radius", "log_volume", "p_lower", "count", "n", "alpha"):
             np.testing.assert_array_equal(getattr(some, name), getattr(batch, name)[places])
     assert [one.count for one in batch] == batch.count.tolist()
     with pytest.raises(IndexError):
@@ -129,7 +129,7 @@ def test_votes_of_all_draws_give_the_top_class_and_its_evidence():
     np.testing.assert_array_equal(evidence.runner_up, [4, 8, 0])
     assert not evidence.alpha.any()
     smoothed = Smoothed(LINEAR, Coins(), np.float32(0.25))
-    result = certificate_from_evidence(selected, evidence, smoothed, XS[:3])
+    result = certificate_from_evidence(selected, evidence, smoothed, XS[:3], alpha=0.0)
     np.testing.assert_array_equal(result.prediction, [1, ABSTAIN, 2])
     np.testing.assert_array_equal(result.gap, np.array([2, 0, 13]) / 16)
     np.testing.assert_array_equal(result.p_lower, counts.max(axis=1) / 16)

@@ -108,7 +108,7 @@ def test_certify_is_the_host_half_of_the_traced_half():
     smoothed, x, key = Smoothed(reference.linear([1.0, 2.0]), Gaussian(), 0.5), np.float32([0.5, 0.2]), KEY
     result = certify(key, smoothed, x, config=CONFIG, chunk=300)
     selected, count = count_votes(key, smoothed, x, config=CONFIG, chunk=2000)
-    assert (result.prediction, result.count, result.n) == (selected, count, 2000)
+    assert (result.prediction, result.count, result.n, result.alpha) == (selected, count, 2000, 0.001)
     assert result.p_lower == bounds.clopper_pearson_lower(int(count), 2000, 0.001)
     assert result.gap == Gaussian().gap(result.p_lower)
 

@@ -222,7 +222,8 @@ def test_the_toy_noise_certifies_what_holds(theta, frequency):
     count = lambda x: class_counts_between(KEY, smoothed, x, (0, draws), steps=1, chunk=draws)
     votes = np.asarray(jax.jit(jax.vmap(count))(points))
     assert (votes.sum(axis=1) == draws).all()
-    certificates = certificate_from_evidence(*enumerated_evidence(votes, np.full(len(votes), draws)), smoothed, points)
+    counted = enumerated_evidence(votes, np.full(len(votes), draws))
+    certificates = certificate_from_evidence(*counted, smoothed, points, alpha=0.0)
     neighbours = 0
     for x, prediction, gap in zip(points, certificates.prediction, certificates.gap, strict=True):
         inside = (abs(points - x) / smoothed.theta).sum(axis=1) <= gap

@@ -36,7 +36,7 @@ def certificates(found, noise, batch):
     """The certificates of sequential votes, each of class 0 at the origin of a line."""
     smoothed = Smoothed(CLASSIFIER, noise, np.float32(1.0))
     return sequential.certificate_from_sequential(
-        np.zeros(batch, np.int64), found, smoothed, np.zeros(batch, np.float32)
+        np.zeros(batch, np.int64), found, smoothed, np.zeros(batch, np.float32), alpha=0.05
     )
 
 
@@ -182,7 +182,7 @@ def test_one_input_stops_on_the_first_of_the_draws_that_certify_makes():
     assert 0 < result.n < config.n
     same = certify(*arguments, config=dataclasses.replace(config, n=int(result.n)))
     assert (result.prediction, result.count) == (same.prediction, same.count) and result.p_lower < same.p_lower
-    assert result.radius >= 0.05
+    assert result.radius >= 0.05 and result.alpha == config.alpha
 
 
 def _sampled(path, rule, norm="l2", **execution):

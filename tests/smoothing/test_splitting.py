@@ -70,7 +70,8 @@ def _votes(smoothed, num_draws):
 
 
 def _certificates(smoothed, votes, num_draws):
-    return certificate_from_evidence(*enumerated_evidence(votes, np.full(len(votes), num_draws)), smoothed, GRID)
+    counted = enumerated_evidence(votes, np.full(len(votes), num_draws))
+    return certificate_from_evidence(*counted, smoothed, GRID, alpha=0.0)
 
 
 @pytest.mark.parametrize("seed", range(6))
