@@ -117,6 +117,7 @@ def list_folder(path: epath.PathLike) -> list[epath.Path]:
         return []
 
 
+@as_os_error
 def read_array(file: epath.PathLike) -> np.ndarray:
     """The array of numbers in an .npy file; ValueError if it cannot be read, is damaged, or holds something else."""
     try:
@@ -170,7 +171,7 @@ def locked_shard(path: epath.Path, process: int, processes: int) -> Iterator[Cal
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path, name: str = "lock") -> Iterator[Callable[[], None]]:
+def locked(path: epath.Path, name: str) -> Iterator[Callable[[], None]]:
     """Hold the lock of that name in the folder `path`; it ends with the process.
 
     On a disk it is a file lock, which the operating system releases whatever happens. Buckets have none: there the

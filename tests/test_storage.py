@@ -115,22 +115,25 @@ def test_a_group_of_another_size_is_refused(tmp_path):
 
 def test_a_second_writer_is_refused_while_the_first_lives(gs):
     folder = epath.Path("gs://b/run")
-    with locked(folder) as still_held:
+    with locked(folder, "lock") as still_held:
         time.sleep(0.2)
         with pytest.raises(ValueError, match="another process is writing to gs://b/run"), pytest.warns(match="waiting"):
-            locked(folder).__enter__()
+            locked(folder, "lock").__enter__()
         still_held()
     assert not (folder / "lock").exists()
-    with locked(folder):
+    with locked(folder, "lock"):
         pass
 
 
 def test_a_stale_lock_is_taken_over_and_its_holder_told(gs, monkeypatch):
     folder = epath.Path("gs://b/run")
     monkeypatch.setattr(storage, "BEAT", 1.0)  # the first holder is too slow
-    with locked(folder) as still_held:
+    with locked(folder, "lock") as still_held:
         monkeypatch.setattr(storage, "BEAT", 0.05)
-        with pytest.warns(match=r"gs://b/run/lock is there: waiting up to 0\.5 s"), locked(folder) as second_holds:
+        with (
+            pytest.warns(match=r"gs://b/run/lock is there: waiting up to 0\.5 s"),
+            locked(folder, "lock") as second_holds,
+        ):
             time.sleep(1)
             second_holds()
             with pytest.raises(ValueError, match="another process has taken over gs://b/run"):
@@ -145,7 +148,7 @@ def test_of_several_that_come_at_once_one_gets_the_lock(gs):
     def come():
         ready.wait()
         try:
-            with locked(folder):
+            with locked(folder, "lock"):
                 got.append(True)
                 time.sleep(0.5)
         except ValueError:

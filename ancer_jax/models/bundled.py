@@ -88,7 +88,7 @@ class BundledModel:
                 sizes += f"ACR-tilde {round_down(found['acr_tilde'], 3)}, "
             certified = f"{sizes}certified accuracy {accuracy} ({found['images']:,} test images, {how})"
         return {
-            "network": f"{checkpoint.name}, images {size}, {self.classifier.num_classes} classes",
+            "network": f"{checkpoint.name}, images {size}, {checkpoint.network.num_classes} classes",
             "noise": f"{checkpoint.norm}, {self.theta_map or f'theta {self.theta:g}'}",
             "data": card["data"],
             "training": f"{card['method']}, {card['epochs']} epochs",

@@ -13,19 +13,16 @@ class Passes(NamedTuple):
     leakage: float
 
 
-def passes(config: RunConfig, draws: float | None = None) -> Passes:
-    """Passes per image of a run with this config.
+def passes(config: RunConfig, draws: float) -> Passes:
+    """Passes per image of a run with this config that takes so many draws per certificate, on average.
 
     Every noisy copy counts as one pass. Derivatives are taken with respect to the noise only. Leakage is counted for as
     many probes as the config asks for; a small data set has fewer. Two costs that arise once per run are left out: the
     smoothed classes of the probes, and the optimization of a universal theta.
-
-    `draws` is the mean number of draws per certificate; None: `n0 + n`.
     """
-    forward = config.certify.n0 + config.certify.n if draws is None else draws
     if not config.searches:
-        return Passes(forward, 0, 0)
-    leakage, backward = config.leakage, 0
+        return Passes(draws, 0, 0)
+    forward, backward, leakage = draws, 0, config.leakage
     for search in config.searches.values():
         probes = min(search.leakage_batch, leakage.num_probes) if leakage and search.leakage_weight > 0 else 0
         backward += search.steps * (search.num_samples + probes)

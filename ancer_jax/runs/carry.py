@@ -171,8 +171,7 @@ def _carry_missing(before: Run, run: Run, job: Job, dataset: Dataset, execution:
     for certified in before.shards():
         rows = missing[np.isin(mine.ids[missing], certified["ids"])]
         for batch in batches(take(mine, rows), batch_size) if len(rows) else ():
-            began, row_of = time.perf_counter(), {i: row for row, i in enumerate(certified["ids"].tolist())}
-            places = np.array([row_of[i] for i in batch["id"].tolist()])
+            began, places = time.perf_counter(), np.searchsorted(certified["ids"], batch["id"])
             of_batch = {name: column[places] for name, column in certified.items()}
             _carry_batch(run, job, of_batch, batch, began)
             execution.progress("certified", int(batch["mask"].sum()))

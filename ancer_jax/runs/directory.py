@@ -1,6 +1,6 @@
 """A run on disk: settings, one immutable shard per finished batch, resume, export.
 
-    config.json               settings that change results, and their hash
+    config.json               settings that change results
     shards/<first id>.npz     one finished batch, and what made it; written to a temporary name and renamed
     results.tsv               a line for each input, of one classifier: Cohen's columns first. Where theta depends on
                               the input, it is the classifier with memory
@@ -185,13 +185,14 @@ class Run:
           *names: of "labels", "predictions", "counts", "n", "p_lower", "gap", "theta" and the other arrays of a run.
 
         Raises:
-          ValueError: if a run has no such array; as in `shards`.
+          ValueError: if a run has no such array, or no input is finished; as in `shards`.
         """
         known = dict.fromkeys((*_ARRAYS, *self._evidence_names()))
         if unknown := [name for name in names if name not in known]:
             sizes = "sizes are in report.load_results"
             raise ValueError(f"a run has no array {unknown[0]!r}, only {', '.join(known)}; {sizes}")
-        shards = list(self.shards(names))
+        if not (shards := list(self.shards(names))):
+            raise ValueError(f"{self.path}: there are no results yet")
         columns = {name: np.concatenate([shard[name] for shard in shards]) for name in ("ids", *names)}
         order = np.argsort(columns["ids"])
         return {name: column[order] for name, column in columns.items()}
@@ -248,17 +249,19 @@ class Run:
             write_file(self.path / name, write_table(columns).encode(), self.process)
         return self.path / (RESULTS if RESULTS in tables else BEFORE_MEMORY)
 
-    def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray) -> None:
-        """Store the memory after the inputs `ids`, and for each the id of an input whose region it lies in, or -1."""
+    def write_memory(self, memory: Memory, ids: np.ndarray, inside: np.ndarray, digests: Sequence[bytes]) -> None:
+        """Store the memory after the inputs `ids`, whose certificates have these digests (`digests_of`), and for each
+        input the id of one whose region it lies in, or -1.
+        """
         self.still_held()
-        made_from = np.array(self._memory_hash(self._digests(), len(ids)))
+        made_from = np.array(self._memory_hash(digests, len(ids)))
         save_memory(memory, self.path / MEMORY, ids=ids, inside=inside, made_from=made_from)
 
-    def read_memory(self) -> tuple[Memory, np.ndarray, np.ndarray] | None:
+    def read_memory(self, digests: Sequence[bytes] | None = None) -> tuple[Memory, np.ndarray, np.ndarray] | None:
         """What `write_memory` stored; None if it was not made from the first finished inputs, in order of ids, as they
-        are now, or cannot be read.
+        are now, or cannot be read. `digests` are theirs (`digests_of`), if they are known.
         """
-        stored = self._stored(self._digests(), "inside")
+        stored = self._stored(self._digests() if digests is None else digests, "inside")
         try:
             return None if stored is None else (read_memory_file(self.path / MEMORY), stored["ids"], stored["inside"])
         except (ValueError, TypeError):
@@ -365,18 +368,16 @@ def open_run(
         raise ValueError(f"{path} is not a run directory: it holds {min(foreign)} and no config.json")
     (path / "shards").mkdir(parents=True, exist_ok=True)
     with locked_shard(path, process, processes) as still_held:
-        settings, config_file = plain(settings), path / "config.json"
-        run = Run(path, settings, made_with, process, still_held)
+        asked, config_file = plain(settings), path / "config.json"
         if config_file not in list_folder(path):
-            document = {"hash": run.settings_hash, "settings": settings}
-            write_file(config_file, (json.dumps(document, indent=2) + "\n").encode(), process)
+            write_file(config_file, (json.dumps({"settings": asked}, indent=2) + "\n").encode(), process)
         there = read_settings(path)
         refuse_other_version(path, there)
-        refuse_other_settings(path, there, settings)
+        refuse_other_settings(path, there, asked)
         for file in list_folder(path / "shards"):
             if file.name.endswith(f".{process}.tmp"):
                 remove(file)
-        yield run
+        yield Run(path, there, made_with, process, still_held)  # as stored: 1 and 1.0 are equal, and differ in the hash
 
 
 def read_run(path: epath.PathLike) -> Run:

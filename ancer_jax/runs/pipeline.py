@@ -12,7 +12,6 @@ from jaxtyping import ArrayLike, Float
 
 from ancer_jax import devices
 from ancer_jax._checks import check_type
-from ancer_jax.basis import Pixels
 from ancer_jax.data import Dataset, batches, pixel_hashes, shard, take
 from ancer_jax.memory import Memory
 from ancer_jax.runs.config import Execution, RunConfig
@@ -20,6 +19,7 @@ from ancer_jax.runs.directory import BEFORE_MEMORY, RESULTS, Run, open_run
 from ancer_jax.runs.job import Collected, Job, Pending, make_job
 from ancer_jax.runs.plan import choose_batch
 from ancer_jax.runs.settings import describe_run, made_with
+from ancer_jax.runs.table import digests_of
 from ancer_jax.search.theta_map import ThetaMap
 from ancer_jax.smoothing.certificate import Certificate
 from ancer_jax.smoothing.certify import warn_if_undecidable
@@ -136,19 +136,17 @@ def _start(config: RunConfig, theta_map: ThetaMap | ArrayLike | None, shape: tup
         raise ValueError("method universal needs theta_map, one theta for each coefficient (--theta-map)")
     if theta_map is not None and config.method != "universal":
         raise ValueError(f"theta_map (--theta-map) is for method universal, got method {config.method}")
-    if isinstance(theta_map, ThetaMap):
+    config.basis.coefficients(np.zeros(shape))  # refuses other images than those of the basis
+    if theta_map is None:
+        theta = np.asarray(config.theta, np.float32)
+    else:
+        theta_map = theta_map if isinstance(theta_map, ThetaMap) else ThetaMap(np.asarray(theta_map), config.basis)
         if theta_map.basis != config.basis:
             there = f"theta_map is in the basis {theta_map.basis}, the noise of the config in {config.basis}"
             raise ValueError(f"{there}: give RunConfig(basis=theta_map.basis)")
-        theta_map = theta_map.theta
-    elif theta_map is not None and config.basis != Pixels():
-        theta_map = ThetaMap(np.asarray(theta_map), config.basis).theta  # refuses thetas that differ too much
-    config.basis.coefficients(np.zeros(shape))  # refuses other images than those of the basis
-    theta = np.asarray(config.theta if theta_map is None else theta_map, np.float32)
-    if theta_map is not None and theta.shape != shape:
-        raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")
-    if not (np.isfinite(theta) & (theta >= np.finfo(np.float32).tiny)).all():
-        raise ValueError(f"theta_map must be positive and finite, got {theta.min()} to {theta.max()}")
+        theta = theta_map.theta
+        if theta.shape != shape:
+            raise ValueError(f"theta_map must be {list(shape)} as the images are, got {list(theta.shape)}")
     return theta if config.data_dependent else np.asarray(config.certified_noise.admissible(theta))
 
 
@@ -231,7 +229,8 @@ def _store(run: Run, pending: Pending, collected: Collected, began: float) -> No
 def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
     """Put every finished image through the memory in order of ids, continuing a memory that is stored."""
     columns = run.columns("pixels", "predictions", "gap", "theta")
-    stored = run.read_memory()
+    digests = digests_of(columns).tolist()
+    stored = run.read_memory(digests)
     if stored is None and (names := run.set_memory_aside()):
         warnings.warn(
             f"{names[0]} is not of the first images of this run as they are now (images with lower ids were added, "
@@ -252,4 +251,4 @@ def _remember(run: Run, dataset: Dataset, execution: Execution) -> None:
     memory, answers = memory.insert_batch(certificates, progress=functools.partial(execution.progress, "remembered"))
     places = np.asarray(answers.inside)
     inside = np.concatenate([inside, np.where(places < 0, -1, columns["ids"][places])])
-    run.write_memory(memory, columns["ids"], inside)
+    run.write_memory(memory, columns["ids"], inside, digests)

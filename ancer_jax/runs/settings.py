@@ -18,6 +18,8 @@ from ancer_jax.runs.config import RunConfig
 from ancer_jax.smoothing.classifier import Classifier, calls_the_host, fingerprint
 from ancer_jax.storage import read_text
 
+# Options of JAX that decide which bits a key gives; they are settings of a run only where they are not these.
+_USUAL_DRAWS = {"jax_threefry_partitionable": True, "jax_random_seed_offset": 0}
 # To be raised whenever the same settings give other draws, bounds, regions or counts, or are written differently.
 RESULTS_VERSION = 4
 
@@ -38,10 +40,12 @@ def describe_run(
     """All settings of a run, which are hashed: the config's, and fingerprints of classifier, data and arithmetic."""
     device, image = mesh.devices.flat[0], dataset.images[0]
     data = DataInfo(dataset.name, dataset.fingerprint, image.shape, dataset.num_classes)
+    options = {name: getattr(jax.config, name, usual) for name, usual in _USUAL_DRAWS.items()}
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
         **config.settings(),
         **of_theta,
+        **{name: value for name, value in options.items() if value != _USUAL_DRAWS[name]},
         "classifier": fingerprint(classifier, image),
         "calls_the_host": calls_the_host(classifier, image),
         # Accelerators of one platform differ: float32 products are TF32 on some GPUs only.
@@ -69,13 +73,15 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """The settings of the run in the directory `path`; refuses one without a `config.json`, or with another file."""
     config = epath.Path(path) / "config.json"
     try:
-        if (text := read_text(config)) is None:
-            raise FileNotFoundError
+        text = read_text(config)
+    except NotADirectoryError:
+        text = None
+    if text is None:
+        raise ValueError(f"{path} is not a run directory: there is no config.json")
+    try:
         settings = json.loads(text)["settings"]
         if not isinstance(settings, dict):
             raise TypeError(f"settings are {settings!r}")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not a run directory: there is no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
     return settings

@@ -1,5 +1,7 @@
 """The guarded choice between two thetas of one input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -49,10 +51,10 @@ def guarded_choice(
     check_type("config", config, GuardConfig, "GuardConfig(criterion=...)")
     if config.leakage_limit is not None and probes is None:
         raise ValueError(f"leakage_limit = {config.leakage_limit} needs leakage probes, got None")
-    choose = _choose if smoothed.classifier.on_host else _compiled_choice
-    return choose(key, smoothed, jnp.asarray(x), candidate, config, probes)
+    return _choose(key, smoothed, jnp.asarray(x), candidate, config, probes)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def _choose(key, smoothed: Smoothed, x: jax.Array, candidate: ArrayLike, config: GuardConfig, probes: Probes | None):
     current, candidate = (theta_like(theta, x.shape, noise_dtype(x)) for theta in (smoothed.theta, candidate))
     if config.criterion == "off" and config.leakage_limit is None:
@@ -69,14 +71,11 @@ def _choose(key, smoothed: Smoothed, x: jax.Array, candidate: ArrayLike, config:
     if config.criterion != "off":
         class_current, region_current = class_and_region(current)
         if config.criterion == "volume":
-            taken = jnp.asarray(region_candidate.proxy_radius > region_current.proxy_radius)
+            taken = region_candidate.proxy_radius > region_current.proxy_radius
         else:
-            taken = jnp.asarray(is_superset(region_candidate, region_current) & (region_candidate.gap > 0))
+            taken = is_superset(region_candidate, region_current) & (region_candidate.gap > 0)
         taken &= class_candidate == class_current
     if config.leakage_limit is not None and probes is not None:
         leaked, eligible = leakage(probes, smoothed.with_theta(candidate), x, class_candidate, chunk=config.chunk)
         taken &= leaked / jnp.maximum(eligible, 1) <= config.leakage_limit
     return jnp.where(taken, candidate, current), taken
-
-
-_compiled_choice = jax.jit(_choose, static_argnames="config")

@@ -40,8 +40,9 @@ class ThetaMap:
 
     def __post_init__(self):
         theta = np.asarray(self.theta)
-        valid = (theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)
-        if not theta.size or not valid.all():
+        if not theta.size:
+            raise ValueError(f"theta of a map must not be empty, got shape {list(theta.shape)}")
+        if not ((theta >= _FLOAT32.tiny) & (theta <= _FLOAT32.max)).all():
             raise ValueError(f"theta of a map must be positive and finite, got {theta.min()} to {theta.max()}")
         check_basis(self.basis)
         if self.basis != Pixels():

@@ -99,8 +99,8 @@ class Certificate(WithRegion):
       region: where the smoothed classifier gives this class; of gap 0 where it abstains.
       p_lower: float64 [...], lower bound of the selected class's probability.
       count: int [...], how many of the n draws voted for the selected class.
-      n: int [...], number of draws. (Of sequential sampling, count and n are of all draws, and `p_lower` is the largest
-        bound of any look.)
+      n: int [...], number of draws. (Of sequential sampling, count and n are of all draws, and `p_lower` is that of
+        the look with the largest gap.)
       alpha: float64 [...], probability that the certificate fails; 0 if all draws that exist were counted.
     """
 

@@ -182,11 +182,11 @@ def certify_batch(
     Raises:
       ValueError: as in `certify`; if there are no inputs, or thetas or ids do not fit.
     """
-    check_type("smoothed", smoothed, Smoothed, "Smoothed(classifier, noise, theta)")
     check_type("config", config, CertifyConfig, "CertifyConfig(n=...)")
     check_integer("chunk", chunk)
+    examples = _examples(key, smoothed, ids, xs)
     warn_if_undecidable(config, smoothed.noise)
-    rows = [_certify(*example, config, chunk) for example in _examples(key, smoothed, ids, xs)]
+    rows = [_certify(*example, config, chunk) for example in examples]
     return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 

@@ -127,8 +127,6 @@ class Splitting(LinearGap):
     @property
     def certified_inputs(self) -> str:
         """See `Noise.certified_inputs`."""
-        if not self.exact:
-            return "all inputs"
         return "images of 8 bits" if self.levels == 255 else f"inputs in whole multiples of 1/{self.levels}"
 
     def check_inputs(self, inputs: np.ndarray, ids: np.ndarray) -> None:

@@ -233,7 +233,7 @@ def _table(output: str) -> str:
         runs = printed_cells(printed)
         best = max((run for run in runs if run.startswith("fixed")), key=lambda run: float(runs[run]["ACR-tilde"]))
         for run in (best, *(run for run in runs if not run.startswith("fixed"))):
-            name = run.replace("fixed-", "fixed ").replace("ancer", "ANCER").replace("-unbounded", ", no bound")
+            name = run.replace("fixed-", "fixed ").replace("ancer", "ANCER").replace("-unbounded", ", no limit")
             rows.append([f"{network.replace('-', ', sigma ')}, {name}", *(runs[run][column] for column in columns)])
             images = runs[run]["images"]
     return markdown([f"{images} images", *columns[:3], "mean leakage", f"{WITHOUT_LEAKY} thetas"], rows)

@@ -16,6 +16,7 @@ from ancer_jax.data import Dataset
 from ancer_jax.memory import Memory
 from ancer_jax.regions import Region
 from ancer_jax.runs import read_run
+from ancer_jax.runs.table import digests_of
 from tests.memories import certificate
 from tests.report.test_cost import SMALL
 from tests.toy import CLASSIFIER, DATASET
@@ -54,10 +55,11 @@ def meddle(path):
     run = read_run(path)
     _, ids, inside = run.read_memory()
     columns = run.columns("gap", "theta", "predictions")
+    digests = digests_of(columns).tolist()
     predictions = np.where(np.arange(5) < 4, columns["predictions"], 1 - columns["predictions"])
     regions = Region(DATASET.images, columns["theta"], columns["gap"] / 2, 2)
     memory, _ = Memory.empty(2).insert_batch(certificate(regions, predictions))
-    run.write_memory(memory, ids, np.where(np.arange(5) < 4, inside, ids[0]))
+    run.write_memory(memory, ids, np.where(np.arange(5) < 4, inside, ids[0]), digests)
 
 
 @pytest.fixture(scope="module")

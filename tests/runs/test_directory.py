@@ -124,13 +124,22 @@ def test_each_shard_is_read_once_for_both_tables(tmp_path, monkeypatch):
 def test_a_run_without_shards_has_no_results(tmp_path):
     with open_run(tmp_path / "run", settings(), {}) as run:
         assert run.done() == set() and run.results() == ({}, None)
+        with pytest.raises(ValueError, match="run: there are no results yet"):
+            run.columns("gap")
 
 
-def test_config_records_settings_and_their_hash(tmp_path):
+def test_config_records_settings(tmp_path):
     write(tmp_path / "run", [0])
     document = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert document["settings"] == {"results_version": RESULTS_VERSION} | settings()
-    assert len(document["hash"]) == 64
+    assert document == {"settings": {"results_version": RESULTS_VERSION} | settings()}
+
+
+def test_a_run_is_continued_with_a_number_of_another_type(tmp_path):
+    """An integer from Python, a float from the command line."""
+    for ids, theta in (([0], 1), ([1], 1.0)):
+        with open_run(tmp_path / "run", settings() | {"theta": theta}, {}) as run:
+            run.write_shard(arrays(ids))
+    assert read_run(tmp_path / "run").done() == {0, 1}
 
 
 def test_an_array_that_no_run_has_is_named(finished):
@@ -154,7 +163,7 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
     # What version 2 wrote, and the versions before it without a number.
     settings = {"norm": "l2", "method": "shared", "leakage": None, "data": {"image_shape": [3, 2, 1]}}
     settings |= {} if version is None else {"results_version": version}
-    (run / "config.json").write_text(json.dumps({"hash": "0", "settings": settings}))
+    (run / "config.json").write_text(json.dumps({"settings": settings}))
     before = (run / "config.json").read_bytes()
     for use in (lambda: read_run(run), lambda: write(run, [1]), lambda: _certify(run)):
         with pytest.raises(ValueError, match=r"run was made by another version of ancer_jax") as error:

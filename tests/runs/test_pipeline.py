@@ -152,8 +152,8 @@ def test_a_theta_map_must_be_in_the_basis_of_the_noise(tmp_path):
         ("universal", None, "method universal needs theta_map, one theta for each coefficient"),
         ("fixed", np.ones((3, 3, 1)), "is for method universal, got method fixed"),
         ("universal", np.ones((3, 3)), r"theta_map must be \[3, 3, 1\] as the images are, got \[3, 3\]"),
-        ("universal", np.zeros((3, 3, 1)), "theta_map must be positive and finite, got 0.0 to 0.0"),
-        ("universal", np.full((3, 3, 1), np.inf), "theta_map must be positive and finite, got inf to inf"),
+        ("universal", np.zeros((3, 3, 1)), "theta of a map must be positive and finite, got 0.0 to 0.0"),
+        ("universal", np.full((3, 3, 1), np.inf), "theta of a map must be positive and finite, got inf to inf"),
     ],
 )
 def test_a_theta_map_that_does_not_fit_is_refused(tmp_path, method, theta_map, text):

@@ -1,8 +1,23 @@
-"""What is said of settings that differ."""
+"""What the settings of a run are, and what is said of those that differ."""
 
+import jax
+import numpy as np
 import pytest
 
-from ancer_jax.runs.settings import differences, short
+from ancer_jax import devices
+from ancer_jax.runs.settings import describe_run, differences, short
+from tests.runs.points import FIXED, POINTS
+from tests.toy import CLASSIFIER
+
+
+def test_options_of_jax_that_change_the_draws_are_settings():
+    describe = lambda: describe_run(CLASSIFIER, POINTS, FIXED, np.array(0.3, np.float32), devices.device_mesh(1))
+    usual = describe()
+    jax.config.update("jax_threefry_partitionable", False)
+    try:
+        assert describe() == usual | {"jax_threefry_partitionable": False}
+    finally:
+        jax.config.update("jax_threefry_partitionable", True)
 
 
 def test_long_values_are_shown_where_they_differ():

@@ -144,7 +144,7 @@ def test_a_theta_of_another_shape_than_the_images_of_the_basis_is_refused():
 
 
 def test_a_theta_map_of_nothing_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"theta of a map must not be empty, got shape \[0, 3\]"):
         ThetaMap(np.zeros((0, 3), np.float32))
 
 
