@@ -81,7 +81,10 @@ KNEE = {
     ("learned", "s--"): ("cosine, learned", "cosine, learned, 8", "cosine, learned, 16"),
 }
 # The raw outputs, by the data set; the rows of CIFAR-10 were measured in several calls.
-OUTPUTS = {"cifar10": ("coloured_noise", "coloured_noise-filter"), "fashion": ("coloured_noise-fashion",)}
+OUTPUTS = {
+    "cifar10": ("coloured_noise", "coloured_noise-filter", "coloured_noise-ancer-0.25"),
+    "fashion": ("coloured_noise-fashion",),
+}
 
 
 def shipped_name(row: str, sigma: float, options: argparse.Namespace) -> str | None:
