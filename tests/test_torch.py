@@ -189,7 +189,7 @@ def test_searches_are_refused_in_pytorch_and_work_in_jax(pairs, tmp_path):
     hosted, native = pairs["transformer"]
     few = aj.data.select(IMAGES, max_images=2)
     config = aj.RunConfig(method="ancer", theta=0.3)
-    with pytest.raises(ValueError, match=r"method ancer searches theta by gradients.*fixed or universal"):
+    with pytest.raises(ValueError, match=r"method ancer searches for theta by gradients.*fixed or universal"):
         aj.certify_dataset(hosted, few, config, out=tmp_path / "run")
     smoothed = aj.Smoothed(hosted, aj.Gaussian(), 0.3)
     with pytest.raises(ValueError, match="runs outside of JAX"):

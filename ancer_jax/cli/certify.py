@@ -75,7 +75,7 @@ class Certify:
     """fixed: one theta for all; universal: one per pixel, or coefficient, the same for all images (--theta-map);
     isotropic: one per image (Alfarra et al. 2022); ancer: one per pixel and image (Eiras et al. 2022)."""
     basis: BasisName | None = None
-    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches theta; pixels,
+    """For l2 noise: the basis in which it is independent, and in whose coefficients ancer searches for theta; pixels,
     cosine or karhunen-loeve (of the training images of --data, as in learn-theta). Default: that of --theta-map, or
     pixels."""
     sigma: tuple[float, ...] | None = None
@@ -361,8 +361,8 @@ class Certify:
         for applies, flags, why in (
             (self.carry is not None, {*names} - {*_OF_CARRYING}, "--carry takes certificates as they are:"),
             (self.carry is None, {"carry_from", "carry_n", "carry_alpha"}, "without --carry,"),
-            (fixed, _OF_SEARCHES, f"--method {self.method} searches no theta:"),
-            (self.method == "isotropic", _OF_ANCER, "--method isotropic searches no anisotropic theta:"),
+            (fixed, _OF_SEARCHES, f"--method {self.method} does not search for theta:"),
+            (self.method == "isotropic", _OF_ANCER, "--method isotropic does not search for an anisotropic theta:"),
             (not self.leakage, {"leakage_probes", "leakage_samples"}, "with --no-leakage,"),
             (not self.exact, {"period"}, "without --exact,"),
             (self.exact, of_draws, "--exact counts all draws, and has no alpha:"),

@@ -122,7 +122,7 @@ class RunConfig:
         if self.leakage_limit is not None:
             check_real("leakage_limit", self.leakage_limit, "[0, 1]")
             if not self.data_dependent:
-                raise ValueError("leakage_limit is for methods that search theta, isotropic and ancer")
+                raise ValueError("leakage_limit is for methods that search for theta, isotropic and ancer")
         penalty = max(self.isotropic.leakage_weight, self.anisotropic.leakage_weight)
         if self.leakage is None and (penalty > 0 or self.leakage_limit is not None):
             raise ValueError("a leakage weight or limit needs leakage to be measured, got leakage = None")

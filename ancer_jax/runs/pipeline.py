@@ -85,7 +85,7 @@ def certify_dataset(
     start = _start(config, theta_map, dataset.images.shape[1:])
     if classifier.on_host and config.data_dependent:
         raise ValueError(
-            f"method {config.method} searches theta by gradients, which a classifier outside of JAX does not give: "
+            f"method {config.method} searches for theta by gradients, which a classifier outside of JAX does not give: "
             "take method fixed or universal, or ancer_jax.torch.translate"
         )
     mesh = devices.device_mesh(execution.devices)

@@ -242,7 +242,7 @@ def test_flags_of_searches_are_refused_where_theta_is_not_searched(here, capsys,
     np.save(here / "theta.npy", np.full((2, 1, 1), 0.25))
     arguments = ["certify", "--data", "toy.npz", "--classifier", "plugin:three", "--out", "run", "--method", method]
     arguments += ["--theta-map", "theta.npy"] if method == "universal" else ["--sigma", "0.25"]
-    refused = f"--method {method} searches no theta: {flags[0]} must not be given"
+    refused = f"--method {method} does not search for theta: {flags[0]} must not be given"
     assert refused in error_line(capsys, [*arguments, *flags])
     assert not (here / "run").exists()
 
@@ -250,7 +250,7 @@ def test_flags_of_searches_are_refused_where_theta_is_not_searched(here, capsys,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--ancer-steps", "3"), "--method isotropic searches no anisotropic theta: --ancer-steps must"),
+        (("--ancer-steps", "3"), "--method isotropic does not search for an anisotropic theta: --ancer-steps must"),
         (("--guard", "superset", "--kappa", "1"), "theta: --kappa, --guard must"),
         (("--no-leakage", "--leakage-probes", "7"), "with --no-leakage, --leakage-probes must"),
         (("--period", "17"), "without --exact, --period must"),

@@ -92,8 +92,8 @@ def test_the_memory_names_no_run(method):
             {"sampling": SequentialConfig(tolerance=0.1), "certify": CertifyConfig(alpha=1e-199)},
             r"alpha must be in \[.*, 1\), got 1e-199",
         ),
-        ({"leakage_limit": 0.5}, "leakage_limit is for methods that search theta, isotropic and ancer"),
-        ({"method": "universal", "leakage_limit": 0.5}, "for methods that search theta"),
+        ({"leakage_limit": 0.5}, "leakage_limit is for methods that search for theta, isotropic and ancer"),
+        ({"method": "universal", "leakage_limit": 0.5}, "for methods that search for theta"),
         ({"method": "ancer", "leakage_limit": 2.0}, r"leakage_limit must be in \[0, 1\], got 2"),
         ({"method": "isotropic", "leakage": None, "leakage_limit": 0.1}, "needs leakage to be measured, got leakage"),
         (

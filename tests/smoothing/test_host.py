@@ -109,7 +109,7 @@ def test_what_traces_the_classifier_is_refused(use):
 
 @pytest.mark.parametrize("method", ["isotropic", "ancer"])
 def test_methods_that_search_theta_are_refused(tmp_path, method):
-    with pytest.raises(ValueError, match=f"method {method} searches theta by gradients"):
+    with pytest.raises(ValueError, match=f"method {method} searches for theta by gradients"):
         aj.certify_dataset(HOSTED, DATASET, aj.RunConfig(method=method, theta=0.3), out=tmp_path / "run")
 
 
