@@ -72,7 +72,7 @@ class Classifier:
         if self.on_host and isinstance(x, Tracer):
             raise ValueError(
                 "this classifier runs outside of JAX, where there are no gradients, jit or vmap: it can be certified "
-                "and can predict, under one theta or a theta map, but theta cannot be searched"
+                "and can predict, under one theta or a theta map, but there is no search for theta"
             )
         try:
             logits = self.apply(self.variables, x)
@@ -181,7 +181,7 @@ def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, d
     """A classifier from `function(x[n, *d]) -> logits[n, num_classes]` that runs outside of JAX.
 
     JAX draws the noise, the same as for any other classifier up to the last digit, and the function votes. The
-    classifier can be certified and can predict, alone and in runs. It has no gradients, so theta cannot be searched.
+    classifier can be certified and can predict, alone and in runs. It has no gradients, so there is no search for theta.
 
     Args:
       function: is called with a JAX array of float32 and returns anything that JAX reads as an array, numbers of 64
