@@ -181,7 +181,7 @@ def from_host(function: Callable[[jax.Array], ArrayLike], *, num_classes: int, d
     """A classifier from `function(x[n, *d]) -> logits[n, num_classes]` that runs outside of JAX.
 
     JAX draws the noise, the same as for any other classifier up to the last digit, and the function votes. The
-    classifier can be certified and can predict, alone and in runs. It has no gradients, so there is no search for theta.
+    classifier can be certified and can predict, alone and in runs. It has no gradients, so no search for theta.
 
     Args:
       function: is called with a JAX array of float32 and returns anything that JAX reads as an array, numbers of 64
