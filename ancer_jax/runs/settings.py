@@ -73,15 +73,13 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     """The settings of the run in the directory `path`; refuses one without a `config.json`, or with another file."""
     config = epath.Path(path) / "config.json"
     try:
-        text = read_text(config)
-    except NotADirectoryError:
-        text = None
-    if text is None:
-        raise ValueError(f"{path} is not a run directory: there is no config.json")
-    try:
+        if (text := read_text(config)) is None:
+            raise FileNotFoundError
         settings = json.loads(text)["settings"]
         if not isinstance(settings, dict):
             raise TypeError(f"settings are {settings!r}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not a run directory: there is no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config}: not the settings of a run ({error!r})") from None
     return settings

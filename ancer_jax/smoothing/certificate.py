@@ -101,7 +101,7 @@ class Certificate(WithRegion):
       count: int [...], how many of the n draws voted for the selected class.
       n: int [...], number of draws. (Of sequential sampling, count and n are of all draws, and `p_lower` is that of
         the look with the largest gap.)
-      alpha: float64 [...], probability that the certificate fails; 0 if all draws that exist were counted.
+      alpha: float64 [...]: the certificate fails with at most this probability; 0 if all draws that exist were counted.
     """
 
     prediction: Leaf

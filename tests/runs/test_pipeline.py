@@ -292,6 +292,24 @@ def test_a_memory_of_certificates_that_were_made_again_is_not_used(crowd, tmp_pa
     assert read_run(run).results()[1] is None and read_run(run).read_memory() is None
 
 
+def test_a_memory_is_not_taken_for_that_of_inputs_that_came_while_it_was_made(crowd, tmp_path):
+    """By another process that certifies other images of the run, say."""
+    first, run = (shutil.copytree(crowd, tmp_path / name) for name in ("first", "run"))
+    for path in (first, run):
+        (path / "memory.npz").unlink()
+    lowest = min((run / "shards").iterdir(), key=lambda file: int(file.stem))
+    lowest.unlink()
+    ids = np.concatenate([np.load(file)["ids"] for file in (run / "shards").iterdir()])
+    rest = take(CROWD, np.flatnonzero(np.isin(CROWD.ids, ids)))
+
+    def come(stage, images):
+        if stage == "remembered":
+            shutil.copy(first / "shards" / lowest.name, lowest)
+
+    certify_dataset(BUMPS, rest, WILD, out=run, execution=Execution(progress=come))
+    assert lowest.exists() and (run / "memory.npz").exists() and read_run(run).read_memory() is None
+
+
 @pytest.mark.parametrize("change", [{"gap": 10.0}, {"gap": -1.0}, {"prediction": 5}])
 def test_a_memory_that_says_more_than_the_certificates_is_not_believed(crowd, tmp_path, change):
     run = shutil.copytree(crowd, tmp_path / "run")
