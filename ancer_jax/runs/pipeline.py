@@ -64,7 +64,7 @@ def certify_dataset(
     smoothed classifier. With "isotropic" or "ancer" those of `results.tsv` speak of the classifier with memory, for
     inputs that come later in the order of ids. Such a line holds if the smoothed classifier of its image's theta, or of
     the theta of the earlier image whose class it was given, has the line's class everywhere in the line's region: the
-    i-th line alone with probability at least 1 - i alpha (docs/guarantee.md, "alpha applies to each certificate").
+    i-th line alone with probability at least 1 - i alpha (docs/guarantee.md, "alpha with a memory").
 
     Whatever is chosen by looking at certified figures, a `theta_map` or the best of several thetas by a finished run,
     is to be certified with another seed.

@@ -90,13 +90,12 @@ def _sizes(unit: Columns, predictions: np.ndarray, gap: np.ndarray, labels: np.n
 
 def _leakages(shard: Mapping[str, np.ndarray], config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Leakage, the share of eligible probes whose majority votes for an input's class under its theta, and soft
-    leakage, the share of such votes among the draws of held-out probes; NaN where they were not measured.
+    leakage, the share of such votes among the draws of held-out probes; NaN where they were not measured: that is
+    done for thetas that were searched for an input.
     """
     count = len(shard["ids"])
     zeros, unknown = _objects([fractions.Fraction(0)] * count), _objects([math.nan] * count)
-    if config.method == "fixed":
-        return zeros, unknown  # theta is the one at the start, at which no probe leaks
-    if config.method == "universal" or config.leakage is None:
+    if not config.data_dependent or config.leakage is None:
         return unknown, unknown
 
     def shares(part: str, whole: str) -> np.ndarray:

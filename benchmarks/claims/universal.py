@@ -109,9 +109,9 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:
-    """The rows in today's words. Older raw outputs repeat ACR-tilde where the leakage of a theta was not measured."""
-    universal = {"method": "universal", WITHOUT_LEAKY: None}
-    return [r | universal if r["method"] in ("shared", "universal") else r for r in found["results"]["rows"]]
+    """The rows in today's words. Older raw outputs repeat ACR-tilde where no leakage was measured."""
+    rows = [r | {"method": r["method"].replace("shared", "universal")} for r in found["results"]["rows"]]
+    return [r if r["method"] in ("isotropic", "ancer") else r | {WITHOUT_LEAKY: None} for r in rows]
 
 
 def _best_fixed(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -139,7 +139,8 @@ def _table() -> str:
         if method != "fixed" or r is best[r["norm"]]:
             name = f"best fixed theta ({theta})" if theta else method.replace("ancer", "ANCER")
             accuracy = round_share(r["accuracy"], found["results"]["images"])
-            sizes = (figures.down(r, column) for column in ("ACR", "ACR-tilde", WITHOUT_LEAKY))
+            sizes = [figures.down(r, column) for column in ("ACR", "ACR-tilde")]
+            sizes.append("-" if r[WITHOUT_LEAKY] is None else figures.down(r, WITHOUT_LEAKY))
             memory = "not needed" if method in ("fixed", "universal") else "needed"
             table.append([f"{r['norm']}, {name}", accuracy, *sizes, f"{r['s/image']:.1f}", memory])
     return markdown(["", "accuracy", "ACR", "ACR-tilde", f"{WITHOUT_LEAKY} thetas", "s/image", "memory"], table)
