@@ -15,12 +15,12 @@ test: $(VENV)/installed
 test-extras: $(VENV)/extras
 	NO_SKIPS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models/test_torch_import.py tests/test_torch.py tests/cli/test_networks.py tests/test_notebooks.py $(foreach page,torch tools,"tests/test_layers.py::test_the_examples_of_the_guides_run[$(page).md]")
 
-# Of the slow tests, those of several processes, and all benchmarks in small.
+# Of the slow tests, those of several processes, and in small all benchmarks that need nothing fetched.
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_multihost.py
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_benchmarks.py
 
-# Small versions of the large comparisons; minutes. The first installs PyTorch, and needs Python 3.11.
+# Small versions of the large comparisons; minutes. The last installs PyTorch, and needs Python 3.11.
 bench: $(VENV)/package
 	$(BIN)/python -m benchmarks run cifar10 fashion-mnist-subset --small
 	$(BIN)/python -m benchmarks run gpu --small

@@ -75,7 +75,8 @@ class Benchmark:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--small", action="store_true", help="tiny sizes: a rehearsal, stored as small-<name>.json")
-        parser.add_argument("--seed", type=int, default=0)
+        if "seeds" not in self.sizes:
+            parser.add_argument("--seed", type=int, default=0)
         parser.add_argument(
             "--as", dest="output", default=next(iter(self.outputs), name), help="name of the raw output"
         )
@@ -91,9 +92,8 @@ class Benchmark:
                 setattr(options, flag, small if options.small else usual)
         found = {}
         for results in self.measure(options):  # which may go on to another raw output
-            found[options.output] = save(
-                options.output, results, seed=getattr(options, "seeds", options.seed), small=options.small
-            )
+            seed = options.seeds if "seeds" in self.sizes else options.seed
+            found[options.output] = save(stored(options, ".json"), results, seed=seed)
         if not found:
             return 0
         first = next(iter(self.outputs.values()))
@@ -109,8 +109,13 @@ class Benchmark:
         return 1 if missed else 0
 
 
-def save(name: str, results: Any, *, seed: int | list[int], small: bool) -> Found:
-    """Write a raw output, `results/<name>.json`, or `results/small-<name>.json` of a rehearsal."""
+def stored(options: argparse.Namespace, ending: str) -> pathlib.Path:
+    """The file of a raw output: `results/<output><ending>`, or `results/small-<output><ending>` of a rehearsal."""
+    return RESULTS / f"{'small-' if options.small else ''}{options.output}{ending}"
+
+
+def save(path: pathlib.Path, results: Any, *, seed: int | list[int]) -> Found:
+    """Write a raw output."""
     arguments = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
     document = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -121,7 +126,6 @@ def save(name: str, results: Any, *, seed: int | list[int], small: bool) -> Foun
         "results": results,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{'small-' if small else ''}{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"raw output: {os.path.relpath(path)}", flush=True)
     return json.loads(path.read_text())

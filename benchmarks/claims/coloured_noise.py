@@ -18,6 +18,7 @@ sigma where its radius is at least as large. ACR-tilde depends on theta_max, whi
 noise (ANCER after memory, and without leaky thetas) is that of the white network, on every `ancer_skip`-th image: the
 other rows are given on these images, too.
 
+ACR is compared with that of "white, filter", too, where that was measured: a difference to "white" may be the filter's.
 Bars for "cosine" and "cosine, learned" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three
 times as large, and at least half of the images that both answer correctly have a region that contains white's.
 
@@ -43,7 +44,7 @@ from ancer_jax.models import load_bundled
 from ancer_jax.report import Results, load_results
 from ancer_jax.search import load_theta_map, save_theta_map
 from benchmarks import figures
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 from benchmarks.data.cifar10_models import RECIPE, ancer_jax
 
 FASHION = ["--network", "small_cnn", "--batch-size", "128", "--optimizer", "muon", "--muon-lr", "0.05"]
@@ -199,7 +200,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
                 how = {name: getattr(options, name) for name in ("epochs", "skip", "ancer_skip", "steps", "n")}
                 yield {"data": options.name, **how, "rows": rows}
     if any(len(set(names) & {r["row"] for r in rows}) > 1 for names in KNEE.values()):
-        draw(rows, f"{'small-' if options.small else ''}{options.output}.png")
+        draw(rows, stored(options, ".png"))
 
 
 def lines(found: Found) -> Lines:
@@ -218,12 +219,16 @@ def lines(found: Found) -> Lines:
         for figure, factor in (("ACR", 0.98), ("ACR-tilde", 3.0)):
             ratio = r[figure] / white[figure] if white[figure] else float("nan")
             yield Line(f"{what}: {figure} in units of white's", f"{ratio:.3f}", f">= {factor}", ratio >= factor)
+        if filtered := rows.get(("white, filter", sigma)):
+            yield Line(
+                f"{what}: ACR in units of that of white noise and the filter", f"{r['ACR'] / filtered['ACR']:.3f}"
+            )
         inside, both = r["contain white's"], r["correct with white"]
         what += ": regions that contain white's, where both are right"
         yield Line(what, f"{inside} of {both}", ">= half", 2 * inside >= both)
 
 
-def draw(rows: list[dict[str, Any]], name: str) -> None:
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Accuracy, ACR and ACR-tilde against the geometric mean of theta, in units of sigma, as theta_max grows."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -249,7 +254,7 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
         axis.set_ylim(0, 1.2 * max(r[column] for r in rows if r["row"] != ANCER) or 1)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower left")
-    figure.savefig(RESULTS / name, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def _rows(data: str) -> dict[tuple[str, float], dict[str, Any]]:
@@ -268,16 +273,25 @@ def _table(data: str) -> str:
         if name == ANCER:
             some = f", {r['images']} images"
             for other in (rows[compared, sigma] for compared in ("white", *JUDGED) if (compared, sigma) in rows):
-                table.append([*_first(other, other["row"] + some), *_means(other["on the images of ANCER"]), ""])
+                table.append(
+                    [*_first(other, other["row"] + some), *_means(other["on the images of ANCER"]), "", "", ""]
+                )
             first, kept = [f"{sigma:g}", name + some, f"{4 * sigma:g}", ""], r["without leaky"]
-            table.append([*first, *_means(r), ""])
+            table.append([*first, *_means(r), "", "", ""])
             first[1] += ", without leaky thetas"
-            table.append([*first, "", *(round_down(kept[column], 3) for column in ("radius", "radius_proxy")), ""])
+            sizes = [round_down(kept[column], 3) for column in ("radius", "radius_proxy")]
+            table.append([*first, "", *sizes, "", "", ""])
             continue
+        relative = [_percent(r, rows.get((white, sigma))) for white in ("white", "white, filter")]
         contain = "" if name == "white" else "{} of {}".format(r["contain white's"], r["correct with white"])
-        table.append([*_first(r, name), *_means(r), contain])
+        table.append([*_first(r, name), *_means(r), *relative, contain])
     header = ["sigma", "noise", "theta_max", "geometric mean / sigma", "accuracy", "ACR", "ACR-tilde"]
-    return markdown([*header, "contains white's"], table)
+    return markdown([*header, "ACR / white's", "ACR / white, filter's", "contains white's"], table)
+
+
+def _percent(r: dict[str, Any], baseline: dict[str, Any] | None) -> str:
+    """The ACR of a row in that of another one."""
+    return "" if baseline is None or r is baseline else f"{round_down(100 * r['ACR'] / baseline['ACR'], 1)} %"
 
 
 def _first(r: dict[str, Any], name: str) -> list[str]:
@@ -300,7 +314,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The data, what is compared, and where everything stays."""
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
     parser.add_argument("--work", help="a folder that keeps networks, maps and runs")
-    parser.add_argument("--shipped", action="store_true", help="white noise: the networks that ship with the package")
+    parser.add_argument(
+        "--shipped", action="store_true", help="take the networks that ship with the package, where there are"
+    )
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, ANCER], help="default: all")
 
@@ -324,6 +340,7 @@ BENCHMARK = Benchmark(
         "cifar10": lambda: _table("cifar10"),
         "cifar10-coloured": lambda: _sizes("cifar10", "cosine"),
         "cifar10-white": lambda: _sizes("cifar10", "white"),
+        "cifar10-white-filter": lambda: _sizes("cifar10", "white, filter"),
         "fashion": lambda: _table("fashion"),
     },
 )

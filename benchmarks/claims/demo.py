@@ -16,7 +16,7 @@ from typing import Any
 
 from ancer_jax.metrics import round_down
 from ancer_jax.report import load_results
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 
 LIMIT_SECONDS = 300
 WITHOUT_LEAKY = "ACR-tilde without leaky"
@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
             mean = {run.name: load_results(run).mean_proxy_radius for run in runs}
             rows.append({"norm": norm, "seconds": seconds, "mean_proxy_radius": mean, "printed": printed})
             yield rows
-            path = RESULTS / f"{'small-' if options.small else ''}{options.output}_{norm}.txt"
+            path = stored(options, f"_{norm}.txt")
             path.write_text(printed)
 
 

@@ -18,6 +18,7 @@ probability has a lower bound above 1/2 (1,000 draws select the class, 1,000 fre
 import argparse
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ from ancer_jax.metrics import round_down
 from ancer_jax.models import BUNDLED_BY_NORM
 from ancer_jax.models.bundled import COLOURED
 from ancer_jax.smoothing import certificate_from_votes, class_counts
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 
 LARGEST = 28.0  # the l2 distance from a black to a white image
 BISECTIONS = 4
@@ -171,7 +172,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
             rows.append({"noise": name, **row})
             print(name, row["frequency"], *(_text(of(rows[-1], 0.5)) for of in (_certified, _change)), flush=True)
         yield {"n": options.n, "draws": options.draws, "largest": LARGEST, "ids": ids, "rows": rows}
-    draw(rows, f"{'small-' if options.small else ''}{options.output}.png")
+    draw(rows, stored(options, ".png"))
 
 
 def _certified(row: dict[str, Any], quantile: float) -> float:
@@ -202,7 +203,7 @@ def lines(found: Found) -> Lines:
     yield Line(what, f"{wrong} of {measured}", "0", wrong == 0)
 
 
-def draw(rows: list[dict[str, Any]], name: str) -> None:
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Both distances against the frequency: medians, and quartiles as bands; above, what is added."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -227,7 +228,7 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
         top = axis.inset_axes((frequency - 1.2, 1.02, 2.4, 0.16), transform=axis.get_xaxis_transform())
         top.imshow(direction(frequency)[..., 0], cmap="gray", vmin=-2 / 28, vmax=2 / 28)
         top.set(xticks=[], yticks=[])
-    figure.savefig(RESULTS / name, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def _table() -> str:

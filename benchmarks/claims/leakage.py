@@ -7,6 +7,7 @@ certification with n = 100,000: it may cost 15 %.
 """
 
 import argparse
+import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from ancer_jax.runs.config import Norm
 from ancer_jax.runs.job import example_keys, make_job
 from ancer_jax.smoothing import make_noise
 from benchmarks import figures
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 from benchmarks.claims import best_fixed
 
 BAR = 0.15
@@ -115,7 +116,7 @@ def cost(n: int, seed: int, *, norm: Norm = "l2", images: int = 10) -> dict[str,
     return {"images": images, "n": n, "leakage_s": measures, "certification_s": certifications, "ratio": ratio}
 
 
-def draw(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """A picture of ACR-tilde against mean leakage."""
     norms = list(dict.fromkeys(row["norm"] for row in rows))
     figure = Figure(figsize=(5.4 * len(norms), 4.4), layout="constrained")
@@ -141,14 +142,14 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
     figure.supxlabel("small numbers: weight of the penalty; fixed noise: theta", fontsize=8)
-    figure.savefig(RESULTS / name, dpi=130)
+    figure.savefig(path, dpi=130)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:
     """All points, then the cost."""
     whole, rows, tried = load_dataset("fashion-mnist-subset"), [], []
     dataset = select(whole, skip=len(whole) // options.images, max_images=options.images)
-    stored: dict[str, Any] = {"images": options.images, "n": options.n, "limit": LIMIT, "rows": rows, "tried": tried}
+    results: dict[str, Any] = {"images": options.images, "n": options.n, "limit": LIMIT, "rows": rows, "tried": tried}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or temporary
         for norm in options.norm:
@@ -157,9 +158,9 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
             for name, changes in [*settings(norm, best)][:: 3 if options.small else 1]:
                 rows.append(run(norm, dataset, name, changes, folder, options))
                 print(rows[-1])
-                yield stored
-    draw(rows, "small-leakage.png" if options.small else "leakage.png")
-    yield stored | {"cost": cost(10 * options.n, options.seed)}
+                yield results
+    draw(rows, stored(options, ".png"))
+    yield results | {"cost": cost(10 * options.n, options.seed)}
 
 
 def lines(found: Found) -> Lines:

@@ -31,7 +31,7 @@ from ancer_jax.runs.config import Norm
 from ancer_jax.runs.job import example_keys
 from ancer_jax.search.leakage import leakage, make_probes
 from ancer_jax.smoothing import certificate_from_votes, make_noise
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 
 CERTIFY, TOGETHER = aj.CertifyConfig(n=4_000), 4
 LEAKAGE, LIMIT = aj.LeakageConfig(num_probes=100), 0.1
@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
         for row in compare(f"{case}, {norm}", smoothed, few, others, chosen, options.seed):
             rows.append(row)
             yield rows
-        draw(rows, RESULTS / f"{'small-' if options.small else ''}{options.output}.png")
+        draw(rows, stored(options, ".png"))
 
 
 def _schedule(row: Mapping[str, Any]) -> str:

@@ -10,10 +10,13 @@
    against `--sampling sequential` by all radii of the table of the literature, by each alone, and by a tolerance of
    2 %.
 
-Bars: fewer draws than the confidence sequence at every radius; no more failures than alpha explains; the decisions of
-n = 100,000 at every radius that it certifies with 1 % slack (at radius 0: with a gap of 0.01). On images also 20 times
-fewer draws for radii and 3 times for the tolerance. Where even `least` is lower, the number of an oracle that knows p
-and looks once, that bar cannot be met.
+The confidence sequence has no bar: it proves both answers at alpha / 2 each, and ours gives inputs up by a guess. The
+benchmark `bounds` compares the two where both only prove that a radius is reached.
+
+Bars: no more failures than alpha explains; the decisions of n = 100,000 at every radius that it certifies with 1 %
+slack (at radius 0: with a gap of 0.01). On images also 20 times fewer draws for radii and 3 times for the tolerance. A
+radius that no certificate of a fixed theta can reach has no bar. Where even `least` is lower, the number of an oracle
+that knows p and looks once, that bar cannot be met.
 """
 
 import argparse
@@ -39,6 +42,7 @@ from benchmarks.claims import search
 CONFIG = aj.CertifyConfig()
 PUBLISHED = {0.5: 531, 1.25: 2169, 2.0: 2130}  # Voracek 2024, table of CIFAR-10, sigma 1: betting
 TOLERANCE = 0.02
+THETA = {"l2": 0.25, "l1": 0.5}  # of all networks that are certified here
 OUTPUTS = ("sequential", "sequential-cifar10-l1")
 # 41 quantiles of the positive certified radii.
 QUANTILES = np.array([
@@ -200,7 +204,7 @@ def lines(found: Found) -> Lines:
     for r in found["results"]["simulated"]["draws"]:
         what = f"simulated draws to decide radius {r['radius']:g} at sigma 1: ours / confidence sequence (published)"
         figure = f"{r['ours']:,.0f} / {r['confidence sequence']:,.0f} ({r['published']:,})"
-        yield Line(what, figure, "< 1", r["ours"] < r["confidence sequence"])
+        yield Line(what, figure)
     failures, p_value, cases = _failures(found)
     what = f"simulated bounds above p (alpha {CONFIG.alpha}), most of {cases} cases"
     yield Line(what, f"{failures} (p-value {p_value:.2f})", f"p-value > 0.01 / {cases}", p_value > 0.01 / cases)
@@ -211,8 +215,20 @@ def lines_of_images(found: Found) -> Lines:
     for r in found["results"]["rows"]:
         what = f"{r['case']}, {r['images']} images, {r['rule']}: times fewer draws (an oracle); decisions lost"
         figure = f"{r['fewer']:.1f} ({r['fewer, least']:.1f}); {r['sure decisions lost']}"
+        if not _reachable(r):
+            yield Line(f"{what} (no certificate reaches this radius)", figure)
+            continue
         bar = 3 if "tolerance" in r["rule"] else 20
         yield Line(what, figure, f">= {bar}; 0", r["fewer"] >= bar and r["sure decisions lost"] == 0)
+
+
+def _reachable(r: dict[str, Any]) -> bool:
+    """Whether a certificate can reach the one radius of a row at all: of a fixed theta, the one of the training."""
+    _, norm, method = r["case"].split(", ")
+    if method != "fixed" or not r["rule"].replace(".", "").isdigit():
+        return True
+    largest = make_noise(norm).gap(bounds.clopper_pearson_lower(CONFIG.n, CONFIG.n, CONFIG.alpha))
+    return bool(float(r["rule"]) <= THETA[norm] * largest)
 
 
 def _cases() -> dict[str, list[dict[str, Any]]]:
@@ -231,11 +247,11 @@ def _times(value: float) -> str:
 def _table() -> str:
     rows = []
     for case, (together, *alone, tolerance) in _cases().items():
-        some = [r["fewer"] for r in alone]
+        some = [r["fewer"] for r in alone if _reachable(r)]
         both = [f"{_times(r['fewer'])} ({_times(r['fewer, least'])})" for r in (together, tolerance)]
-        rows.append([case, both[0], f"{_times(min(some))} to {_times(max(some))}", both[1]])
+        rows.append([case, both[0], " to ".join(dict.fromkeys((_times(min(some)), _times(max(some))))), both[1]])
     header = "times fewer draws than n = 100,000", "all radii of a table (l2: 0 to 2, l1: 0 to 4)"
-    return markdown([*header, "one of them alone", "tolerance 2 %"], rows)
+    return markdown([*header, "one of them alone (that can be reached)", "tolerance 2 %"], rows)
 
 
 def _span(norm: str) -> str:

@@ -9,6 +9,7 @@ Bar: the universal theta beats the best fixed one in ACR-tilde.
 """
 
 import argparse
+import pathlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from ancer_jax.runs.config import Method, Norm
 from ancer_jax.search import UniversalConfig, optimize_universal
 from ancer_jax.smoothing import make_noise
 from benchmarks import figures
-from benchmarks.benchmark import RESULTS, Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 from benchmarks.claims import best_fixed
 
 WITHOUT_LEAKY = "ACR-tilde without leaky"
@@ -85,7 +86,7 @@ def compare(
     return rows, tried, search, theta
 
 
-def draw(thetas: Mapping[str, np.ndarray], name: str) -> None:
+def draw(thetas: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
     """A picture of the universal theta of each norm."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -93,7 +94,7 @@ def draw(thetas: Mapping[str, np.ndarray], name: str) -> None:
         figure.colorbar(axis.imshow(theta[..., 0], cmap="viridis"), ax=axis, label="theta (image units)")
         axis.set_title(f"{norm}: universal theta")
         axis.axis("off")
-    figure.savefig(RESULTS / name, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:
@@ -105,7 +106,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
             more, of_fixed, search, thetas[norm] = compare(norm, folder, options)
             rows, tried, searches = rows + more, tried + of_fixed, [*searches, search]
             yield {"images": options.images, "n": options.n, "learned": searches, "tried": tried, "rows": rows}
-    draw(thetas, f"{'small-' if options.small else ''}{options.output}.png")
+    draw(thetas, stored(options, ".png"))
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:

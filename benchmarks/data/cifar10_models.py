@@ -137,9 +137,9 @@ def _consistency() -> str:
     return f"accuracy {round_share(r['accuracy'], r['images'])}, ACR {round_down(r['ACR'], 3)}"
 
 
-def _public_consistency() -> str:
-    """The public network's at sigma 0.5, with our images and our n."""
-    p = public(f"{NETWORK}-l2-0.5-consistency")[0]
+def _public_consistency(which: int) -> str:
+    """The public network's at sigma 0.5: 0, with our images and our n; 1, as published."""
+    p = public(f"{NETWORK}-l2-0.5-consistency")[which]
     return f"accuracy {round_down(p['accuracy'], 3)}, ACR {round_down(p['ACR'], 3)}"
 
 
@@ -161,6 +161,7 @@ BENCHMARK = Benchmark(
     figures={
         "table": _table,
         "consistency": _consistency,
-        "consistency-public": _public_consistency,
+        "consistency-public": lambda: _public_consistency(0),
+        "consistency-published": lambda: _public_consistency(1),
     },
 )

@@ -123,9 +123,11 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
 
 def lines(found: Found) -> Lines:
     for r in found["results"]["rows"]:
-        us, them = (r["images a second"][who] for who in (OURS, THEIRS))
-        what = f"{r['network']}, training step of {r['batch']}: images a second, ours / PyTorch"
-        yield Line(what, f"{us:,.0f} / {them:,.0f} (ratio {us / them:.2f})", "ratio >= 1", us >= them)
+        us, *them = (r["images a second"][who] for who in (OURS, THEIRS, KEEPING))
+        what = f"{r['network']}, training step of {r['batch']}: images a second, ours / {THEIRS} / {KEEPING} (ratios)"
+        ratios = [us / one for one in them]
+        figure = f"{us:,.0f} / {them[0]:,.0f} / {them[1]:,.0f} ({ratios[0]:.2f}; {ratios[1]:.2f})"
+        yield Line(what, figure, "last ratio >= 1", ratios[1] >= 1)
 
 
 def _table() -> str:
@@ -139,7 +141,7 @@ def _table() -> str:
 
 
 BENCHMARK = Benchmark(
-    claim="Training steps on CPUs against PyTorch's; the bar is the same speed.",
+    claim="Training steps on CPUs against PyTorch's, both keeping freed memory; the bar is the same speed.",
     takes="3 minutes",
     measure=measure,
     sizes={
