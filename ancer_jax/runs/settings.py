@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ancer_jax.data import Dataset
 from ancer_jax.runs.config import RunConfig
 from ancer_jax.smoothing.classifier import Classifier, calls_the_host, fingerprint
+from ancer_jax.smoothing.noise import Noise
 from ancer_jax.storage import read_text
 
 # Options of JAX that decide which bits a key gives; they are settings of a run only where they are not these.
@@ -41,9 +42,12 @@ def describe_run(
     device, image = mesh.devices.flat[0], dataset.images[0]
     data = DataInfo(dataset.name, dataset.fingerprint, image.shape, dataset.num_classes)
     options = {name: getattr(jax.config, name, usual) for name, usual in _USUAL_DRAWS.items()}
+    settings = config.settings()
+    if "noise_law" in settings:  # its repr says nothing about its code
+        settings["noise_program"] = _program(config.certified_noise, image.shape)
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
-        **config.settings(),
+        **settings,
         **of_theta,
         **{name: value for name, value in options.items() if value != _USUAL_DRAWS[name]},
         "classifier": fingerprint(classifier, image),
@@ -53,6 +57,13 @@ def describe_run(
         "precision": getattr(jax.config, "jax_default_matmul_precision") or "default",  # noqa: B009
         "data": dataclasses.asdict(data),
     }
+
+
+def _program(noise: Noise, shape: tuple[int, ...]) -> str:
+    """Hash of the program that makes a noisy copy."""
+    key, number, image = jax.random.key(0), jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct(shape, "float32")
+    copy = lambda *arguments: noise.perturb(*arguments)  # traced anew each time
+    return hashlib.sha256(jax.jit(copy).lower(key, number, image, image).as_text().encode()).hexdigest()
 
 
 def made_with() -> dict[str, str]:

@@ -61,7 +61,8 @@ def certificate_from_votes(
 ) -> Certificate:
     """The host half of `certify`: certificates from integer counts, in float64. Arguments may be batched.
 
-    They are certificates around x and theta in JAX's precision (float32 by default), with which the votes were counted.
+    They are certificates around x and theta in JAX's precision (float32 by default), with which the votes were counted,
+    and of the network that got copies of that type; `certify` and `predict` give it float32.
 
     Args:
       smoothed: of theta [], [*d], [...] or [..., *d].
@@ -72,8 +73,9 @@ def certificate_from_votes(
     Guarantee: as in `certify`, if `count` comes from draws that did not choose `selected`.
 
     Raises:
-      ValueError: if the noise is enumerable, a count is out of range or not of the bound of `config`, x is not finite,
-        or theta not positive and finite, or of another shape.
+      ValueError: if the noise is enumerable, a count is out of range or not of the bound of `config`, x is not finite
+        or has a type of 16 bits (its votes are of a network that sees rounded copies), or theta is not positive and
+        finite, or of another shape.
     """
     check_random(smoothed.noise)
     votes, runner_up = count, None
@@ -83,8 +85,12 @@ def certificate_from_votes(
         raise ValueError(f"{there}, got {list(np.shape(count))}")
     if config.bound == "separate":
         votes, runner_up = np.moveaxis(np.asarray(count), -1, 0)
-    x = jnp.asarray(x)  # x and theta as the traced program had them
-    smoothed, x = smoothed.with_theta(np.asarray(jnp.asarray(smoothed.theta, noise_dtype(x)))), np.asarray(x)
+    x = np.array(jnp.asarray(x))  # x and theta as the traced program had them; copies: the caller may write to them
+    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32:
+        raise ValueError(
+            f"x must be float32 when votes are counted, got {x.dtype}: the network sees copies of this type"
+        )
+    smoothed = smoothed.with_theta(np.array(jnp.asarray(smoothed.theta, noise_dtype(x))))
     _check_values(x, np.asarray(smoothed.theta))
     evidence = random_evidence(votes, config, runner_up)
     return certificate_from_evidence(selected, evidence, smoothed, x, alpha=config.alpha)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from ancer_jax import CertifyConfig, Execution, LeakageConfig, RunConfig, SequentialConfig
+from ancer_jax.devices import device_mesh
+from ancer_jax.runs.settings import describe_run
 from ancer_jax.search import AnisotropicConfig, GuardConfig, IsotropicConfig
 from ancer_jax.smoothing import Gaussian, Splitting, Uniform
 from ancer_jax.smoothing.registry import NOISES
-from tests.toy import Coins
+from tests.toy import BUMPS, CROWD, Coins
 
 METHODS = ("fixed", "universal", "isotropic", "ancer")
 NOISE = (
@@ -251,6 +253,31 @@ def test_the_attributes_of_a_noise_of_ones_own_are_among_the_settings(monkeypatc
     other = RunConfig(norm="l1", noise="coins").settings()
     assert one != other and one["noise_law"] == "Coins(per_unit=32)"
     assert "noise_law" not in RunConfig(norm="l1", noise="splitting").settings()
+
+
+def test_edited_code_of_a_noise_of_ones_own_is_another_setting(monkeypatch):
+    """Even if its `repr` stays the same."""
+
+    def described():
+        config = RunConfig(norm="l1", noise="toy", theta=0.5)
+        return describe_run(BUMPS, CROWD, config, np.array(0.5), device_mesh(1))
+
+    def law(factor):
+        class Toy(Uniform):
+            """Uniform noise, wrong by a factor."""
+
+            def sample(self, key, theta):
+                """One draw."""
+                return factor * super().sample(key, theta)
+
+        return Toy()
+
+    monkeypatch.setitem(NOISES, "toy", law(1))
+    one, same = described(), described()
+    monkeypatch.setitem(NOISES, "toy", law(0.5))
+    other = described()
+    assert one == same and "noise_law" in one
+    assert {name for name in one if one[name] != other[name]} == {"noise_program"}
 
 
 @pytest.mark.parametrize("name", ["splitting", "s"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ancer_jax import CertifyConfig, Execution, RunConfig, certify_dataset, from_function
+from ancer_jax import CertifyConfig, Execution, RunConfig, SequentialConfig, certify_dataset, from_function
 from ancer_jax.data import Dataset, select
 from ancer_jax.runs import directory, open_run, read_run
 from ancer_jax.runs.settings import RESULTS_VERSION
@@ -251,6 +251,31 @@ def test_a_gap_of_separate_bounds_that_does_not_follow_is_not_believed(tmp_path,
         read_run(tmp_path / "run").results()
     np.savez(shard, **stored)
     read_run(tmp_path / "run").results()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        lambda e: e._replace(alpha=10 * e.alpha),
+        lambda e: e._replace(n=2 * e.n, runner_up=2 * e.n - e.votes),
+        lambda e: e._replace(votes=e.n, runner_up=0 * e.n),
+    ],
+    ids=["a larger alpha", "more draws than n", "more votes than there were"],
+)
+def test_a_look_that_could_not_have_been_is_not_believed(tmp_path, forged):
+    """Of sequential sampling; `p_lower` and gap do follow from the look that is forged."""
+    config = dataclasses.replace(CONFIG, sampling=SequentialConfig(radii=(0.1,)))
+    write(tmp_path / "run", list(range(20)), config=config)
+    shard = tmp_path / "run" / "shards" / "0.npz"
+    with np.load(shard) as arrays:
+        stored = {name: value[arrays["gap"] > 0] if value.ndim else value for name, value in arrays.items()}
+    evidence = Evidence(*(stored[f"bound_{name}"] for name in Evidence._fields))
+    for look, message in ((evidence, None), (forged(evidence), r"0\.npz: its gaps do not follow from its counts")):
+        p_lower, gap = look.bound_and_gap(Gaussian())
+        columns = {f"bound_{name}": value for name, value in look._asdict().items()}
+        np.savez(shard, **stored | columns | {"p_lower": p_lower, "gap": gap})
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            read_run(tmp_path / "run").results()
 
 
 def test_shards_come_in_the_order_of_numbers_and_lines_in_that_of_ids(tmp_path):

@@ -37,6 +37,7 @@ from ancer_jax.runs.directory import read_run
 from ancer_jax.runs.table import parse_table
 from ancer_jax.search import ThetaMap
 from ancer_jax.search.leakage import LeakageCounts, leakage, make_probes, soft_leakage
+from ancer_jax.smoothing import ABSTAIN
 from ancer_jax.smoothing.certify import Certificate, count_votes
 from ancer_jax.smoothing.registry import NOISES
 from tests import reference
@@ -310,14 +311,23 @@ def test_a_memory_is_not_taken_for_that_of_inputs_that_came_while_it_was_made(cr
     assert lowest.exists() and (run / "memory.npz").exists() and read_run(run).read_memory() is None
 
 
-@pytest.mark.parametrize("change", [{"gap": 10.0}, {"gap": -1.0}, {"prediction": 5}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gap": lambda a: a["gap"] * 10},
+        {"gap": lambda a: a["gap"] * -1},
+        {"prediction": lambda a: a["prediction"] + 5},
+        {"prediction": lambda a: np.full_like(a["prediction"], ABSTAIN)},
+        {"inside": lambda a: a["ids"]},
+        {"inside": lambda a: a["ids"] + 1},
+    ],
+    ids=["larger", "negative", "another class", "abstentions with a gap", "inside itself", "inside a later one"],
+)
 def test_a_memory_that_says_more_than_the_certificates_is_not_believed(crowd, tmp_path, change):
     run = shutil.copytree(crowd, tmp_path / "run")
     with np.load(run / "memory.npz") as arrays:
         stored = dict(arrays)
-    ((name, factor),) = change.items()
-    stored[name] = stored[name] + factor if name == "prediction" else stored[name] * factor
-    np.savez(run / "memory.npz", **stored)
+    np.savez(run / "memory.npz", **stored | {name: value(stored) for name, value in change.items()})
     with pytest.raises(ValueError, match=r"memory\.npz: not a memory of this run's certificates; delete it"):
         read_run(run).results()
 

@@ -52,6 +52,9 @@ def test_few_successes_and_tiny_alpha_leave_room_for_the_error_of_scipy(trials, 
         tail = exact_tail_at(bounds.clopper_pearson_lower(successes, trials, alpha), successes, trials)
         assert tail < alpha / (1 + 5e-7)
         assert tail > alpha * (1 - 3e-6) or (tail == 0 and alpha < 1e-50)  # SciPy's inverse may give up: 0 is sound
+    for lost in {0, min(1, trials), min(5, trials)}:  # the upper bound, of few votes that are lost
+        upper = float(bounds.clopper_pearson_upper(lost, trials, alpha))
+        assert upper == 1 or at_most(lost, trials, upper) <= alpha
 
 
 @pytest.mark.usefixtures("without_type_checker")

@@ -11,8 +11,9 @@ import pytest
 import scipy.stats
 
 import ancer_jax as aj
+from ancer_jax.basis import Cosine
 from ancer_jax.smoothing import bounds, from_function
-from ancer_jax.smoothing.carry import carried_bound_and_gap
+from ancer_jax.smoothing.carry import carried_bound_and_gap, certificate_from_lost_votes
 from ancer_jax.smoothing.smoothed import Stage
 from tests import reference
 
@@ -200,6 +201,16 @@ def test_the_region_in_the_callers_numbers_lies_inside_the_one_that_was_counted(
 def test_what_does_not_fit_is_refused(message, smoothed, changed):
     with pytest.raises(ValueError, match=message):
         aj.carry(KEY, aj.certify(KEY, SMOOTHED, X), smoothed, changed, config=CONFIG)
+
+
+def test_lost_votes_of_another_basis_or_of_more_draws_than_there_are_carry_nothing():
+    certificate = aj.certify(KEY, SMOOTHED, X)
+    for count in (-1, CONFIG.n + 1):
+        with pytest.raises(ValueError, match="must be in 0"):
+            certificate_from_lost_votes(certificate, SMOOTHED, count, config=CONFIG)
+    rotated = aj.Smoothed(BEFORE, aj.Gaussian(Cosine()), THETA)
+    with pytest.raises(ValueError, match=r"not of Gaussian\(basis=Cosine.*its basis Pixels"):
+        certificate_from_lost_votes(certificate, rotated, 0, config=CONFIG)
 
 
 def test_a_batch_is_refused_where_one_certificate_is_wanted():

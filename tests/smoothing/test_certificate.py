@@ -155,6 +155,14 @@ def test_votes_for_no_input_or_no_theta_certify_nothing(x, theta, message):
         certificate_from_votes(smoothed, np.full_like(XS[0], x), 0, 10, config=CertifyConfig(n=16))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_votes_of_copies_of_16_bits_certify_nothing(dtype):
+    """They are votes of another classifier: one that rounds the copies first."""
+    with pytest.raises(ValueError, match=f"x must be float32 when votes are counted, got {np.dtype(dtype)}"):
+        x = jnp.asarray(XS[0], dtype)
+        certificate_from_votes(Smoothed(LINEAR, Gaussian(), np.float32(0.4)), x, 0, 10, config=CertifyConfig(n=16))
+
+
 @pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
 def test_no_votes_give_no_certificates(noise):
     smoothed, none = Smoothed(LINEAR, noise, np.float32(0.4)), np.zeros(0, int)

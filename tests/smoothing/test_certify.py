@@ -1,6 +1,7 @@
 """Certificates and predictions: closed forms, coverage, attacks; batches give what single calls give."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from ancer_jax.smoothing import (
     ABSTAIN,
     CertifyConfig,
     Gaussian,
+    SequentialConfig,
     Smoothed,
     Uniform,
     bounds,
     certificate_from_votes,
     certify,
     certify_batch,
+    certify_sequentially,
     count_votes,
     from_function,
     predict,
@@ -164,9 +167,13 @@ def test_selection_and_estimation_share_no_draw():
     key, theta = jax.random.key(7), jnp.ones(1)
     select, estimate = (reference.draws(key, s, Gaussian(), theta, 500) for s in (Stage.SELECT, Stage.ESTIMATE))
     assert not np.isin(select, estimate).any()
-    smoothed = Smoothed(reference.linear([1.0]), Gaussian(), 1.0)
-    _, count = count_votes(key, smoothed, np.float32([0.0]), config=CertifyConfig(n=500), chunk=50)
-    assert count in ((estimate > 0).sum(), (estimate <= 0).sum())
+    smoothed, config = Smoothed(reference.linear([1.0]), Gaussian(), 1.0), CertifyConfig(n0=9, n=500)
+    assert (select[:9] > 0).sum() != (estimate[:9] > 0).sum()
+    x = np.float32([-np.median([*select[:9, 0], *estimate[:9, 0]])])  # the first draws of the stages disagree
+    expected = int((x + select[:9] > 0).sum() > 4)
+    assert expected != int((x + estimate[:9] > 0).sum() > 4)
+    selected, count = count_votes(key, smoothed, x, config=config, chunk=50)
+    assert (selected, count) == (expected, ((x + estimate > 0) == expected).sum())
 
 
 def test_an_undecided_input_abstains():
@@ -198,10 +205,11 @@ def test_prediction_is_wrong_no_more_often_than_alpha():
     assert answers.count(ABSTAIN) > 150
 
 
-def test_the_region_is_that_of_the_callers_theta_and_center():
+@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
+def test_the_region_is_that_of_the_callers_theta_and_center(noise):
     """float64 arguments are certified as float32; the region that is returned must lie in the certified one."""
-    smoothed, x = Smoothed(reference.linear([1.0, 1.0]), Gaussian(), np.array([0.7, 0.9])), np.array([0.7, 0.1])
-    theta = smoothed.theta
+    smoothed, x = Smoothed(reference.linear([1.0, 1.0]), noise, np.array([0.7, 0.9])), np.array([0.7, 0.1])
+    theta, norm = smoothed.theta, functools.partial(np.linalg.norm, ord=noise.norm)
     exact = certify(KEY, smoothed.with_theta(np.float32(theta)), np.float32(x), config=CONFIG).gap
     result = certify(KEY, smoothed, x, config=CONFIG)
     np.testing.assert_array_equal(result.region.center, x)
@@ -209,8 +217,23 @@ def test_the_region_is_that_of_the_callers_theta_and_center():
     assert result.gap == pytest.approx(exact, rel=1e-5)
     rng = np.random.default_rng(0)
     for direction in rng.normal(size=(200, 2)):
-        point = x + theta * result.gap * direction / np.linalg.norm(direction)
-        assert np.linalg.norm((point - np.float32(x)) / np.float64(np.float32(theta))) <= exact * (1 + 1e-15)
+        point = x + theta * result.gap * direction / norm(direction)
+        assert norm((point - np.float32(x)) / np.float64(np.float32(theta))) <= exact * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
+def test_where_rounding_moves_x_by_more_than_the_gap_nothing_is_certified(noise):
+    """1e8 + 3 is 1e8 as float32. The shift is taken in the norm of the region: in l1 that of two pixels adds up."""
+    smoothed = Smoothed(reference.linear([1.0]), noise, np.float64(1))
+    sequentially = functools.partial(certify_sequentially, sequential=SequentialConfig(radii=(0.0, 0.5)))
+    for function in (certify, sequentially):
+        exact = function(KEY, smoothed, np.float32([1e8]), config=CONFIG)
+        assert exact.prediction == 1 and exact.gap > 0
+        moved = function(KEY, smoothed, np.float64([1e8 + 3]), config=CONFIG)
+        assert (moved.prediction, moved.gap) == (ABSTAIN, 0)
+    of_two = Smoothed(reference.linear([1.0, 1.0]), noise, np.float64(100))
+    exact, moved = (certify(KEY, of_two, np.full(2, 1e8) + shift, config=CONFIG) for shift in (0, 3))
+    assert moved.gap == pytest.approx(exact.gap - 0.03 * 2 ** (1 / noise.norm), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -300,10 +323,15 @@ def test_predict_batch_gives_what_predict_gives_for_each_input(noise, theta, ids
     assert len(np.unique(answers)) > 1
 
 
+def certify_by_parts(key, smoothed, x, *, config):
+    return certificate_from_votes(smoothed, x, *count_votes(key, smoothed, x, config=config, chunk=300), config=config)
+
+
+@pytest.mark.parametrize("make", [certify, certify_by_parts])
 @pytest.mark.parametrize("theta", [np.float32(0.4), MAP], ids=["scalar", "map"])
-def test_a_certificate_does_not_change_with_the_arrays_that_it_was_made_from(theta):
+def test_a_certificate_does_not_change_with_the_arrays_that_it_was_made_from(theta, make):
     x, theta = XS[0].copy(), np.array(theta)
-    certificate = certify(KEY, Smoothed(LINEAR, Gaussian(), theta), x, config=CertifyConfig(n=300))
+    certificate = make(KEY, Smoothed(LINEAR, Gaussian(), theta), x, config=CertifyConfig(n=300))
     before = [np.array(leaf) for leaf in jax.tree.leaves(certificate)]
     x[...], theta[...] = -1, 9
     for old, new in zip(before, jax.tree.leaves(certificate), strict=True):

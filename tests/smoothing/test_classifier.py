@@ -105,10 +105,16 @@ def one_column_too_many(variables, x):
     return x[:, :3]
 
 
+def nan_in_other_company(_, x):
+    """Logits that are no numbers where the mean of the batch is small."""
+    return x[:, :2] / jnp.sqrt(x.mean() - 0.4)
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
         (batch_norm_in_training, "rest of the batch"),
+        (nan_in_other_company, "rest of the batch"),
         (dropout_by_place, "place in the batch"),
         (not_finite, "not finite"),
         (needs_images, r"does not work on inputs of shape \[6\]"),
@@ -256,17 +262,50 @@ def test_fingerprint_names_the_program_and_what_it_closes_over(values):
     assert first != second
 
 
-def test_a_function_whose_values_have_changed_is_refused():
-    """Compiled programs go on with the values that were closed over first."""
-    factor = [1.0]
-    classifier = from_function(lambda _, x: (x * factor[0])[:, :2], (), num_classes=2)
+FACTOR = {"value": 1.0}
+
+
+class LinenWithGlobal(nn.Module):
+    """A network that reads a global value."""
+
+    @nn.compact
+    def __call__(self, x):
+        return FACTOR["value"] * nn.Dense(2)(x)
+
+
+class NnxWithGlobal(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.last = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return FACTOR["value"] * self.last(x)
+
+
+def times_global(_, x):
+    return (x * FACTOR["value"])[:, :2]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: from_function(times_global, (), num_classes=2),
+        lambda: from_linen(LinenWithGlobal(), LinenWithGlobal().init(KEY, X[None]), num_classes=2),
+        lambda: from_nnx(NnxWithGlobal(nnx.Rngs(0)), num_classes=2),
+    ],
+    ids=["function", "linen", "nnx"],
+)
+def test_a_function_whose_values_have_changed_is_refused(build, monkeypatch):
+    """Compiled programs go on with the values of the first time, even if the same classifier is built anew."""
+    classifier = build()
     check_classifier(classifier, X)
     before = fingerprint(classifier, X)
-    factor[0] = -1.0
-    for look in (fingerprint, check_classifier):
-        with pytest.raises(ValueError, match="closes over values that have changed"):
-            look(classifier, X)
-    factor[0] = 1.0
+    with monkeypatch.context() as patch:
+        patch.setitem(FACTOR, "value", -1.0)
+        for look in (fingerprint, check_classifier):
+            with pytest.raises(ValueError, match="reads values that have changed"):
+                look(build(), X)
     assert fingerprint(classifier, X) == before
 
 
