@@ -148,6 +148,16 @@ def test_data_dependent_runs_get_a_memory_of_their_own(with_memory):
     assert results["gap"].tolist() == answers.gap.tolist()
 
 
+def test_an_image_that_has_changed_since_it_was_certified_is_refused(with_memory):
+    """As pictures in a folder may: they are known by their names and sizes."""
+    changed = dataclasses.replace(
+        CROWD, images=np.where(CROWD.ids[:, None, None, None] == CROWD.ids[3], 0.5, CROWD.images)
+    )
+    object.__setattr__(changed, "fingerprint", CROWD.fingerprint)
+    with pytest.raises(ValueError, match=f"image {CROWD.ids[3]} is no longer the one that was certified"):
+        carried(with_memory, (BUMPS, CHANGED_BUMPS), changed, out="changed")
+
+
 def test_leakage_under_the_changed_network_is_not_known(with_memory):
     before, after = (report.load_results(with_memory / name) for name in ("before", "carried"))
     assert before.leakages() and before.leaks_at_most(0.1) is not None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ancer_jax import Gaussian, Smoothed, Uniform, from_function, load_bundled, load_dataset
-from ancer_jax.search.leakage import leakage, leakage_penalty, make_probes, smoothed_classes
+from ancer_jax.search.leakage import leakage, leakage_penalty, make_probes, smoothed_classes, soft_leakage
+from ancer_jax.smoothing import ABSTAIN
 from ancer_jax.smoothing.smoothed import Stage, probs_of_each
 from tests import reference
 
@@ -53,13 +54,16 @@ def measure_softly(key, probes, theta, c, *, batch=100):
     return leakage_penalty(key, probes, LARGEST.with_theta(jnp.asarray(theta)), ELSEWHERE, np.int32(c), batch=batch)
 
 
-def naive_classes(smoothed, theta):
-    keys = [jax.random.fold_in(key, Stage.LEAKAGE) for key in KEYS]
-    counts = [
+def naive_counts(smoothed, theta, stage=Stage.LEAKAGE):
+    keys = [jax.random.fold_in(key, stage) for key in KEYS]
+    return [
         reference.counts_one_by_one(key, smoothed.with_theta(theta), image, SIZES["num_samples"])
         for key, image in zip(keys, IMAGES, strict=True)
     ]
-    return np.array([c.argmax() if c.any() else -1 for c in counts])
+
+
+def naive_classes(smoothed, theta):
+    return np.array([c.argmax() if c.any() else -1 for c in naive_counts(smoothed, theta)])
 
 
 def test_counts_are_those_of_a_naive_loop():
@@ -75,6 +79,20 @@ def test_counts_are_those_of_a_naive_loop():
         assert num_leaked == ((before != c) & (after == c)).sum()
         assert num_eligible == (before != c).sum()
         assert num_leaked.dtype == num_eligible.dtype == jnp.int32
+
+
+def test_soft_leakage_counts_single_votes_under_draws_of_its_own():
+    smoothed = largest(threshold=0.5)
+    probes, wide = probes_of(smoothed), smoothed.with_theta(np.float32(WIDE))
+    counts = np.array(naive_counts(smoothed, WIDE, Stage.SOFT_LEAKAGE))
+    assert (counts != naive_counts(smoothed, WIDE)).any()
+    soft = lambda c: soft_leakage(
+        probes, wide, ELSEWHERE, np.int32(c), num_samples=SIZES["num_samples"], chunk=SIZES["chunk"]
+    )
+    for c in range(3):
+        eligible = np.asarray(probes.classes) != c
+        assert soft(c) == (counts[eligible, c].sum(), eligible.sum() * SIZES["num_samples"])
+    assert soft(ABSTAIN) == (0, 0)
 
 
 def test_leakage_of_another_theta_compiles_nothing_again(compilations):

@@ -49,6 +49,20 @@ RANDOM, EXACT = Splitting(levels=LEVELS), Splitting(exact=True, levels=LEVELS, p
 GRID = np.array(list(itertools.product(range(LEVELS + 1), repeat=DIMENSION)), np.float32) / LEVELS
 
 
+@pytest.mark.parametrize("cuts", [153, 510, 5040])
+def test_of_8_bit_images_no_more_draws_than_levels_between_them_tell_two_apart(cuts):
+    """The theorem, with all rounding of float32: inputs may be off the grid by 1e-5 steps."""
+    noise, theta = Splitting(exact=True), jnp.float32([cuts / 510])
+    assert noise.num_draws(theta) == cuts
+    copy = jax.jit(jax.vmap(lambda draw, x: noise.perturb(KEY, draw, x, theta), (0, None)))
+    rng = np.random.default_rng(cuts)
+    levels = np.unique(np.r_[0, 1, 127, 128, 254, 255, rng.integers(0, 256, 30)])
+    inputs = np.float32((levels + rng.uniform(-1e-5, 1e-5, len(levels))) / 255)
+    copies = [np.asarray(copy(np.arange(cuts), x[None]))[:, 0] for x in inputs]
+    for (a, of_a), (b, of_b) in itertools.combinations(zip(levels, copies, strict=True), 2):
+        assert 0 < (of_a != of_b).sum() <= b - a
+
+
 def _hashing(variables, x):
     """A classifier without any structure: each input gets a class as if by chance."""
     numbers = jnp.rint(x.reshape(len(x), -1) * 8 * LEVELS).astype(jnp.uint32)  # copies are multiples of 1 / (4 levels)
