@@ -9,7 +9,7 @@ demo: $(VENV)/package
 	$(BIN)/ancer-jax demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The tests that `make test` skips, because they need more than it installs: PyTorch, pictures, what reads notebooks.
 test-extras: $(VENV)/extras

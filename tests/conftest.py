@@ -22,6 +22,15 @@ settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("ours")
 
 
+def pytest_collection_modifyitems(items):
+    """Modules that want programs compiled in the same way come together: each process changes the way once."""
+    items.sort(key=lambda item: "quick_compilation" not in _fixtures(item))
+
+
+def _fixtures(item):
+    return {name for mark in item.iter_markers("usefixtures") for name in mark.args}
+
+
 def compile_quickly(quick: bool) -> None:
     """Nothing that was compiled one way is used with what is compiled the other way: last bits may differ."""
     if compiled_quickly[-1] != quick:
@@ -36,8 +45,7 @@ compiled_quickly = [False]
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request):
     """Programs are kept from module to module, as long as these want them compiled in the same way."""
-    wanted = {name for mark in request.node.iter_markers("usefixtures") for name in mark.args}
-    compile_quickly("quick_compilation" in wanted)
+    compile_quickly("quick_compilation" in _fixtures(request.node))
 
 
 @pytest.fixture(scope="module")

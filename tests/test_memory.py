@@ -96,7 +96,7 @@ def crowds(draw, dimensions):
 @example((2, [([0, 1], 0.5, 0.0, 2), ([0, 0], 0.5, 2.0, 0), ([0, 1], 0.5, 0.5, 2)]), 2)
 @example((2, [([0], np.array([0.5]), 0.0, -1), ([1.5414283107572988e-43], np.array([0.5]), 0.0, 0)]), 0)
 @example((2, [([1.5414283107572988e-43], np.array([0.5]), 0.0, -1)] * 2), 0)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
     norm, answers = crowd
     memory, answered = fill(norm, *answers)
@@ -112,7 +112,7 @@ def test_answers_follow_the_rules_and_never_contradict(crowd, seed):
 
 
 @given(crowds([2]), st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_batch_is_answered_one_after_another(crowd, block):
     norm, answers = crowd
     memory, one_by_one = fill(norm, *answers)

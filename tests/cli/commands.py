@@ -34,9 +34,8 @@ def infinite():
 number = 3
 """
 SMALL = ("--devices", "1", "--batch-size", "2", "--n0", "10")
-# The settings of test_demo's `_SmallCertify`: programs that are compiled for one test serve the other.
 _LEAKAGE = ("--leakage-probes", "5", "--leakage-samples", "8")
-_ISOTROPIC = ("--iso-steps", "100", "--iso-samples", "4", "--guard-samples", "50")
+_ISOTROPIC = ("--iso-steps", "3", "--iso-samples", "4", "--guard-samples", "50")
 _ANCER = (*_ISOTROPIC, "--ancer-steps", "3", "--ancer-samples", "4")
 # By method, without and with leakage.
 SEARCH_ALONE = {"fixed": (), "isotropic": _ISOTROPIC, "ancer": _ANCER}

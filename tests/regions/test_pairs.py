@@ -71,7 +71,7 @@ def assert_just_below(answer, exact, relative=1e-6):
 
 
 @given(pairs(), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_outside_and_inside_are_the_largest_gaps(pair, seed):
     a, b = pair
     assume(abs(depth(a, b) - 1) > 1e-3)
@@ -89,7 +89,7 @@ def test_outside_and_inside_are_the_largest_gaps(pair, seed):
 
 
 @given(pairs(), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_separation_is_the_smallest_larger_distance(pair, seed):
     a, b = pair
     d, alpha, beta = a.center - b.center, semi_axes(a), semi_axes(b)
@@ -109,7 +109,7 @@ def test_separation_is_the_smallest_larger_distance(pair, seed):
 
 
 @given(pairs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_disjoint_means_outside(pair):
     a, b = pair
     room = reference("outside", a, b) / a.gap

@@ -134,7 +134,7 @@ def test_a_gap_of_zero_is_a_point():
 
 
 @given(thetas, st.floats(0.1, 5), norms)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_traced_and_host_agree(theta, gap, norm):
     a = region(theta, gap, norm)
     traced = jax.jit(sizes)(jax.tree.map(jnp.float32, a))

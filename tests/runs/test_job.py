@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def compilations():
+def compiled_names():
     """Names of the functions that were compiled so far."""
     names = []
 
@@ -45,18 +45,18 @@ def compilations():
     ],
     ids=lambda value: value.method if isinstance(value, RunConfig) else f"{value.shard} over {value.devices}",
 )
-def test_each_program_is_compiled_once(tmp_path, compilations, config, execution):
+def test_each_program_is_compiled_once(tmp_path, compiled_names, config, execution):
     """Whether its size is asked for or chosen; the last batch, which is not full, needs no other."""
     jax.clear_caches()
-    compilations.clear()
+    compiled_names.clear()
     after_batches = []
-    done = lambda stage, images: after_batches.append(len(compilations))
+    done = lambda stage, images: after_batches.append(len(compiled_names))
     config, execution = dataclasses.replace(config, memory=False), dataclasses.replace(execution, progress=done)
     certify_dataset(CLASSIFIER, POINTS, config, out=tmp_path, execution=execution)
     assert len(after_batches) > 3 and len(set(after_batches[1:])) == 1
     ours = {"jit(_find_theta)", "jit(_classes)", "jit(_measure_leakage)"} if config.data_dependent else set()
     ours |= {"jit(_count_items)"}
-    assert {name: compilations.count(name) for name in ours} == dict.fromkeys(ours, 1)
+    assert {name: compiled_names.count(name) for name in ours} == dict.fromkeys(ours, 1)
 
 
 @pytest.mark.parametrize("sampling", [None, SequentialConfig(radii=(0.1,))], ids=["all draws", "sequential"])

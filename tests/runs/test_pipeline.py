@@ -61,8 +61,13 @@ from tests.toy import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_a_line_is_what_certify_gives_for_that_image(tmp_path):
-    rows = run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The usual run."""
+    return run(tmp_path_factory.mktemp("usual") / "run")
+
+
+def test_a_line_is_what_certify_gives_for_that_image(rows):
     for i, x, count, gap in zip(DATASET.ids, DATASET.images, rows["counts"], rows["gap"], strict=True):
         key = jax.random.fold_in(jax.random.key(0), int(i))
         one = certify(key, Smoothed(CLASSIFIER, Gaussian(), np.float32(0.3)), x, config=CONFIG.certify)
@@ -72,6 +77,7 @@ def test_a_line_is_what_certify_gives_for_that_image(tmp_path):
 @pytest.mark.parametrize(
     "execution",
     [
+        {"batch_size": 4, "chunk": 100, "devices": 4},
         {"batch_size": 1},
         {"batch_size": 7, "chunk": 64},
         {"chunk": 501, "devices": 1},
@@ -84,15 +90,15 @@ def test_a_line_is_what_certify_gives_for_that_image(tmp_path):
     ],
     ids=str,
 )
-def test_execution_changes_no_count(tmp_path, execution):
-    expected, rows = run(tmp_path / "a", batch_size=4, chunk=100, devices=4), run(tmp_path / "b", **execution)
-    for name in expected:
-        np.testing.assert_array_equal(rows[name], expected[name])
+def test_execution_changes_no_count(tmp_path, rows, execution):
+    found = run(tmp_path / "run", **execution)
+    for name in rows:
+        np.testing.assert_array_equal(found[name], rows[name])
 
 
-def test_other_images_beside_it_change_no_count(tmp_path):
-    expected, rows = run(tmp_path / "a"), run(tmp_path / "b", dataset=take(DATASET, [1, 4]))
-    np.testing.assert_array_equal(rows["counts"], expected["counts"][[1, 4]])
+def test_other_images_beside_it_change_no_count(tmp_path, rows):
+    found = run(tmp_path / "run", dataset=take(DATASET, [1, 4]))
+    np.testing.assert_array_equal(found["counts"], rows["counts"][[1, 4]])
 
 
 @pytest.mark.usefixtures("as_on_accelerators")
@@ -109,9 +115,9 @@ def test_searched_thetas_agree_between_execution_plans(tmp_path, method):
     assert (first["theta"] != np.float32(0.3)).any()
 
 
-def test_another_seed_draws_other_noise(tmp_path):
+def test_another_seed_draws_other_noise(tmp_path, rows):
     other = RunConfig(theta=0.3, certify=CONFIG.certify, seed=1)
-    assert (run(tmp_path / "a")["counts"] != run(tmp_path / "b", other)["counts"]).any()
+    assert (rows["counts"] != run(tmp_path / "run", other)["counts"]).any()
 
 
 def test_the_universal_theta_is_that_of_every_image(tmp_path):

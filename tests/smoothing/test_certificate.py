@@ -1,8 +1,5 @@
 """Certificates of one input or of many: indices, sizes, and the votes from which they follow."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,30 +66,6 @@ def test_a_certificate_has_the_sizes_of_its_region(noise):
         for i in range(6):
             assert getattr(batch[i], name) == pytest.approx(together[i], rel=1e-14)
             assert getattr(batch[i], name) == getattr(batch[i].region, name)
-
-
-@pytest.mark.parametrize("noise", [Gaussian(), Uniform()])
-def test_certificates_have_the_same_sizes_and_derivatives_under_vmap(noise):
-    names = ("radius", "proxy_radius", "log_volume")
-    sizes = lambda certificate: {name: getattr(certificate, name) for name in names}
-    batch = batch_of(6, noise)
-    regions = dataclasses.replace(batch.region, gap=batch.gap + 0.5)  # where every size has a derivative
-    batch = jax.tree.map(jnp.asarray, dataclasses.replace(batch, region=regions))
-    together, of_each = jax.jit(sizes)(batch), jax.vmap(sizes)(batch)
-    for name in names:
-        assert of_each[name].shape == (6,)
-        np.testing.assert_allclose(together[name], of_each[name], rtol=1e-6)
-        np.testing.assert_allclose(of_each[name], getattr(batch, name), rtol=1e-5, atol=1e-5)
-
-    def size(theta, certificate, name):
-        region = dataclasses.replace(certificate.region, theta=theta)
-        return getattr(dataclasses.replace(certificate, region=region), name).sum()
-
-    for name in names:
-        of_batch = jax.grad(size)(batch.region.theta, batch, name)
-        one_by_one = [jax.grad(size)(batch[i].region.theta, batch[i], name) for i in range(6)]
-        np.testing.assert_allclose(of_batch, np.stack(one_by_one), rtol=1e-5)
-        assert np.any(of_batch)
 
 
 @pytest.mark.parametrize("theta", [np.float32(0.4), MAP], ids=["scalar", "map"])

@@ -294,12 +294,6 @@ def test_a_smoothed_classifier_vmaps_over_theta(shape):
     np.testing.assert_array_equal(jax.vmap(count, (axes,))(SMOOTHED.with_theta(thetas)), alone)
 
 
-def test_with_theta_changes_theta_alone():
-    other = SMOOTHED.with_theta(MAP)
-    assert other.classifier is SMOOTHED.classifier and other.noise is SMOOTHED.noise
-    assert other.theta is MAP and SMOOTHED.theta == 0.5
-
-
 @pytest.mark.usefixtures("without_type_checker")
 @pytest.mark.parametrize("network", [nn.Dense(2), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), lambda x: x])
 def test_a_network_that_is_not_wrapped_is_refused(network):
