@@ -192,7 +192,7 @@ print(f"probability at least {round_down(certificate.p_lower, 4)}, radius {round
 # ## Noise for each image, noise for each pixel
 #
 # Two searches maximise the estimated size of the region, from `THETA` up to `theta_max`: first over one theta for the
-# image, then over one theta for each pixel. Without the bound, noise could grow until it erases the image. Both work
+# image, then over one theta for each pixel. Without the limit, noise could grow until it erases the image. Both work
 # on one image; `vmap` makes them work on many, and `jit` compiles them once. Every image has a key of its own.
 
 # %%
@@ -216,7 +216,7 @@ print("theta of each image:", *(f"{theta:.2f}" for theta in isotropic))
 print("theta of each pixel:", *(f"{theta.min():.2f}..{theta.max():.2f}" for theta in anisotropic))
 
 # %% [markdown]
-# If the theta of a whole image is at the bound, four times `THETA`, be careful: the noise has grown until the network
+# If the theta of a whole image is at the limit, four times `THETA`, be careful: the noise has grown until the network
 # reads the noise rather than the image, and the search over pixels has no room. The certificate is then true of the
 # smoothed classifier and says little about the image.
 #

@@ -114,7 +114,7 @@ plane(axes[2], "smoothed classifier, theta = 0.10", majority(0.10))
 # ## Certified regions
 #
 # There are ten inputs, each named by a letter. For each, the noise parameter theta is chosen in three ways: one number
-# for all inputs, one number per input, one number per input and coordinate. The searches are bounded by `theta_max`.
+# for all inputs, one number per input, one number per input and coordinate. `theta_max` limits theta.
 # They work on one input; `jax.vmap` makes them work on many, and `jax.jit` compiles them once.
 
 # %%

@@ -157,7 +157,7 @@ for label, radius, of_network, of_pixels in zip(test.labels, *found, strict=Fals
 # ## Gradient ascent over theta
 #
 # For one image, Adam maximises the log volume of the estimated region, over one theta for each pixel. Theta stays
-# between the training noise and four times that: without an upper bound the noise would erase the image, and the volume
+# between the training noise and four times that: without a limit the noise would erase the image, and the volume
 # would grow forever. The ascent is done twice: with the same 64 draws in every step, and with fresh draws.
 
 # %%

@@ -55,7 +55,7 @@ print(f"trained with theta = {bundled.theta}; images {images.ids.tolist()}")
 #
 # A `RunConfig` holds all settings that change results, and `certify_dataset` certifies every image into a run
 # directory. A run that was stopped continues where it was. With `isotropic` and `ancer` all certificates then go
-# through the memory, in order of their ids. The searches are bounded by four times the theta that they start from.
+# through the memory, in order of their ids. Theta is limited to four times the theta where a search starts.
 # Leakage is measured on leakage probes: how many of 50 other images get this image's class under the noise that was
 # found, and, for 50 more images that no search has seen, what share of single draws gets it.
 
@@ -111,7 +111,7 @@ Markdown(orders)
 #   figures "without leaky" count every theta that is not known to leak at most 0.1 as certifying nothing. Soft leakage
 #   is the share of single votes, over probes that no search has seen; it has no threshold, and is not 0 under the noise
 #   of the training.
-# - **Theta at its bound**: how many images have coordinates of theta at `theta_max`. A larger bound would give them
+# - **Theta at its limit**: how many images have coordinates of theta at `theta_max`. A larger limit would give them
 #   larger regions.
 #
 # Before memory, `isotropic` and `ancer` have a classifier for each image. Such figures are labelled
@@ -133,7 +133,7 @@ print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCIL
 #
 # ```python
 # test = aj.load_dataset("data/cifar10")                                # CIFAR-10's own binary files
-# classifier = aj.models.load_network("nets/gaussian").classifier       # trained or converted: see the README
+# classifier = aj.models.load_network("nets/gaussian").classifier       # trained or converted: see the guides
 # for theta in (0.12, 0.25, 0.5, 1.0):
 #     config = aj.RunConfig(theta=theta)                                # n0=100, n=100,000, alpha=0.001
 #     aj.certify_dataset(classifier, test, config, out=f"runs/fixed-{theta}")
@@ -143,7 +143,7 @@ print(f"speak of one classifier: {alone.reconciled}; label: {report.NOT_RECONCIL
 #
 # The numbers of draws and alpha are by default those of [Cohen et al. 2019](https://arxiv.org/abs/1902.02918). The
 # searches are by default a fast preset; `IsotropicConfig.published()` and `AnisotropicConfig.published()` are the
-# schedules of the papers ([Eiras et al. 2022](https://arxiv.org/abs/2107.04570)) and their code. The upper bound of
+# schedules of the papers ([Eiras et al. 2022](https://arxiv.org/abs/2107.04570)) and their code. The limit of
 # theta and the guarded choice between isotropic and anisotropic theta are ours. For fixed noise papers train one
 # network for each theta. Some certify all 10,000 test images and some a part, for which there is `data.select`.
 #
