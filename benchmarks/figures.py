@@ -10,6 +10,7 @@ from ancer_jax.report import LEAKY_ABOVE, Results
 
 # The radii in the tables of the literature.
 RADII = {"l2": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), "l1": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)}
+WITHOUT_LEAKY = "ACR-tilde without leaky"  # how reports name this column
 
 
 def summary(results: Results) -> dict[str, Any]:

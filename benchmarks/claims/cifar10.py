@@ -31,7 +31,8 @@ from ancer_jax.models.checkpoints import load_network
 from ancer_jax.report import Results, load_results
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
-from benchmarks.claims.demo import WITHOUT_LEAKY, printed_cells
+from benchmarks.claims.demo import printed_cells
+from benchmarks.figures import WITHOUT_LEAKY
 
 SHORT = ["--preset", "published", "--iso-steps", "25", "--iso-samples", "32"]
 SHORT += ["--guard-samples", "300", "--leakage-probes", "32", "--leakage-samples", "16"]

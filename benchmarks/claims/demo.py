@@ -17,9 +17,9 @@ from typing import Any
 from ancer_jax.metrics import round_down
 from ancer_jax.report import load_results
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
+from benchmarks.figures import WITHOUT_LEAKY
 
 LIMIT_SECONDS = 300
-WITHOUT_LEAKY = "ACR-tilde without leaky"
 
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:

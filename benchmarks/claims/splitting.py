@@ -33,10 +33,10 @@ from ancer_jax.search.leakage import leakage, make_probes
 from ancer_jax.smoothing.registry import NoiseName
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown
+from benchmarks.figures import WITHOUT_LEAKY
 
 SAMPLES, CHUNK = 64, 640
 LIMIT, RADII = 0.1, (0.0, 0.25, 0.5, 1.0, 2.0)
-WITHOUT_LEAKY = "ACR-tilde without leaky"
 ELSEWHERE = f"{WITHOUT_LEAKY} elsewhere"
 # Noise, method and number of draws of three rows.
 EXACT, UNIFORM = ("splitting", "fixed", "exact"), ("uniform", "fixed", 10_000)

@@ -31,8 +31,7 @@ from ancer_jax.smoothing import make_noise
 from benchmarks import figures
 from benchmarks.benchmark import Benchmark, Found, Line, Lines, load, markdown, stored
 from benchmarks.claims import best_fixed
-
-WITHOUT_LEAKY = "ACR-tilde without leaky"
+from benchmarks.figures import WITHOUT_LEAKY
 
 
 def compare(
