@@ -24,11 +24,11 @@ settings.load_profile("ours")
 
 def pytest_collection_modifyitems(items):
     """Modules that want programs compiled in the same way come together: each process changes the way once."""
-    items.sort(key=lambda item: "quick_compilation" not in _fixtures(item))
+    items.sort(key=lambda item: "quick_compilation" not in _fixtures(item.getparent(pytest.Module)))
 
 
-def _fixtures(item):
-    return {name for mark in item.iter_markers("usefixtures") for name in mark.args}
+def _fixtures(module):
+    return {name for mark in module.iter_markers("usefixtures") for name in mark.args}
 
 
 def compile_quickly(quick: bool) -> None:

@@ -57,9 +57,10 @@ def compare_proxy_radius(results: list[Results], best: Results) -> str:
     lines = []
     for r in (best, *(r for r in results if r is not best)):
         ratio = r.mean_proxy_radius / best.mean_proxy_radius if best.mean_proxy_radius else float("inf")
-        kept = r.leaks_at_most(LEAKY_ABOVE)
-        without = _NOT_MEASURED if kept is None else round_down((r["radius_proxy"] * kept).mean(), 3)
-        text = f"{round_down(ratio, 2)} x the best fixed theta; without leaky thetas {without}"
+        text, kept = f"{round_down(ratio, 2)} x the best fixed theta", r.leaks_at_most(LEAKY_ABOVE)
+        if r.data_dependent:
+            without = _NOT_MEASURED if kept is None else round_down((r["radius_proxy"] * kept).mean(), 3)
+            text += f"; without leaky thetas {without}"
         lines.append(f"  {mark(r):13} {round_down(r.mean_proxy_radius, 3)}   {text}")
     return "\n".join([*lines, *footnotes(results)])
 

@@ -206,7 +206,7 @@ class Run:
         """
         files = self.files()  # once: another process may be adding to them
         before, unit = columns_of(self.shards(files=files), self.config, self.data.image_shape)
-        if before and self.carried is not None and self.config.data_dependent:
+        if before and self.carried is not None:
             before = without_leakage(before)  # it is that of another network
         answers = self._answers(before, unit) if before else None
         return before, None if answers is None else after_memory(before, unit, answers, self.data.image_shape)

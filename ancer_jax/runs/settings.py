@@ -45,6 +45,7 @@ def describe_run(
     settings = config.settings()
     if "noise_law" in settings:  # its repr says nothing about its code
         settings["noise_program"] = _program(config.certified_noise, image.shape)
+        settings |= {"admissible_theta": float(theta)} if config.method == "fixed" else {}
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
         **settings,
@@ -61,7 +62,11 @@ def describe_run(
 
 def _program(noise: Noise, shape: tuple[int, ...]) -> str:
     """Hash of the program that makes a noisy copy."""
-    key, number, image = jax.random.key(0), jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct(shape, "float32")
+    key, number, image = (
+        jax.random.key(0, impl="threefry2x32"),
+        jax.ShapeDtypeStruct((), "int32"),
+        jax.ShapeDtypeStruct(shape, "float32"),
+    )
     copy = lambda *arguments: noise.perturb(*arguments)  # traced anew each time
     return hashlib.sha256(jax.jit(copy).lower(key, number, image, image).as_text().encode()).hexdigest()
 

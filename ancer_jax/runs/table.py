@@ -90,18 +90,19 @@ def _sizes(unit: Columns, predictions: np.ndarray, gap: np.ndarray, labels: np.n
 
 def _leakages(shard: Mapping[str, np.ndarray], config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Leakage, the share of eligible probes whose majority votes for an input's class under its theta, and soft
-    leakage, the share of such votes among the draws of held-out probes; NaN where they were not measured: that is
-    done for thetas that were searched for an input.
+    leakage, the share of such votes among the draws of held-out probes; NaN where they were not measured, as for one
+    theta for all inputs.
     """
     count = len(shard["ids"])
-    zeros, unknown = _objects([fractions.Fraction(0)] * count), _objects([math.nan] * count)
     if not config.data_dependent or config.leakage is None:
+        unknown = _objects([math.nan] * count)
         return unknown, unknown
 
     def shares(part: str, whole: str) -> np.ndarray:
         pairs = zip(shard[f"leakage_{part}"].tolist(), shard[f"leakage_{whole}"].tolist(), strict=True)
         return _objects([fractions.Fraction(a, b) if b else math.nan for a, b in pairs])
 
+    zeros = _objects([fractions.Fraction(0)] * count)
     abstains = shard["predictions"] == ABSTAIN  # nothing can leak to an abstention
     hard, soft = shares("num_leaked", "num_eligible"), shares("votes", "draws")
     return np.where(abstains, zeros, hard), np.where(abstains, zeros, soft)

@@ -18,7 +18,7 @@ from ancer_jax._checks import check_integer, check_real, check_type
 from ancer_jax._numerics import HostValues
 from ancer_jax.smoothing import bounds
 from ancer_jax.smoothing.certificate import ABSTAIN, Certificate
-from ancer_jax.smoothing.certify import check_example, undo_float32_rounding
+from ancer_jax.smoothing.certify import check_example, refuse_narrow, undo_float32_rounding
 from ancer_jax.smoothing.classifier import WRAP_IT, Classifier, from_host
 from ancer_jax.smoothing.noise import Noise
 from ancer_jax.smoothing.smoothed import Smoothed, Stage, check_random, class_counts, count_range, stage_key
@@ -120,6 +120,7 @@ def count_lost_votes(
     [K]. A draw with a NaN logit votes for no class. Other arguments as in `count_votes`; `certificate_from_lost_votes`
     makes a certificate of the entry of the certified class.
     """
+    refuse_narrow(x)
     compared = dataclasses.replace(smoothed, classifier=losing_classifier(smoothed.classifier, changed))
     return class_counts(stage_key(key, Stage.CARRY), compared, x, num_samples=config.n, chunk=chunk)[:-1]
 

@@ -50,6 +50,7 @@ def count_votes(
     with `config.bound = "separate"` the count is int32 [2], that of the class and that of the runner-up.
     `certificate_from_votes` makes a certificate of them.
     """
+    refuse_narrow(x)
     selected = class_counts(stage_key(key, Stage.SELECT), smoothed, x, num_samples=config.n0, chunk=chunk).argmax()
     counts = class_counts(stage_key(key, Stage.ESTIMATE), smoothed, x, num_samples=config.n, chunk=chunk)
     votes, runner_up = votes_of(counts, selected, config.n, config.bound)
@@ -74,8 +75,7 @@ def certificate_from_votes(
 
     Raises:
       ValueError: if the noise is enumerable, a count is out of range or not of the bound of `config`, x is not finite
-        or has a type of 16 bits (its votes are of a network that sees rounded copies), or theta is not positive and
-        finite, or of another shape.
+        or of a type below 32 bits, or theta is not positive and finite, or of another shape.
     """
     check_random(smoothed.noise)
     votes, runner_up = count, None
@@ -85,15 +85,22 @@ def certificate_from_votes(
         raise ValueError(f"{there}, got {list(np.shape(count))}")
     if config.bound == "separate":
         votes, runner_up = np.moveaxis(np.asarray(count), -1, 0)
+    refuse_narrow(x)
     x = np.array(jnp.asarray(x))  # x and theta as the traced program had them; copies: the caller may write to them
-    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32:
-        raise ValueError(
-            f"x must be float32 when votes are counted, got {x.dtype}: the network sees copies of this type"
-        )
     smoothed = smoothed.with_theta(np.array(jnp.asarray(smoothed.theta, noise_dtype(x))))
     _check_values(x, np.asarray(smoothed.theta))
     evidence = random_evidence(votes, config, runner_up)
     return certificate_from_evidence(selected, evidence, smoothed, x, alpha=config.alpha)
+
+
+def refuse_narrow(x: ArrayLike) -> None:
+    """Refuse to count votes for inputs below 32 bits: the network gets copies of their type, so they would be votes of
+    another function, which rounds first.
+    """
+    dtype = jnp.result_type(x)
+    _check_floating("x", dtype)
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(f"x must be float32 when votes are counted, got {dtype}: the network sees copies of this type")
 
 
 def warn_if_undecidable(config: CertifyConfig, noise: Noise) -> None:
@@ -322,13 +329,17 @@ def check_example(smoothed: Smoothed, x: ArrayLike) -> tuple[Smoothed, jax.Array
 
 def _check_values(x: np.ndarray, theta: np.ndarray) -> None:
     for name, value in (("x", x), ("theta", theta)):
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            hint = " (divide 8-bit pixels by 255)" if value.dtype == np.uint8 else ""
-            raise ValueError(f"{name} must be floating point, got {value.dtype}{hint}")
+        _check_floating(name, value.dtype)
         if (infinite := ~(abs(value) <= _FLOAT32.max)).any():
             raise ValueError(f"{name} must be finite as float32, got {value[infinite].flat[0]}")
     if not (theta >= _FLOAT32.tiny).all():
         raise ValueError(f"theta must be positive as float32, got {theta.min()}")
+
+
+def _check_floating(name: str, dtype: np.dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        hint = " (divide 8-bit pixels by 255)" if dtype == np.uint8 else ""
+        raise ValueError(f"{name} must be floating point, got {dtype}{hint}")
 
 
 def _refuse_tracers(*values: ArrayLike) -> None:

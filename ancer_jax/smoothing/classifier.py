@@ -151,7 +151,8 @@ def from_function(function: Callable[[Any, jax.Array], jax.Array], variables: An
 
     Pass the same function object each time (not a new lambda): compiled programs are kept by it. All that may change
     belongs into `variables`: values that the function closes over are frozen when it is compiled for the first time.
-    `check_classifier` and `certify_dataset` refuse a function that has changed since they saw it first.
+    `check_classifier` and `certify_dataset` refuse a function that has changed since they saw it first; they do not
+    notice what an inner `jax.jit` or the body of a loop reads.
 
     Raises:
       ValueError: if `num_classes` is below 2.
@@ -213,7 +214,7 @@ def check_classifier(classifier: Classifier, x: ArrayLike) -> None:
     row alone, not on its place or on the rest of the batch: a batch norm in training mode or a dropout would void
     every certificate silently. So would maxima of bfloat16 numbers where the installed jaxlib gets them wrong: from
     0.11.2 on, to 0.12.0.1 at least, on CPUs. A function or module that reads values (of a closure, or globals) that
-    have changed since an earlier check is refused, too.
+    have changed since an earlier check is refused, too; not noticed is what an inner `jax.jit` or body of a loop reads.
 
     Raises:
       ValueError: naming what is wrong.
@@ -288,7 +289,7 @@ def _program(classifier: Classifier, x: ArrayLike) -> str:
     if jax.jit(again).lower(shapes, inputs).as_text() != program and not calls_the_host(classifier, x):
         raise ValueError(
             "the classifier's function reads values that have changed since JAX compiled it, which goes on with the "
-            "old ones: make them variables"
+            "old ones: make them variables, or call jax.clear_caches() after a change"
         )
     return program
 
@@ -307,9 +308,10 @@ def calls_the_host(classifier: Classifier, x: ArrayLike) -> bool:
 def fingerprint(classifier: Classifier, x: ArrayLike) -> str:
     """Hash of every variable and of the program that classifies inputs like `x` [*d]: names a base classifier.
 
-    The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed; another
-    version of JAX may write it differently. The arithmetic of the device that runs it is not noticed: the programs for
-    a CPU and for a GPU are the same text. A classifier outside of JAX is named by the digest that it came with.
+    The program is the one that JAX makes of `apply`, so that edited code and values it closes over are noticed (within
+    one process, not those inside of an inner `jax.jit` or loop); another version of JAX may write it differently. The
+    arithmetic of the device that runs it is not noticed: the programs for a CPU and for a GPU are the same text. A
+    classifier outside of JAX is named by the digest that it came with.
 
     Raises:
       ValueError: if the program closes over arrays and JAX does not write their values into it, or over values that

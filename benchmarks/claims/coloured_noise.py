@@ -18,7 +18,7 @@ sigma where its radius is at least as large. ACR-tilde depends on theta_max, whi
 noise (ANCER after memory, and without leaky thetas) is that of the white network, on every `ancer_skip`-th image: the
 other rows are given on these images, too.
 
-ACR is compared with that of "white, filter", too, where that was measured: a difference to "white" may be the filter's.
+ACR is compared with that of "white, filter", too: a difference to "white" may be the filter's.
 Bars for "cosine" and "cosine, learned" against "white" of the same sigma: ACR at least 98 %, ACR-tilde at least three
 times as large, and at least half of the images that both answer correctly have a region that contains white's.
 
@@ -219,7 +219,7 @@ def lines(found: Found) -> Lines:
         for figure, factor in (("ACR", 0.98), ("ACR-tilde", 3.0)):
             ratio = r[figure] / white[figure] if white[figure] else float("nan")
             yield Line(f"{what}: {figure} in units of white's", f"{ratio:.3f}", f">= {factor}", ratio >= factor)
-        if filtered := rows.get(("white, filter", sigma)):
+        if (filtered := rows.get(("white, filter", sigma))) and filtered["ACR"]:
             yield Line(
                 f"{what}: ACR in units of that of white noise and the filter", f"{r['ACR'] / filtered['ACR']:.3f}"
             )
@@ -291,7 +291,9 @@ def _table(data: str) -> str:
 
 def _percent(r: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     """The ACR of a row in that of another one."""
-    return "" if baseline is None or r is baseline else f"{round_down(100 * r['ACR'] / baseline['ACR'], 1)} %"
+    if baseline is None or r is baseline or not baseline["ACR"]:
+        return ""
+    return f"{round_down(100 * r['ACR'] / baseline['ACR'], 1)} %"
 
 
 def _first(r: dict[str, Any], name: str) -> list[str]:
@@ -315,7 +317,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="with --small: the bundled images, if not given")
     parser.add_argument("--work", help="a folder that keeps networks, maps and runs")
     parser.add_argument(
-        "--shipped", action="store_true", help="take the networks that ship with the package, where there are"
+        "--shipped", action="store_true", help="take the networks that ship with the package, where there are any"
     )
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, ANCER], help="default: all")

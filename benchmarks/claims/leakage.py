@@ -63,15 +63,15 @@ def run(
     out = f"{folder}/{norm} {name}"
     aj.certify_dataset(bundled.classifier, dataset, config, out=out)
     results = report.load_results(out)
-    leakage = np.array(results["leakage"], float)
+    leakage = [float(value) for value in results["leakage"] if value == value]  # NaN, not measured, for a fixed theta
     return {
         "norm": norm,
         "noise": name,
         "method": method,
         "weight": weight,
-        "mean_leakage": float(leakage.mean()),
-        "median_leakage": float(np.median(leakage)),
-        "above_limit": int((leakage > LIMIT).sum()),
+        "mean_leakage": figures.mean_leakage(results),
+        "median_leakage": float(np.median(leakage)) if leakage else None,
+        "above_limit": sum(value > LIMIT for value in leakage),
         "accuracy": float(results.correct.mean()),
         "acr": results.acr("radius"),
         "acr_tilde_before": average_certified_radius(results.own["radius_proxy"], results.own["correct"] == 1),
@@ -126,11 +126,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         for method, marker, color in (("fixed", "s", "C7"), ("isotropic", "^", "C0"), ("ancer", "o", "C3")):
             points = [row for row in here if row["method"] == method]
             curve = [row for row in points if "limit" not in row["noise"]]
-            x, y = [[row[name] for row in curve] for name in ("mean_leakage", "acr_tilde")]
+            x, y = [[row[name] or 0 for row in curve] for name in ("mean_leakage", "acr_tilde")]
             axis.plot(x, y, marker=marker, color=color, linestyle="none" if method == "fixed" else "-", label=method)
             for row in curve:
                 label = row["noise"].split()[-1]
-                place = (row["mean_leakage"], row["acr_tilde"])
+                place = (row["mean_leakage"] or 0, row["acr_tilde"])
                 side = {"xytext": (-7, -3), "ha": "right"} if method == "fixed" else {"xytext": (0, 7), "ha": "center"}
                 axis.annotate(label, place, textcoords="offset points", fontsize=7, color=color, **side)
             for row in (row for row in points if "limit" in row["noise"]):

@@ -35,9 +35,12 @@ def test_the_ascent_draws_by_a_stage_key_of_its_own(monkeypatch):
     """So that none of its draws is one of those that certify."""
     stages = []
     monkeypatch.setattr(universal, "stage_key", lambda key, stage: stages.append(stage) or stage_key(key, stage))
-    config = UniversalConfig(steps=1, batch_size=2, num_samples=8)
-    optimize_universal(KEY, Smoothed(LINEAR, Gaussian(), np.float32(0.5)), IMAGES, LABELS, config=config)
+    config = UniversalConfig(steps=2, batch_size=2, num_samples=64)
+    smoothed, images = Smoothed(LINEAR, Gaussian(), np.float32(0.5)), 2 * np.eye(D, dtype=np.float32)[[0, -1]]
+    theta, _ = optimize_universal(KEY, smoothed, images, LABELS, config=config)
     assert stages == [Stage.UNIVERSAL]
+    monkeypatch.setattr(universal, "stage_key", lambda key, stage: jax.random.key(9))
+    assert (optimize_universal(KEY, smoothed, images, LABELS, config=config)[0] != theta).any()
 
 
 def bowl_logits(variables, y):

@@ -7,6 +7,7 @@ import scipy.stats
 
 from ancer_jax.smoothing import (
     ABSTAIN,
+    CarryConfig,
     Certificate,
     CertifyConfig,
     Gaussian,
@@ -15,6 +16,8 @@ from ancer_jax.smoothing import (
     bounds,
     certificate_from_votes,
     certify_batch,
+    count_lost_votes,
+    count_votes,
 )
 from ancer_jax.smoothing.certificate import (
     Evidence,
@@ -131,9 +134,16 @@ def test_votes_for_no_input_or_no_theta_certify_nothing(x, theta, message):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_votes_of_copies_of_16_bits_certify_nothing(dtype):
     """They are votes of another classifier: one that rounds the copies first."""
-    with pytest.raises(ValueError, match=f"x must be float32 when votes are counted, got {np.dtype(dtype)}"):
-        x = jnp.asarray(XS[0], dtype)
-        certificate_from_votes(Smoothed(LINEAR, Gaussian(), np.float32(0.4)), x, 0, 10, config=CertifyConfig(n=16))
+    smoothed, x, config = Smoothed(LINEAR, Gaussian(), np.float32(0.4)), jnp.asarray(XS[0], dtype), CertifyConfig(n=16)
+    for use in (
+        lambda: count_votes(KEY, smoothed, x, config=config, chunk=16),
+        lambda: certificate_from_votes(smoothed, x, 0, 10, config=config),
+        lambda: count_lost_votes(KEY, smoothed, LINEAR, x, config=CarryConfig(), chunk=16),
+    ):
+        with pytest.raises(ValueError, match=f"x must be float32 when votes are counted, got {np.dtype(dtype)}"):
+            use()
+    with pytest.raises(ValueError, match=r"x must be floating point, got uint8 \(divide 8-bit pixels by 255\)"):
+        certificate_from_votes(smoothed, np.uint8(XS[0]), 0, 10, config=config)
 
 
 @pytest.mark.parametrize("noise", [Gaussian(), Uniform()])

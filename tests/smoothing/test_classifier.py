@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ancer_jax.runs.settings import _program
 from ancer_jax.smoothing import (
     CertifyConfig,
     Classifier,
@@ -27,6 +28,7 @@ from ancer_jax.smoothing import (
 )
 from ancer_jax.smoothing.classifier import _bfloat16_works, fingerprint
 from tests import reference
+from tests.toy import Coins
 
 KEY = jax.random.key(0)
 X = np.linspace(0, 1, 6, dtype=np.float32)
@@ -319,13 +321,13 @@ def test_values_that_jax_hides_have_no_fingerprint():
     assert refused.returncode == 1 and "make them variables" in refused.stderr
 
 
-def test_fingerprint_is_that_of_other_processes():
+def test_fingerprints_of_networks_and_noise_are_those_of_other_processes():
     code = (
         "import tests.smoothing.test_classifier as t; "
-        "print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X))"
+        "print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X), t._program(t.Coins(), (2, 2, 1)))"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X)
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert there == [fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X), _program(Coins(), (2, 2, 1))]
 
 
 class ByArgument(nnx.Module):
