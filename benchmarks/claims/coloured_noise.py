@@ -83,7 +83,13 @@ KNEE = {
 }
 # The raw outputs, by the data set; the rows of CIFAR-10 were measured in several calls.
 OUTPUTS = {
-    "cifar10": ("coloured_noise", "coloured_noise-filter", "coloured_noise-ancer-0.25", "coloured_noise-ancer-0.5"),
+    "cifar10": (
+        "coloured_noise",
+        "coloured_noise-filter",
+        "coloured_noise-filter-0.5",
+        "coloured_noise-ancer-0.25",
+        "coloured_noise-ancer-0.5",
+    ),
     "fashion": ("coloured_noise-fashion",),
 }
 
