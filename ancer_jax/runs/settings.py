@@ -42,13 +42,14 @@ def describe_run(
     device, image = mesh.devices.flat[0], dataset.images[0]
     data = DataInfo(dataset.name, dataset.fingerprint, image.shape, dataset.num_classes)
     options = {name: getattr(jax.config, name, usual) for name, usual in _USUAL_DRAWS.items()}
-    settings = config.settings()
-    if "noise_law" in settings:  # its repr says nothing about its code
-        settings["noise_program"] = _program(config.certified_noise, image.shape)
-        settings |= {"admissible_theta": float(theta)} if config.method == "fixed" else {}
+    chosen, of_noise = config.settings(), {}
+    if "noise_law" in chosen:  # its repr says nothing about its code
+        of_noise["noise_program"] = _program(config.certified_noise, image.shape)
+        of_noise |= {"admissible_theta": float(theta)} if config.method == "fixed" else {}
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
-        **settings,
+        **chosen,
+        **of_noise,
         **of_theta,
         **{name: value for name, value in options.items() if value != _USUAL_DRAWS[name]},
         "classifier": fingerprint(classifier, image),
