@@ -23,7 +23,7 @@ settings.load_profile("ours")
 
 
 def pytest_collection_modifyitems(items):
-    """Modules that want programs compiled in the same way come together: each process changes the way once."""
+    """Modules that want programs compiled in the same way come together: so each process changes it once."""
     items.sort(key=lambda item: "quick_compilation" not in _fixtures(item.getparent(pytest.Module)))
 
 

@@ -44,8 +44,8 @@ def describe_run(
     options = {name: getattr(jax.config, name, usual) for name, usual in _USUAL_DRAWS.items()}
     chosen, of_noise = config.settings(), {}
     if "noise_law" in chosen:  # its repr says nothing about its code
-        of_noise["noise_program"] = _program(config.certified_noise, image.shape)
-        of_noise |= {"admissible_theta": float(theta)} if config.method == "fixed" else {}
+        of_noise["noise_program"] = noise_program(config.certified_noise, image.shape)
+        of_noise |= {"admissible_theta": np.float32(theta).tolist()} if config.method == "fixed" else {}
     of_theta = {"theta_map": hashlib.sha256(theta.tobytes()).hexdigest()} if config.method == "universal" else {}
     return {
         **chosen,
@@ -61,8 +61,8 @@ def describe_run(
     }
 
 
-def _program(noise: Noise, shape: tuple[int, ...]) -> str:
-    """Hash of the program that makes a noisy copy."""
+def noise_program(noise: Noise, shape: tuple[int, ...]) -> str:
+    """Hash of the program that makes a noisy copy of an image."""
     key, number, image = (
         jax.random.key(0, impl="threefry2x32"),
         jax.ShapeDtypeStruct((), "int32"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ancer_jax.runs.settings import _program
+from ancer_jax.runs.settings import noise_program
 from ancer_jax.smoothing import (
     CertifyConfig,
     Classifier,
@@ -324,10 +324,11 @@ def test_values_that_jax_hides_have_no_fingerprint():
 def test_fingerprints_of_networks_and_noise_are_those_of_other_processes():
     code = (
         "import tests.smoothing.test_classifier as t; "
-        "print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X), t._program(t.Coins(), (2, 2, 1)))"
+        "print(t.fingerprint(t.from_nnx(t.Nnx(t.nnx.Rngs(0)), num_classes=3), t.X)); "
+        "print(t.noise_program(t.Coins(), (2, 2, 1)))"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert there == [fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X), _program(Coins(), (2, 2, 1))]
+    assert there == [fingerprint(from_nnx(Nnx(nnx.Rngs(0)), num_classes=3), X), noise_program(Coins(), (2, 2, 1))]
 
 
 class ByArgument(nnx.Module):
